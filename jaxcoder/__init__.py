@@ -1,0 +1,3 @@
+"""jaxcoder: the StarCoder system in JAX."""
+
+__version__ = "0.1.0"
