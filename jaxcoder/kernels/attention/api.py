@@ -1,0 +1,91 @@
+"""Attention with any number of query heads per key/value head: one operation, several backends, one meaning.
+
+Shapes: B batch, S queries, T keys, H query heads, G key/value heads (1: multi-query, H: multi-head), K head_dim.
+`reference.py` is the meaning; every backend passes the same tests.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxcoder.errors import ConfigError
+from jaxcoder.kernels.attention import blockwise, reference
+from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
+
+BACKENDS = {"reference": reference.attention, "blockwise": blockwise.attention}
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    segment_ids: jax.Array | None = None,
+    kv_segment_ids: jax.Array | None = None,
+    q_offset: jax.Array | int = 0,
+    batch_offset: jax.Array | int = 0,
+    head_offset: jax.Array | int = 0,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+    return_log_sum_exp: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """Softmax attention; differentiable in q, k and v.
+
+    Args:
+        q: (B, S, H, K). k, v: (B, T, G, K) with G a divisor of H; query head h reads key/value head h // (H / G).
+        causal: query at position p sees keys at positions <= p.
+        segment_ids: int32 (B, S); queries see only keys of their own segment, and 0 is pad: it sees nothing and its
+            output is zero. kv_segment_ids: int32 (B, T), default segment_ids (then S must equal T).
+        q_offset: position of the first query minus position of the first key; may be negative or traced.
+        batch_offset, head_offset: global index of the first row and head, so that shards draw their part of one mask.
+        scale: factor of the scores, default K ** -0.5.
+        dropout_rate: of the probabilities; needs dropout_key, uint32 (2,) (see kernels/dropout).
+        implementation: a name of BACKENDS, or None for the best one for this device and shape.
+        return_log_sum_exp: also return the log-sum-exp of the scores, fp32 (B, H, S), for merging parts.
+    Returns:
+        (B, S, H, K) in q's dtype.
+    Raises:
+        ConfigError for shapes that do not fit or an unknown implementation.
+    """
+    _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key)
+    spec = AttentionSpec(
+        causal=causal, scale=float(q.shape[-1] ** -0.5 if scale is None else scale), dropout_rate=float(dropout_rate)
+    )
+    context = AttentionContext(
+        segment_ids=segment_ids,
+        kv_segment_ids=segment_ids if kv_segment_ids is None else kv_segment_ids,
+        q_offset=jnp.asarray(q_offset, jnp.int32),
+        batch_offset=jnp.asarray(batch_offset, jnp.int32),
+        head_offset=jnp.asarray(head_offset, jnp.int32),
+        dropout_key=dropout_key if dropout_rate else None,
+    )
+    name = implementation or _best(q, k)
+    if name not in BACKENDS:
+        raise ConfigError(f"attention has no implementation `{name}`: choose one of {', '.join(BACKENDS)}.")
+    out, log_sum_exp = BACKENDS[name](spec, q, k, v, context)
+    return (out, log_sum_exp) if return_log_sum_exp else out
+
+
+def _best(q: jax.Array, k: jax.Array) -> str:
+    """`reference` while its S x T matrix is no larger than one tile of `blockwise`, which computes the same tile."""
+    one_tile = q.shape[1] <= blockwise.BLOCK_Q and k.shape[1] <= blockwise.BLOCK_KV
+    return "reference" if one_tile or q.shape[1] == 1 else "blockwise"
+
+
+def _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key) -> None:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ConfigError(f"attention takes q (B, S, H, K) and k, v (B, T, G, K), and got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ConfigError(f"attention needs a number of query heads that key/value heads divide, and got {shapes}.")
+    for name, ids, like in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        if ids is not None and ids.shape != like.shape[:2]:
+            raise ConfigError(f"attention takes {name} of shape {like.shape[:2]}, and got {ids.shape}.")
+    if segment_ids is None and kv_segment_ids is not None:
+        raise ConfigError("attention with kv_segment_ids needs segment_ids too.")
+    if segment_ids is not None and kv_segment_ids is None and q.shape[1] != k.shape[1]:
+        raise ConfigError(f"attention with segment_ids and unequal lengths ({shapes}) needs kv_segment_ids too.")
+    if not 0.0 <= dropout_rate < 1.0 or (dropout_rate and dropout_key is None):
+        raise ConfigError(f"attention dropout takes a rate in [0, 1) and a dropout_key, and got rate {dropout_rate}.")

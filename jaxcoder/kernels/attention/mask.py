@@ -1,0 +1,80 @@
+"""The mask of attention as a specification: which query may see which key, decided from positions and segment ids.
+
+Shapes: S queries, T keys of the tile at hand (a block, or all). Never S x T for the whole sequence but in `reference`.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxcoder.kernels.dropout.api import keep_mask
+
+MASKED_SCORE = -1e30
+"""Finite, so that a row that sees nothing stays free of NaN; its log-sum-exp is this value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """What is static about one attention."""
+
+    causal: bool
+    scale: float
+    dropout_rate: float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class AttentionContext:
+    """What is traced about one attention besides q, k and v.
+
+    segment_ids (B, S), kv_segment_ids (B, T): int32 or None; 0 sees nothing and is seen by nothing.
+    q_offset: position of the first query minus position of the first key.
+    batch_offset, head_offset: global indices of the first row and head, for dropout; dropout_key: uint32 (2,) or None.
+    """
+
+    segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+    q_offset: jax.Array
+    batch_offset: jax.Array
+    head_offset: jax.Array
+    dropout_key: jax.Array | None
+
+
+def visible(
+    spec: AttentionSpec,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_segments: jax.Array | None,
+    k_segments: jax.Array | None,
+) -> jax.Array:
+    """bool (B or 1, S, T): may query s see key t? Positions count from the first key; segments are (B, S) and (B, T)."""
+    allowed = jnp.ones((1, q_positions.shape[0], k_positions.shape[0]), bool)
+    if spec.causal:
+        allowed &= q_positions[:, None] >= k_positions[None, :]
+    if q_segments is not None:
+        allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0)
+    return allowed
+
+
+def dropout_scale(
+    spec: AttentionSpec,
+    context: AttentionContext,
+    batch_heads: tuple[int, int],
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+) -> jax.Array | None:
+    """fp32 (B, H, S, T): 0 where a probability is dropped, 1 / (1 - rate) elsewhere; None without dropout."""
+    if spec.dropout_rate == 0.0:
+        return None
+    rows = jnp.arange(batch_heads[0], dtype=jnp.uint32) + context.batch_offset.astype(jnp.uint32)
+    heads = jnp.arange(batch_heads[1], dtype=jnp.uint32) + context.head_offset.astype(jnp.uint32)
+    keep = keep_mask(
+        context.dropout_key,
+        spec.dropout_rate,
+        rows[:, None, None, None],
+        heads[:, None, None],
+        q_positions[:, None],
+        k_positions,
+    )
+    return jnp.where(keep, jnp.float32(1.0 / (1.0 - spec.dropout_rate)), 0.0)

@@ -1,0 +1,7 @@
+"""Eight virtual CPU devices for every test: meshes of any shape up to eight, decided before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["NNX_GRAPH_MODE"] = "false"

@@ -1,0 +1,152 @@
+"""Every backend of attention against the reference: values, log-sum-exp and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcoder.errors import ConfigError
+from jaxcoder.kernels.attention import blockwise
+from jaxcoder.kernels.attention.api import BACKENDS, attention
+
+OTHERS = sorted(set(BACKENDS) - {"reference"})
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK_Q", 16)
+    monkeypatch.setattr(blockwise, "BLOCK_KV", 32)
+
+
+def draw(batch, q_len, kv_len, heads, groups, head_dim=8, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = [(batch, q_len, heads, head_dim), (batch, kv_len, groups, head_dim), (batch, kv_len, groups, head_dim)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def draw_segments(batch, length, seed=0):
+    """A few documents per row and a pad at the end."""
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.integers(1, 5, (batch, length)), axis=1)
+    ids[:, length - length // 7 :] = 0
+    return jnp.asarray(ids, jnp.int32)
+
+
+CASES = {
+    "multi_query": dict(shape=(2, 48, 48, 4, 1)),
+    "multi_head": dict(shape=(2, 48, 48, 4, 4)),
+    "grouped": dict(shape=(1, 48, 48, 6, 2)),
+    "ragged_blocks": dict(shape=(2, 45, 45, 4, 1)),
+    "one_token": dict(shape=(2, 1, 70, 4, 1), q_offset=69),
+    "not_causal": dict(shape=(2, 20, 70, 4, 1), causal=False),
+    "later_queries": dict(shape=(1, 20, 70, 4, 1), q_offset=50),
+    "earlier_queries": dict(shape=(1, 40, 40, 4, 1), q_offset=-13),
+    "documents": dict(shape=(2, 48, 48, 4, 1), segments=True),
+    "documents_not_causal": dict(shape=(2, 48, 48, 4, 1), segments=True, causal=False),
+    "scaled": dict(shape=(1, 48, 48, 4, 1), scale=0.5),
+    "dropout": dict(shape=(2, 48, 48, 4, 1), dropout_rate=0.3),
+    "dropout_documents": dict(shape=(2, 45, 45, 4, 2), dropout_rate=0.1, segments=True),
+}
+
+
+def run(case, implementation, q, k, v):
+    options = {name: value for name, value in case.items() if name not in ("shape", "segments")}
+    if case.get("segments"):
+        options["segment_ids"] = draw_segments(*q.shape[:2])
+    if case.get("dropout_rate"):
+        options["dropout_key"] = jnp.array([1, 2], jnp.uint32)
+    return attention(q, k, v, implementation=implementation, return_log_sum_exp=True, **options)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_equal_the_reference(name, implementation):
+    case = CASES[name]
+    inputs = draw(*case["shape"])
+
+    def scalar(implementation):
+        def loss(q, k, v):
+            out, log_sum_exp = run(case, implementation, q, k, v)
+            # The log-sum-exp of rows that see nothing is a marker, not a number.
+            log_sum_exp = jnp.where(log_sum_exp > -1e29, log_sum_exp, 0.0)
+            return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum() + (log_sum_exp**2).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+    expected_out = run(case, "reference", *inputs)
+    out = jax.jit(lambda *x: run(case, implementation, *x))(*inputs)
+    np.testing.assert_allclose(out[0], expected_out[0], atol=2e-6)
+    np.testing.assert_allclose(out[1], expected_out[1], rtol=2e-6, atol=2e-6)
+    expected, got = scalar("reference")(*inputs), scalar(implementation)(*inputs)
+    np.testing.assert_allclose(got[0], expected[0], rtol=1e-5)
+    for want, have in zip(expected[1], got[1]):
+        np.testing.assert_allclose(have, want, atol=2e-5)
+
+
+def test_reference_against_numpy_with_explicit_loops():
+    q, k, v = (np.asarray(x, np.float64) for x in draw(1, 5, 7, 2, 1))
+    segments_q, segments_k = np.array([1, 1, 2, 0, 2]), np.array([1, 2, 1, 2, 0, 2, 1])
+    expected = np.zeros_like(q)
+    for head in range(2):
+        for s in range(5):
+            seen = [t for t in range(7) if t <= s + 2 and segments_q[s] == segments_k[t] != 0]
+            if seen:
+                scores = np.array([q[0, s, head] @ k[0, t, 0] * 8**-0.5 for t in seen])
+                weights = np.exp(scores - scores.max())
+                expected[0, s, head] = (weights / weights.sum()) @ v[0, seen, 0]
+    got = attention(
+        *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+        segment_ids=jnp.asarray(segments_q)[None],
+        kv_segment_ids=jnp.asarray(segments_k)[None],
+        q_offset=2,
+        implementation="reference",
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_pads_are_zero_and_nothing_leaks_into_gradients(implementation):
+    q, k, v = draw(2, 40, 40, 4, 1)
+    segments = draw_segments(2, 40)
+    out, pullback = jax.vjp(lambda *x: attention(*x, segment_ids=segments, implementation=implementation), q, k, v)
+    assert np.all(np.asarray(out)[np.asarray(segments) == 0] == 0.0)
+    for gradient in pullback(jnp.ones_like(out)):
+        assert np.all(np.isfinite(gradient))
+        assert np.all(np.asarray(gradient)[np.asarray(segments) == 0] == 0.0)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_shards_draw_their_part_of_one_dropout_mask(implementation):
+    q, k, v = draw(4, 40, 40, 4, 1)
+    key = jnp.array([3, 4], jnp.uint32)
+    options = dict(dropout_rate=0.5, dropout_key=key, implementation=implementation)
+    whole = attention(q, k, v, **options)
+    part = attention(q[2:, :, 1:3], k[2:], v[2:], batch_offset=2, head_offset=1, **options)
+    np.testing.assert_allclose(part, whole[2:, :, 1:3], atol=1e-6)
+
+
+def test_blockwise_never_makes_the_whole_matrix(monkeypatch):
+    monkeypatch.setattr(blockwise, "BLOCK_Q", 256)
+    monkeypatch.setattr(blockwise, "BLOCK_KV", 256)
+    length, heads = 4096, 2
+    shapes = [jax.ShapeDtypeStruct((1, length, n, 8), jnp.float32) for n in (heads, 1, 1)]
+
+    def temporaries(implementation):
+        grad = jax.grad(lambda q, k, v: attention(q, k, v, implementation=implementation).sum(), argnums=(0, 1, 2))
+        return jax.jit(grad).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    matrix = length * length * heads * 4
+    assert temporaries("blockwise") < matrix / 8
+    assert temporaries("reference") > matrix
+
+
+def test_bad_input_is_named():
+    q, k, v = draw(1, 4, 4, 4, 1)
+    with pytest.raises(ConfigError, match="no implementation `flesh`"):
+        attention(q, k, v, implementation="flesh")
+    with pytest.raises(ConfigError, match="key/value heads divide"):
+        attention(q, jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 3, 8)))
+    with pytest.raises(ConfigError, match="segment_ids of shape"):
+        attention(q, k, v, segment_ids=jnp.ones((1, 5), jnp.int32))
+    with pytest.raises(ConfigError, match="dropout_key"):
+        attention(q, k, v, dropout_rate=0.1)
