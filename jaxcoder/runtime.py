@@ -1,0 +1,281 @@
+"""The process around the work: environment, JAX's global options, accelerators, signals, memory and disk running out.
+
+Nothing else in the package touches `os.environ`, `jax.config` or signal handlers. JAX is imported only by the functions
+that need it, so that the command line may import this module for its error sentences.
+"""
+
+import errno
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, JaxcoderError
+
+if TYPE_CHECKING:
+    from jaxcoder.config import RunConfig
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def initialize(
+    *,
+    compilation_cache_dir: str | None = None,
+    num_cpu_devices: int | None = None,
+    deterministic: bool = False,
+    debug: bool = False,
+) -> None:
+    """Sets JAX's process-wide options; call it before the first array is made. Calling it again is harmless.
+
+    compilation_cache_dir: where compiled programs are kept between processes (None: nowhere).
+    num_cpu_devices: virtual devices of the CPU backend, to try meshes without accelerators (None: leave as it is).
+    deterministic: only GPU kernels that give the same bits every time; slower. CPUs and TPUs always do.
+    debug: leaves the libraries' own logs on. Otherwise what they log is silenced: an error is raised as well, and a
+        logged traceback beside our sentence only confuses.
+    """
+    if not debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        for name in ("absl", "jax._src.xla_bridge", "orbax"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    if deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    import jax
+
+    if compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
+    if num_cpu_devices is not None and jax.config.jax_num_cpu_devices != num_cpu_devices:
+        jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+
+
+def resume_command(argv: Sequence[str] | None = None) -> str:
+    """The command line of this process (or `argv`, program first), quoted for a shell, to be typed again."""
+    program, *arguments = sys.argv if argv is None else argv
+    name = os.path.basename(program)
+    if name.endswith(".py"):  # python -m jaxcoder.cli.main
+        return shlex.join([sys.executable, "-m", "jaxcoder.cli.main", *arguments])
+    on_path = shutil.which(name)
+    if on_path and os.path.exists(program) and os.path.samefile(on_path, program):
+        program = name
+    return shlex.join([program, *arguments])
+
+
+# --- accelerators that JAX cannot see --------------------------------------------------------------------------------
+
+# PCI device ids of TPUs (vendor 0x1ae0, Google, which also makes network cards).
+TPU_PCI_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
+
+
+def check_accelerator(
+    *,
+    platforms: set[str] | None = None,
+    root: Path = Path("/"),
+    environment: dict[str, str] | None = None,
+) -> str | None:
+    """A sentence when this machine has a GPU or TPU but JAX has only CPU devices, else None.
+
+    Someone who set JAX_PLATFORMS or an empty CUDA_VISIBLE_DEVICES has chosen and is not told. `platforms` (of JAX's
+    devices; asking for them starts JAX), `root` and `environment` stand in for the machine's own in tests.
+    """
+    environment = dict(os.environ) if environment is None else environment
+    if environment.get("JAX_PLATFORMS"):
+        return None
+    if platforms is None:
+        import jax
+
+        platforms = {device.platform for device in jax.devices()}
+    if platforms != {"cpu"}:
+        return None
+    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    gpu = None if hidden else find_gpu(root, environment.get("PATH", ""))
+    if gpu is not None:
+        plugin = next((name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if find_spec(name)), None)
+        return _unseen("GPU", gpu, "cuda", plugin, "look at the driver with `nvidia-smi`")
+    tpu = find_tpu(root, environment)
+    if tpu is not None:
+        plugin = "libtpu" if find_spec("libtpu") else None
+        return _unseen("TPU", tpu, "tpu", plugin, "see that no other process holds the TPU")
+    return None
+
+
+def _unseen(kind: str, evidence: str, extra: str, plugin: str | None, advice: str) -> str:
+    start = f"This machine has a {kind} ({evidence}), but JAX sees only CPUs"
+    silence = "or set JAX_PLATFORMS=cpu to run on CPUs without this note."
+    if plugin is None:
+        return f"{start}: run `pip install 'jaxcoder[{extra}]'` to use it, {silence}"
+    return (
+        f"{start} although {plugin} is installed: {advice}, "
+        f"ask JAX for the reason with `JAX_PLATFORMS={extra} python -c 'import jax; jax.devices()'`, {silence}"
+    )
+
+
+def find_gpu(root: Path, search_path: str) -> str | None:
+    """What shows that an NVIDIA GPU is present, or None."""
+    device = next(iter(sorted(root.glob("dev/nvidia[0-9]*"))), None)
+    if device is not None:
+        return f"/{device.relative_to(root)}"
+    if any(root.glob("proc/driver/nvidia/gpus/*")):
+        return "/proc/driver/nvidia/gpus"
+    nvidia_smi = shutil.which("nvidia-smi", path=search_path)
+    if nvidia_smi is None:
+        return None
+    try:  # an image may carry the program without a GPU
+        listed = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return "listed by nvidia-smi" if listed.returncode == 0 and "GPU 0" in listed.stdout else None
+
+
+def find_tpu(root: Path, environment: dict[str, str]) -> str | None:
+    """What shows that a TPU is attached, or None."""
+    device = next(iter(sorted(root.glob("dev/accel[0-9]*"))), None)
+    if device is not None:
+        return f"/{device.relative_to(root)}"
+    for vendor in sorted(root.glob("sys/bus/pci/devices/*/vendor")):
+        chip = vendor.with_name("device")
+        if vendor.read_text().strip() == "0x1ae0" and chip.is_file() and chip.read_text().strip() in TPU_PCI_DEVICES:
+            return f"PCI device {vendor.parent.name}"
+    if any(root.glob("dev/vfio/[0-9]*")) and environment.get("TPU_ACCELERATOR_TYPE"):
+        return f"TPU_ACCELERATOR_TYPE={environment['TPU_ACCELERATOR_TYPE']}"
+    return None
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+class GracefulStop:
+    """SIGTERM or Ctrl-C asks for a stop that the work polls for; a second Ctrl-C stops at once.
+
+        with GracefulStop() as stop:
+            for step in ...:
+                ...
+                if stop.requested is not None:
+                    save(); raise Interrupted(..., exit_code=stop.exit_code)
+
+    Only the main thread can take signals: elsewhere `requested` stays None and nothing is installed. The handlers found
+    are put back at the end.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, notice: str = "finishing this step and saving; Ctrl-C again stops at once"):
+        self.notice = notice
+        self.requested: int | None = None
+        """Number of the first signal that came, or None."""
+        self._previous: dict[int, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """143 after SIGTERM, 130 after Ctrl-C, 0 without a request."""
+        return {None: 0, signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: EXIT_CTRL_C}[self.requested]
+
+    def __enter__(self) -> "GracefulStop":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.requested = number
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        # os.write and not print: a handler may interrupt a print that holds the stream's lock.
+        try:
+            os.write(2, f"\njaxcoder: {name}: {self.notice}\n".encode())
+        except OSError:
+            pass
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory or a device's ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    # By name, so that JAX need not be imported to ask.
+    from_jax = type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
+    return from_jax and not is_disk_full(error) and re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) is not None
+
+
+def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> JaxcoderError:
+    """One message that names the settings that help, with their present values when `config` is given."""
+    asked = re.search(r"([\d.]+ ?[KMGT]i?B|\d{4,} bytes)", str(error))
+    what = "the host's memory" if isinstance(error, MemoryError) else "the devices' memory"
+    start = f"{what} does not suffice{f' (a piece of {_readable(asked[1])} was asked for)' if asked else ''}"
+    if config is None:
+        return JaxcoderError(f"{start}. Lower the batch or the length, or use a smaller model or a larger machine.")
+    whole = "None, the whole global batch at once" if config.microbatch_size is None else config.microbatch_size
+    remat = {"none": '"minimal" or "block" keep less', "minimal": '"block" keeps less', "block": "keeps the least already"}
+    knobs = [
+        f"microbatch_size (now {whole}): a smaller divisor of global_batch_size; the result stays the same",
+        f'compute.remat (now "{config.compute.remat}"): {remat[config.compute.remat]}; the result stays the same',
+        f"mesh.fsdp (now {config.mesh.fsdp}) and mesh.tensor (now {config.mesh.tensor}): "
+        "more devices, so that each holds less; the result stays the same",
+        f"global_batch_size (now {config.global_batch_size}): smaller",
+        f"model.max_seq_len (now {config.model.max_seq_len}): shorter",
+    ]
+    return JaxcoderError(start + ". What helps, the cheapest first:" + "".join(f"\n  - {knob}" for knob in knobs))
+
+
+@contextmanager
+def out_of_memory_explained(config: "RunConfig") -> Iterator[None]:
+    """Turns running out of memory inside the block into the message of `explain_out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain_out_of_memory(error, config) from error
+
+
+def _readable(amount: str) -> str:
+    if not amount.endswith(" bytes"):
+        return amount
+    size = int(amount.removesuffix(" bytes"))
+    unit = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**unit:.1f} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][unit]}"
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space: libraries say so in several types, but always in the same words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return re.search("No space left on device|Disk quota exceeded|File too large", str(error)) is not None
+
+
+def explain_disk_full(error: BaseException) -> JaxcoderError:
+    """One sentence that names the file (where the error tells) and says what is kept."""
+    name = error.filename if isinstance(error, OSError) and error.filename else None
+    if name is None:
+        quoted = re.search(r'"((?:/|\w+://)[^"]+)"', str(error))
+        name = quoted[1] if quoted else None
+    where = f" at {os.fsdecode(name)!r}" if name else ""
+    return JaxcoderError(
+        f"the disk is full{where}: everything finished before this write is kept; "
+        f"free some space and run the same command again: {resume_command()}"
+    )
