@@ -1,0 +1,96 @@
+"""Configs to JSON and back, their fingerprints, and the difference between two of them.
+
+The resolved config lies beside the checkpoints as JSON. Reading is strict: a file that misses a field or has one too
+many was written by another version, and guessing would change a run silently.
+"""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, TypeVar
+
+from jaxcoder.config import fields
+from jaxcoder.config.schema import ModelConfig, RunConfig
+from jaxcoder.errors import ConfigError
+
+Config = TypeVar("Config", RunConfig, ModelConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values. A whole number in a float field becomes a float, so that 1 and 1.0 are one config."""
+    plain = {}
+    for name, hint in fields.hints(type(config)).items():
+        value = getattr(config, name)
+        plain[name] = to_dict(value) if dataclasses.is_dataclass(value) else fields.normal(hint, value)
+    return plain
+
+
+def to_json(config: RunConfig | ModelConfig) -> str:
+    """Indented JSON, fields in the order of the schema, a newline at the end."""
+    try:
+        return json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        culprits = [name for name, value in fields.leaves(config) if isinstance(value, float) and value - value != 0]
+        raise ConfigError(f"{', '.join(culprits)} is not a finite number: give one.") from error
+
+
+def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the config") -> Config:
+    """The config that `to_json` wrote. `source` (a file name) stands in the errors.
+
+    Raises ConfigError that names every missing field, unknown field and value of a wrong type.
+    """
+    try:
+        plain = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not JSON ({error}): restore it from a backup or another checkpoint.") from error
+    problems: list[str] = []
+    config = _from_plain(cls, plain, "", problems)
+    if problems:
+        raise ConfigError(f"{source} does not fit this version of jaxcoder: {'; '.join(problems)}.")
+    return config
+
+
+def _from_plain(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
+    """The dataclass, or None when something was added to `problems`."""
+    if not isinstance(plain, dict):
+        problems.append(f"{prefix.rstrip('.') or 'the whole'} is {plain!r}, but has to be an object with fields")
+        return None
+    hints = fields.hints(cls)
+    before = len(problems)
+    problems += [f"{prefix}{name} is missing" for name in hints if name not in plain]
+    problems += [f"{prefix}{name} is unknown" for name in plain if name not in hints]
+    values = {}
+    for name, hint in hints.items():
+        if name not in plain:
+            continue
+        value = plain[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _from_plain(hint, value, f"{prefix}{name}.", problems)
+        elif fields.accepts(hint, value):
+            values[name] = fields.normal(hint, value)
+        else:
+            problems.append(f"{prefix}{name} is {json.dumps(value)}, but has to be {fields.describe(hint)}")
+    return cls(**values) if len(problems) == before else None
+
+
+def fingerprint(config: RunConfig | ModelConfig) -> str:
+    """16 hexadecimal digits (64 bits of SHA-256) over all values; any changed field changes it."""
+    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def model_fingerprint(model: ModelConfig) -> str:
+    """The fingerprint of the architecture alone: what a checkpoint of weights has to share with its reader."""
+    return fingerprint(model)
+
+
+def diff(old: RunConfig | ModelConfig, new: RunConfig | ModelConfig) -> list[str]:
+    """One line per changed field, in schema order: "optimizer.peak_learning_rate: 0.0003 -> 0.001"."""
+    before, after = dict(fields.leaves(old)), dict(fields.leaves(new))
+    names = list(before) + [name for name in after if name not in before]
+    absent = "(absent)"
+    return [
+        f"{name}: {before[name] if name in before else absent!s} -> {after[name] if name in after else absent!s}"
+        for name in names
+        if name not in before or name not in after or before[name] != after[name]
+    ]

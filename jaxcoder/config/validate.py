@@ -1,0 +1,160 @@
+"""Everything that can be wrong with a run before a device is touched, all of it said at once.
+
+Every problem names the field, its value and the way out. `resolve_mesh` fills in the one mesh axis that may be -1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from jaxcoder.config import fields
+from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.errors import ConfigError
+
+
+def validate(config: RunConfig, num_devices: int) -> None:
+    """Raises ConfigError that lists every problem of `config` on `num_devices` devices."""
+    problems = fields.type_problems(config)
+    if not problems:  # comparing values of a wrong type would only raise
+        problems = [*_finite(config), *_sizes(config), *_model(config.model), *_data(config.data)]
+        problems += [*_optimizer(config.optimizer, config.num_steps), *_batch(config)]
+        mesh_problems = list(_mesh(config.mesh, num_devices))
+        problems += mesh_problems
+        if not mesh_problems:
+            problems += _on_mesh(config, resolve_mesh(config.mesh, num_devices))
+    if len(problems) == 1:
+        raise ConfigError(f"this run cannot work: {problems[0]}")
+    if problems:
+        raise ConfigError("this run cannot work:" + "".join(f"\n  - {problem}" for problem in problems))
+
+
+def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
+    """The mesh with its -1 replaced by the number of devices that the other axes leave."""
+    problems = list(_mesh(mesh, num_devices))
+    if problems:
+        raise ConfigError(" ".join(problems))
+    sizes = dataclasses.asdict(mesh)
+    given = math.prod(size for size in sizes.values() if size != -1)
+    return MeshConfig(**{axis: num_devices // given if size == -1 else size for axis, size in sizes.items()})
+
+
+def _finite(config: RunConfig) -> Iterator[str]:
+    for name, value in fields.leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{name} is {value}: give a finite number."
+
+
+def _sizes(config: RunConfig) -> Iterator[str]:
+    """Fields that are counts and cannot be zero or negative; None where the schema allows it."""
+    positive = (
+        "num_steps", "global_batch_size", "microbatch_size", "log_every_steps",
+        "model.num_layers", "model.embed_dim", "model.num_heads", "model.head_dim", "model.mlp_dim",
+        "model.num_kv_heads", "model.vocab_size", "model.max_seq_len", "model.layer_norm_epsilon", "model.init_std",
+        "compute.loss_chunk_size", "optimizer.decay_steps", "optimizer.epsilon", "optimizer.max_grad_norm",
+        "checkpoint.save_every_steps", "checkpoint.save_every_seconds", "checkpoint.keep_last",
+        "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows",
+    )  # fmt: skip
+    values = dict(fields.leaves(config))
+    for name in positive:
+        if values[name] is not None and values[name] <= 0:
+            yield f"{name} is {values[name]}: it has to be larger than 0."
+    if config.seed < 0:
+        yield f"seed is {config.seed}: it has to be 0 or larger."
+    if not config.name:
+        yield 'name is "": give the run a name; its default output directory is runs/<name>.'
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    if model.embed_dim != model.num_heads * model.head_dim:
+        yield (
+            f"model.embed_dim is {model.embed_dim}, but model.num_heads {model.num_heads} x model.head_dim "
+            f"{model.head_dim} is {model.num_heads * model.head_dim}: in this family they are equal, change one of them."
+        )
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads {model.num_heads} is not a multiple of model.num_kv_heads {model.num_kv_heads}: "
+            "use 1 (multi-query), model.num_heads (multi-head) or a divisor of it."
+        )
+    for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
+        rate = getattr(model, name)
+        if not 0 <= rate < 1:
+            yield f"model.{name} is {rate}: a dropout rate is at least 0 and below 1."
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    for name in ("fim_rate", "fim_spm_rate"):
+        rate = getattr(data, name)
+        if not 0 <= rate <= 1:
+            yield f"data.{name} is {rate}: a share lies between 0 and 1."
+
+
+def _optimizer(optimizer: OptimizerConfig, num_steps: int) -> Iterator[str]:
+    for name in ("peak_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
+        value = getattr(optimizer, name)
+        if value < 0:
+            yield f"optimizer.{name} is {value}: it has to be 0 or larger."
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        if not 0 <= value < 1:
+            yield f"optimizer.{name} is {value}: it is at least 0 and below 1."
+    if optimizer.final_learning_rate > optimizer.peak_learning_rate:
+        yield (
+            f"optimizer.final_learning_rate {optimizer.final_learning_rate} is above "
+            f"optimizer.peak_learning_rate {optimizer.peak_learning_rate}: the cosine falls, lower the first."
+        )
+    end, end_name = optimizer.decay_steps, "optimizer.decay_steps"
+    if end is None:
+        end, end_name = num_steps, "num_steps"
+    if optimizer.warmup_steps > end > 0:
+        yield (
+            f"optimizer.warmup_steps {optimizer.warmup_steps} is beyond {end_name} {end}: "
+            "the learning rate would never reach its peak, lower the warm-up or train longer."
+        )
+
+
+def _batch(config: RunConfig) -> Iterator[str]:
+    micro = config.microbatch_size
+    if micro is not None and micro > 0 and config.global_batch_size % micro:
+        yield f"microbatch_size {micro} does not divide global_batch_size {config.global_batch_size}: use a divisor."
+
+
+def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
+    sizes = dataclasses.asdict(mesh)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{axis} is {size}: use 1 or more, or -1 for all the devices that the other axes leave."
+            return
+    said = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    free = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1:
+        yield f"{' and '.join(free)} are both -1: at most one mesh axis can take the devices that are left."
+    elif free and num_devices % given:
+        yield (
+            f"the mesh {said} does not fit {num_devices} devices: {num_devices} is not a multiple of {given}, "
+            f"the product of the axes other than {free[0]}; change one of them to a divisor."
+        )
+    elif not free and given != num_devices:
+        yield (
+            f"the mesh {said} is {given} devices, but there are {num_devices}: "
+            "set one axis to -1 to take what is left, or change the sizes."
+        )
+
+
+def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
+    """Sizes that do not divide; `mesh` is resolved."""
+    model, batch_shards = config.model, mesh.data * mesh.fsdp
+    split = [
+        ("model.num_heads", model.num_heads, "mesh.tensor", mesh.tensor),
+        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
+        ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
+        ("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp),
+        ("global_batch_size", config.global_batch_size, "mesh.data x mesh.fsdp", batch_shards),
+    ]
+    if model.num_kv_heads not in (1, 0):  # a single one is replicated
+        split.append(("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor))
+    if config.microbatch_size is not None:
+        split.append(("microbatch_size", config.microbatch_size, "mesh.data x mesh.fsdp", batch_shards))
+    for name, size, axis, shards in split:
+        if size > 0 and size % shards:
+            yield f"{name} {size} is not a multiple of {axis} ({shards} devices): change one of the two."
