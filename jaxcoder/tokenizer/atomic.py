@@ -1,0 +1,51 @@
+"""Writing a file so that it is there whole or not at all, and a full disk ends in a sentence."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxcoder.errors import DataError
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path in the same directory; on success it takes the place of `path`, on failure it is removed.
+
+    The directory is made if needed. Raises DataError, naming `path`, for any error of the file system.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with file_system_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def file_system_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError raised while writing `path` into a DataError that names it."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(
+            f"Cannot write {path} ({reason}): free some space or choose another output directory, and run again."
+        ) from error
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` as UTF-8 with Unix line ends, atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write `content` atomically."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

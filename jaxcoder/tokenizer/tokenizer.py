@@ -1,0 +1,215 @@
+"""The tokenizer: text and documents to ids and back.
+
+A byte-level BPE over a Hugging Face tokenizer.json, which is kept byte for byte. Ordinary text never yields a special
+id, whatever it spells; special ids come from special parts of a document, or are asked for by name.
+Ids are Python ints in [0, vocab_size).
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxcoder.errors import DataError
+from jaxcoder.tokenizer import encoders
+from jaxcoder.tokenizer.document import Document, well_formed
+from jaxcoder.tokenizer.special_tokens import (
+    END_OF_TEXT,
+    FIM_MIDDLE,
+    FIM_PAD,
+    FIM_PREFIX,
+    FIM_SUFFIX,
+    SPECIAL_TOKENS,
+    hyphenated,
+)
+
+
+class FimIds(NamedTuple):
+    """Ids of the four tokens of fill-in-the-middle."""
+
+    prefix: int
+    middle: int
+    suffix: int
+    pad: int
+
+
+class Tokenizer:
+    """Encodes and decodes; made by `Tokenizer.load` or `train_tokenizer`.
+
+    vocab_size: largest id + 1.
+    fingerprint: SHA-256 (hex) of tokenizer.json; stores and checkpoints record it.
+    encoder_name: "tiktoken", or "tokenizers" where tiktoken would give other ids (`encoder_reason` says why).
+    special_ids: ids that only special tokens have.
+    """
+
+    def __init__(self, content: bytes, *, origin: str = "the tokenizer"):
+        """`content` is a tokenizer.json; `origin` names it in errors. Raises DataError if it cannot be used."""
+        self._content = content
+        self._origin = origin
+        self._spec = spec = _parse(content, origin)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        vocab: dict[str, int] = spec["model"]["vocab"]
+        known = {*SPECIAL_TOKENS, *map(hyphenated, SPECIAL_TOKENS)}
+        added = spec.get("added_tokens") or []
+        self._special = {t["content"]: t["id"] for t in added if t.get("special") or t["content"] in known}
+        self.special_ids = frozenset(self._special.values())
+        ordinary = {token: id_ for token, id_ in vocab.items() if id_ not in self.special_ids}
+        ranks = _bytes_of_tokens(ordinary, origin)
+        self._bytes = {id_: token for token, id_ in ranks.items()}
+        self._bytes |= {token["id"]: token["content"].encode() for token in added}
+        self.vocab_size = max(self._bytes) + 1
+        self._reference = encoders.tokenizers_encoder(_backend(spec, known, origin))
+        fast, self.encoder_reason = encoders.tiktoken_encoder(spec, ranks, self._reference)
+        self._encode = fast or self._reference
+        self.encoder_name = "tiktoken" if fast else "tokenizers"
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Load a tokenizer.json, or the one in the directory `path`. Raises DataError if missing or unusable."""
+        path = Path(path)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"Cannot read the tokenizer {file} ({error.strerror}): give a tokenizer.json or the directory that "
+                "holds one, such as `jaxcoder tokenizer train` writes."
+            ) from error
+        return cls(content, origin=str(file))
+
+    def __reduce__(self):
+        return functools.partial(Tokenizer, origin=self._origin), (self._content,)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files that transformers 4 and 5 and other loaders open; tokenizer.json is unchanged.
+
+        Other files of the directory stay. Raises DataError if it cannot be written.
+        """
+        from jaxcoder.tokenizer.portable import write_tokenizer_files
+
+        write_tokenizer_files(Path(directory), self._content, self._spec, tuple(self._special))
+
+    @property
+    def eos_id(self) -> int:
+        """Id of `<|endoftext|>`, which ends every document."""
+        return self.special_id(END_OF_TEXT)
+
+    @property
+    def fim(self) -> FimIds | None:
+        """Ids for fill-in-the-middle; None if this tokenizer has no such tokens."""
+        ids = [self._find_special(name) for name in (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD)]
+        return None if None in ids else FimIds(*ids)
+
+    def special_id(self, name: str) -> int:
+        """Id of a special token by StarCoder's name (SantaCoder's hyphens are found too). DataError if absent."""
+        id_ = self._find_special(name)
+        if id_ is None:
+            raise DataError(
+                f"The tokenizer {self._origin} has no special token {name!r}: use one that has it (its special tokens "
+                f"are {', '.join(self._special) or 'none'})."
+            )
+        return id_
+
+    def _find_special(self, name: str) -> int | None:
+        return self._special.get(name, self._special.get(hyphenated(name)))
+
+    def is_special(self, id_: int) -> bool:
+        """Whether the id belongs to a special token."""
+        return id_ in self.special_ids
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text; a sentinel spelled in it stays text. Lone surrogates are encoded as U+FFFD."""
+        return self._encode(well_formed(text))
+
+    def encode_document(self, document: Document) -> list[int]:
+        """Ids of all parts in order, without an end token. DataError for an unknown special or an end token inside."""
+        ids: list[int] = []
+        text: list[str] = []
+        for part in document.parts:
+            if part.special is None:
+                text.append(part.text)  # neighbours are encoded as one text, however it was cut
+                continue
+            if part.special == END_OF_TEXT:
+                raise DataError(
+                    f"The document {document.path or document.text[:30]!r} holds {END_OF_TEXT} as a part, but that "
+                    "token stands between documents: make two documents of it."
+                )
+            ids += self.encode("".join(text))
+            ids.append(self.special_id(part.special))
+            text = []
+        return ids + self.encode("".join(text))
+
+    def decode_bytes(self, ids: Iterable[int], *, show_specials: bool = True) -> bytes:
+        """The exact bytes of the ids; special tokens as their names or, on request, not at all.
+
+        Raises DataError for an id that no token has.
+        """
+        try:
+            return b"".join(self._bytes[int(i)] for i in ids if show_specials or int(i) not in self.special_ids)
+        except KeyError as error:
+            raise DataError(
+                f"Token id {error.args[0]} is not in the vocabulary of {self._origin} ({self.vocab_size} ids): the "
+                "ids come from another tokenizer, or from a padding row that should have been masked."
+            ) from None
+
+    def decode(self, ids: Iterable[int], *, show_specials: bool = True) -> str:
+        """Text of the ids; bytes that are not UTF-8 (part of a character) become U+FFFD. DataError as above."""
+        return self.decode_bytes(ids, show_specials=show_specials).decode(errors="replace")
+
+    def valid_ids(self, vocab_rows: int) -> np.ndarray:
+        """Which rows of an embedding with `vocab_rows` rows a token uses: bool [vocab_rows].
+
+        Raises DataError if there are fewer rows than ids.
+        """
+        if vocab_rows < self.vocab_size:
+            raise DataError(
+                f"The tokenizer {self._origin} has {self.vocab_size} ids but the model only {vocab_rows} rows: they do "
+                "not belong together; use the tokenizer that the model was trained with."
+            )
+        mask = np.zeros(vocab_rows, bool)
+        mask[list(self._bytes)] = True
+        return mask
+
+
+def _parse(content: bytes, origin: str) -> dict:
+    """The parsed tokenizer.json, known to hold a byte-level BPE model."""
+    try:
+        spec = json.loads(content)
+        model = spec["model"]
+        usable = isinstance(model["vocab"], dict) and bool(model["vocab"]) and isinstance(model["merges"], list)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        usable = False
+    if not usable or model.get("type", "BPE") != "BPE":
+        raise DataError(
+            f"{origin} is not a tokenizer.json with a BPE model: give one that the `tokenizers` library wrote, or make "
+            "one with `jaxcoder tokenizer train`."
+        )
+    return spec
+
+
+def _bytes_of_tokens(vocab: dict[str, int], origin: str) -> dict[bytes, int]:
+    symbols = encoders.byte_of_symbol()
+    try:
+        return {bytes(symbols[symbol] for symbol in token): id_ for token, id_ in vocab.items()}
+    except KeyError as error:
+        raise DataError(
+            f"{origin} is not a byte-level BPE (its vocabulary has the character {error.args[0]!r}): jaxcoder needs "
+            "one in which every token is a string of bytes, as GPT-2's and StarCoder's are."
+        ) from None
+
+
+def _backend(spec: dict, known: set[str], origin: str):
+    """The `tokenizers.Tokenizer`, with every known sentinel marked special so that text never yields it."""
+    import tokenizers
+
+    marked = [token | {"special": True} if token["content"] in known else token for token in spec.get("added_tokens", ())]
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": marked}))
+    except Exception as error:  # the library raises bare Exception, with the reason in it
+        raise DataError(
+            f"{origin} cannot be loaded by `tokenizers` ({error}): it is damaged, or written by a newer release."
+        ) from error
