@@ -175,6 +175,8 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
     options = _options()
     waiting: str | None = None  # the option whose value comes next
     for argument in overrides:
+        if waiting and argument.startswith("--"):
+            break
         if argument in ("-h", "--help"):
             continue
         if argument.startswith("--"):
@@ -193,6 +195,8 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
             waiting = None
         else:
             raise ConfigError(f"{_stray(argument, options)} See `{prog} --help`.")
+    if waiting:
+        raise ConfigError(f"`--{waiting}` has no value behind it: it takes {fields.describe(options[waiting])}.")
 
 
 def _check_value(option: str, text: str, hint: Any) -> None:

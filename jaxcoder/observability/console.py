@@ -1,0 +1,244 @@
+"""What long work looks like in a terminal, and in a log.
+
+On a terminal one live line is redrawn (rich). Elsewhere a plain line is printed every few seconds, so that a log stays
+readable and shows that the work is alive. Everything goes to stderr: stdout belongs to results.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+PLAIN_INTERVAL = 10.0  # seconds between the lines of a log
+LIVE_INTERVAL = 0.1  # seconds between two drawings of a live line
+
+
+class _Line:
+    """One line of text that changes: drawn in place on a terminal, printed now and then elsewhere."""
+
+    def __init__(self, stream: TextIO | None, interval: float):
+        self.stream = sys.stderr if stream is None else stream
+        self.is_live = self.stream.isatty()
+        self._interval = LIVE_INTERVAL if self.is_live else interval
+        self._next = 0.0
+        self._live: Live | None = None
+
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    def show(self, text: str) -> None:
+        self._next = time.monotonic() + self._interval
+        if not self.is_live:
+            self.say(text)
+            return
+        from rich.text import Text
+
+        if self._live is None:
+            self._live = self._start_live()
+        self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
+
+    def _start_live(self) -> "Live":
+        from rich.console import Console
+        from rich.live import Live
+
+        live = Live(console=Console(file=self.stream), auto_refresh=False, transient=True)
+        live.start()
+        return live
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def clear(self) -> None:
+        """The live line goes away; what was said stays."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._next = 0.0
+
+
+class ConsoleProgress:
+    """`protocols.Progress` for a person: "Encoding  34%  1,204 of 3,541 files  2:10 left  lib/ast.py"."""
+
+    def __init__(self, stream: TextIO | None = None, interval: float = PLAIN_INTERVAL):
+        self._line = _Line(stream, interval)
+        self._what, self._unit, self._note = "", "", ""
+        self._total: float | None = None
+        self._done = 0.0
+        self._started = 0.0
+
+    def start(self, what: str, total: float | None, unit: str) -> None:
+        self._what, self._total, self._unit, self._note = what, total, unit, ""
+        self._done, self._started = 0.0, time.monotonic()
+        self._line.show(self._text())
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self._done += amount
+        self._note = note
+        if self._line.is_due():
+            self._line.show(self._text())
+
+    def finish(self, summary: str = "") -> None:
+        self._line.clear()
+        took = readable_duration(time.monotonic() - self._started)
+        self._line.say(f"{self._what}: {summary or self._amount()} ({took})")
+
+    def close(self) -> None:
+        """For a `finally`: takes an unfinished live line off the screen."""
+        self._line.clear()
+
+    def _amount(self) -> str:
+        if self._total is None:
+            return readable_amount(self._done, self._unit)
+        done = readable_bytes(self._done) if self._unit == "bytes" else f"{self._done:,.0f}"
+        return f"{done} of {readable_amount(self._total, self._unit)}"
+
+    def _text(self) -> str:
+        parts = [self._what]
+        elapsed = time.monotonic() - self._started
+        if self._total:
+            share = min(self._done / self._total, 1.0)
+            parts.append(f"{100 * share:3.0f}%")
+            parts.append(self._amount())
+            if 0 < share < 1 and elapsed > 2:
+                parts.append(f"{readable_duration(elapsed * (1 - share) / share)} left")
+        else:
+            parts.append(self._amount())
+        if self._note:
+            parts.append(self._note)
+        return "  ".join(parts)
+
+
+class TrainingLine:
+    """The live line of a training run: step, loss, bits per byte, tokens per second, time left.
+
+        with TrainingLine(num_steps=1000, first_step=0) as line:
+            line.update(step=1, loss=10.8, bits_per_byte=3.4, tokens_per_second=41_000)
+            line.say("saved step 100")
+
+    The time left comes from the last `window` updates, so that compiling and a slow start do not spoil it.
+    """
+
+    def __init__(
+        self,
+        num_steps: int,
+        *,
+        first_step: int = 0,
+        stream: TextIO | None = None,
+        interval: float = PLAIN_INTERVAL,
+        window: int = 50,
+    ):
+        self._line = _Line(stream, interval)
+        self._num_steps = num_steps
+        self._first_step = first_step
+        self._marks: deque[tuple[float, int]] = deque(maxlen=window)
+
+    def __enter__(self) -> "TrainingLine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def update(
+        self, *, step: int, loss: float, bits_per_byte: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """The newest numbers; drawn when a drawing is due, and always for the first and the last step."""
+        self._marks.append((time.monotonic(), step))
+        if self._line.is_due() or step == self._num_steps:
+            self._line.show(self._text(step, loss, bits_per_byte, tokens_per_second))
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        self._line.say(text)
+
+    def status(self, text: str) -> None:
+        """Replaces the live line until the next update ("compiling", "saving")."""
+        self._line.show(text)
+
+    def close(self) -> None:
+        self._line.clear()
+
+    def seconds_left(self) -> float | None:
+        """By the pace of the last updates; None before there are two."""
+        if len(self._marks) < 2:
+            return None
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        return (end - begin) / (last - first) * (self._num_steps - last) if last > first else None
+
+    def _text(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> str:
+        width = len(f"{self._num_steps:,}")
+        parts = [f"step {step:>{width},}/{self._num_steps:,}", f"loss {loss:.3f}"]
+        if bits_per_byte is not None:
+            parts.append(f"{bits_per_byte:.3f} bits/byte")
+        if tokens_per_second is not None:
+            parts.append(f"{readable_count(tokens_per_second)} tokens/s")
+        left = self.seconds_left()
+        parts.append(f"{readable_duration(left)} left" if left is not None else "")
+        return "  ".join(parts).rstrip()
+
+
+# --- numbers and tables ----------------------------------------------------------------------------------------------
+
+
+def readable_duration(seconds: float) -> str:
+    """"0.4 s", "12 s", "2:05" (minutes), "3:02:05" (hours), "2 d 03 h"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02}"
+    if whole < 48 * 3600:
+        return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    return f"{whole // 86400} d {whole // 3600 % 24:02} h"
+
+
+def readable_bytes(size: float) -> str:
+    """"812 bytes", "3.4 KiB", "1.2 GiB"."""
+    if size < 1024:
+        return f"{size:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
+
+
+def readable_count(count: float) -> str:
+    """"812", "41,200", "3.41 million", "15.5 billion"."""
+    for limit, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= limit:
+            return f"{count / limit:.3g} {word}"
+    return f"{count:,.0f}"
+
+
+def readable_amount(amount: float, unit: str) -> str:
+    """"3.4 MiB" for the unit "bytes", "1,204 files" for any other."""
+    return readable_bytes(amount) if unit == "bytes" else f"{amount:,.0f} {unit}"
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned plain text, numbers to the right; floats get four significant digits. Reads alike in a terminal and a log."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    is_number = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+    widths = [max(len(text) for text in (name, *(row[i] for row in cells))) for i, name in enumerate(columns)]
+    lines = [list(columns), ["-" * width for width in widths], *cells]
+    aligned = (
+        "  ".join(text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, is_number)).rstrip()
+        for line in lines
+    )
+    return "\n".join(aligned)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,158 @@
+"""Metric writers: JSONL (the source of truth), TensorBoard, several at once; and reading the JSONL back.
+
+A line of metrics.jsonl is one JSON object: {"step": 20, "loss": 3.25, ...}. JSON has no NaN and no infinities: they are
+written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and JavaScript's `Number()` read, and which
+`read_metrics` gives back as floats.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from jaxcoder.errors import DataError, MissingExtraError
+from jaxcoder.protocols import MetricWriter
+
+NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+class JsonlWriter:
+    """Appends one line per step and flushes it, so that a killed process loses at most the line it was writing.
+
+    An existing file is continued: a torn last line is dropped, and with `resume_from_step` also the lines of later
+    steps, which the resumed run will write again. A remote file (gs://, s3://), which cannot be appended to, is written
+    anew every `remote_every` lines and at the end.
+    """
+
+    def __init__(self, path: str | Path, *, resume_from_step: int | None = None, remote_every: int = 100):
+        self.path = str(path)
+        self._remote_every = remote_every
+        self._is_remote = "://" in self.path
+        self._lines = _kept_lines(self.path, resume_from_step)
+        self._file = None
+        if not self._is_remote:
+            self._reopen()
+            self._lines = []
+
+    def _reopen(self) -> None:
+        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+        kept = "".join(self._lines).encode()
+        if not os.path.exists(self.path) or os.path.getsize(self.path) != len(kept):
+            partial = f"{self.path}.partial"
+            with open(partial, "wb") as file:
+                file.write(kept)
+            os.replace(partial, self.path)
+        self._file = open(self.path, "ab", buffering=0)  # one write per line: a line is torn or whole, never mixed
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends {"step": step, **metrics}; values are numbers (NumPy and JAX scalars too)."""
+        line = json.dumps({"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}) + "\n"
+        if self._is_remote:
+            self._lines.append(line)
+            if len(self._lines) % self._remote_every == 0:
+                self._upload()
+        elif self._file is None:
+            raise ValueError(f"{self.path} is closed")
+        else:
+            self._file.write(line.encode())
+
+    def _upload(self) -> None:
+        with fsspec.open(self.path, "wb") as file:
+            file.write("".join(self._lines).encode())
+
+    def close(self) -> None:
+        """Flushes and closes; closing twice is harmless."""
+        if self._is_remote:
+            self._upload()
+        elif self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _kept_lines(path: str, resume_from_step: int | None) -> list[str]:
+    return [
+        line
+        for line, record in _records(path, missing_is_empty=True)
+        if resume_from_step is None or record["step"] <= resume_from_step
+    ]
+
+
+def _records(path: str, *, missing_is_empty: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, record) of every whole line. A line that is no record is torn: by a kill in the middle of a write."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            content = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        if missing_is_empty:
+            return
+        raise DataError(f"there is no metrics file {path!r}: check the path, or train first.") from None
+    for line in content.split("\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield line + "\n", record
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, oldest first, torn lines left out. DataError when there is no file."""
+    return [
+        {name: float(value) if value in NOT_FINITE else value for name, value in record.items()}
+        for _, record in _records(str(path), missing_is_empty=False)
+    ]
+
+
+def _plain(value: float) -> float | int | str:
+    if isinstance(value, bool | int | str):
+        return value
+    number = float(value)
+    if math.isfinite(number):
+        return number
+    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
+
+
+class TensorBoardWriter:
+    """TensorBoard events in a directory (the extra `tensorboard`). Steps after `resume_from_step` are hidden there."""
+
+    def __init__(self, directory: str | Path, *, resume_from_step: int | None = None):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError("Writing TensorBoard events", "tensorboard") from error
+        purge = None if resume_from_step is None else resume_from_step + 1
+        self._writer = SummaryWriter(str(directory), purge_step=purge)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One scalar per metric; texts are left out."""
+        for name, value in metrics.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, float(value), int(step))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MultiWriter:
+    """Hands everything to several writers. All are closed, also when closing one fails."""
+
+    def __init__(self, writers: Sequence[MetricWriter]):
+        self._writers = list(writers)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, metrics)
+
+    def close(self) -> None:
+        failures = []
+        for writer in self._writers:
+            try:
+                writer.close()
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
