@@ -61,12 +61,14 @@ def _series(records: Sequence[dict], key: str) -> list[tuple[int, float]]:
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Centred moving average over about `share` of the points; the window shrinks evenly at both ends, so that the
-    curve lags behind nothing and a falling loss is not drawn too high."""
+    """Centred moving average over about `share` of the points, so that the curve does not lag behind a falling loss.
+
+    At the start, where the loss falls fast, the window shrinks evenly; at the end it only loses its missing half.
+    """
     reach = int(share * len(values) / 2)
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for i in range(len(values)):
-        near = min(reach, i, len(values) - 1 - i)
-        result.append((sums[i + near + 1] - sums[i - near]) / (2 * near + 1))
+        first, last = i - min(reach, i), min(i + min(reach, i), len(values) - 1)
+        result.append((sums[last + 1] - sums[first]) / (last + 1 - first))
     return result
