@@ -1,0 +1,132 @@
+"""Where raw code comes from: directory trees, walked in sorted order, without following links to directories.
+
+Without a tree of one's own the source is the running interpreter: its standard library and its installed packages.
+"""
+
+import os
+import site
+import stat
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxcoder.errors import DataError
+
+LARGEST_FILE = 4 << 20
+"""Bytes. Larger files are not read (a bound on memory of our own; they are tables and generated code)."""
+
+SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
+"""Besides hidden ones and package metadata. Installed packages inside a tree are a source of their own."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory tree; `label` is the first half of its documents' repo_name.
+
+    `is_package_root`: its entries are importable packages (otherwise a user's tree, whose levels are unknown).
+    """
+
+    root: Path
+    label: str
+    is_package_root: bool = False
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file found: where it is, and its path inside the source with `/`."""
+
+    file: str
+    source: Source
+    path: str
+
+
+def interpreter_sources() -> list[Source]:
+    """The standard library and the directories of installed packages of the running interpreter."""
+    paths = sysconfig.get_paths()
+    installed = [paths["purelib"], paths["platlib"], *site.getsitepackages()]
+    sources = [Source(Path(paths["stdlib"]), "stdlib", is_package_root=True)]
+    seen = {os.path.realpath(paths["stdlib"])}
+    for directory in installed:
+        if os.path.isdir(directory) and os.path.realpath(directory) not in seen:
+            seen.add(os.path.realpath(directory))
+            label = "site-packages" if len(sources) == 1 else f"site-packages-{len(sources)}"
+            sources.append(Source(Path(directory), label, is_package_root=True))
+    return sources
+
+
+def directory_sources(directories: Sequence[str | Path]) -> list[Source]:
+    """Sources for the user's own directories. Raises DataError for one that is not there or is not a directory."""
+    sources: list[Source] = []
+    for directory in map(Path, directories):
+        if not directory.exists():
+            raise DataError(f"The source directory {directory} does not exist: check the spelling.")
+        if not directory.is_dir():
+            raise DataError(f"The source {directory} is a file: give the directory that holds the code.")
+        root = directory.resolve()
+        if any(root == other.root or other.root in root.parents for other in sources):
+            continue  # it is part of a source that is already there
+        label = root.name or "root"
+        if any(other.label == label for other in sources):
+            label = f"{label}-{len(sources) + 1}"
+        sources.append(Source(root, label))
+    return sources
+
+
+def walk(source: Source, skipped: Counter[str]) -> Iterator[SourceFile]:
+    """Every regular file of a source, in sorted order; what cannot be read or followed is counted in `skipped`."""
+    pending = [source.root]
+    while pending:
+        directory = pending.pop()
+        try:
+            with os.scandir(directory) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError:
+            skipped["unreadable directory"] += 1
+            continue
+        below = []
+        for entry in entries:
+            kind = _kind(entry)
+            if kind == "directory":
+                if not _is_skipped(entry.name):
+                    below.append(Path(entry.path))
+            elif kind == "file":
+                yield SourceFile(entry.path, source, os.path.relpath(entry.path, source.root).replace(os.sep, "/"))
+            else:
+                skipped[kind] += 1
+        pending += reversed(below)
+
+
+def _is_skipped(name: str) -> bool:
+    return name.startswith(".") or name in SKIPPED_DIRECTORIES or name.endswith((".dist-info", ".egg-info"))
+
+
+def _kind(entry: os.DirEntry) -> str:
+    """ "file", "directory", or the reason to leave the entry alone."""
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            return "directory"
+        mode = entry.stat().st_mode
+    except OSError:
+        return "broken link"
+    if stat.S_ISDIR(mode):
+        return "link to a directory"  # following it could loop, or leave the tree
+    return "file" if stat.S_ISREG(mode) else "not a regular file"
+
+
+def read_source(file: str) -> tuple[str, str | None]:
+    """The text of a file, or ("", reason) if it is not readable text. Line ends stay as they are."""
+    try:
+        with open(file, "rb") as stream:
+            content = stream.read(LARGEST_FILE + 1)
+    except OSError:
+        return "", "unreadable file"
+    if len(content) > LARGEST_FILE:
+        return "", f"larger than {LARGEST_FILE >> 20} MiB"
+    if b"\0" in content:
+        return "", "binary"
+    try:
+        return content.decode("utf-8"), None
+    except UnicodeDecodeError:
+        return "", "not UTF-8"

@@ -1,0 +1,111 @@
+"""Choosing the held-out documents: whole top-level packages, so that the model never saw their neighbours.
+
+Packages that share a file (one vendors the other, wholly or with changes here and there) are linked, and linked
+packages stay on one side. If links leave no choice (everything hangs together), single packages are held out and a
+text that stands on both sides is kept for training only: held-out loss must be measured on unseen text, while training
+text need not be given up for that.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KeptFile:
+    """A file that passed the filters. `digest` identifies its text, `size` is in bytes."""
+
+    file: str
+    repo_name: str
+    """Source and package: what is held out is whole repo_names."""
+    path: str
+    lang: str
+    digest: bytes
+    size: int
+
+
+def packages_of(sizes: Mapping[str, int], *, is_package_root: bool) -> dict[str, str]:
+    """The top-level package of every path (path -> bytes) inside a source: a directory, or a module without its suffix.
+
+    In a package root that is the first component. A tree of the user's may wrap its packages (`src/project/...`), so
+    there a directory with over nine tenths of all bytes is a wrapper: its entries count as the packages.
+    """
+    packages: dict[str, str] = {}
+    limit = 0.9 * sum(sizes.values())
+
+    def assign(paths: Iterable[str], prefix: str) -> None:
+        entries = defaultdict(list)
+        for path in paths:
+            entries[path.removeprefix(prefix).partition("/")[0]].append(path)
+        for entry, inside in entries.items():
+            if inside == [prefix + entry]:
+                packages[inside[0]] = prefix + (entry.partition(".")[0] or entry)
+            elif not is_package_root and sum(sizes[path] for path in inside) > limit:
+                assign(inside, f"{prefix}{entry}/")
+            else:
+                packages.update(dict.fromkeys(inside, prefix + entry))
+
+    assign(sizes, "")
+    return packages
+
+
+def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> frozenset[str]:
+    """repo_names to hold out: at most `fraction` of the bytes where possible, at least one, never all.
+
+    The order in which packages are tried is a hash of (seed, name), so one more package changes little.
+    Empty if there is only one package, or `fraction` is 0.
+    """
+    if fraction <= 0:
+        return frozenset()
+    sizes = Counter()
+    for file in files:
+        sizes[file.repo_name] += file.size
+    groups = linked_packages(files)
+    if len(groups) == 1:
+        groups = [(name,) for name in groups[0]]
+    if len(groups) < 2:
+        return frozenset()
+    groups.sort(key=lambda group: keyed_hash(seed, group[0]))
+    weight = {group: sum(sizes[name] for name in group) for group in groups}
+    budget = fraction * sum(sizes.values())
+    held_out: list[str] = []
+    for group in groups:
+        if weight[group] <= budget:
+            budget -= weight[group]
+            held_out += group
+    return frozenset(held_out or min(groups, key=weight.__getitem__))
+
+
+def linked_packages(files: Sequence[KeptFile]) -> list[tuple[str, ...]]:
+    """repo_names grouped so that no text stands in two groups; names sorted in a group, groups by first name."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    owner: dict[bytes, str] = {}
+    for file in files:
+        leader.setdefault(file.repo_name, file.repo_name)
+        first, second = sorted((find(file.repo_name), find(owner.setdefault(file.digest, file.repo_name))))
+        leader[second] = first
+    groups = defaultdict(list)
+    for name in sorted(leader):
+        groups[find(name)].append(name)
+    return sorted(tuple(group) for group in groups.values())
+
+
+def without_copies(files: Sequence[KeptFile], held_out: frozenset[str]) -> list[KeptFile]:
+    """One file for each text, sorted by (repo_name, path); a text that stands on both sides stays in training."""
+    chosen: dict[bytes, KeptFile] = {}
+    for file in sorted(files, key=lambda file: (file.repo_name in held_out, file.repo_name, file.path)):
+        chosen.setdefault(file.digest, file)
+    return sorted(chosen.values(), key=lambda file: (file.repo_name, file.path))
+
+
+def keyed_hash(seed: int, name: str) -> bytes:
+    """A hash that orders names at random, the same on every machine."""
+    return hashlib.blake2b(name.encode(errors="surrogateescape"), key=str(seed).encode(), digest_size=16).digest()
