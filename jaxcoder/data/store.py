@@ -1,0 +1,223 @@
+"""The token store: one long stream of token ids on disk, with what is needed to trust it and to trace it.
+
+    manifest.json        settings, counts, and the size and hash of every other file; written last
+    tokens/              zarr 3 array of all ids (uint16 up to 65,536 ids, else uint32), in shards of compressed chunks
+                         with a checksum each; every document is followed by an end token
+    documents.parquet    one row a document, in stream order: start, text_bytes, repo_name, path, lang
+    token_bytes.npy      bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens
+    tokenizer/           the tokenizer that wrote the ids
+
+A store is opened for reading anywhere: on a local disk, or at gs:// or s3://.
+Reference: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
+"""
+
+import functools
+import io
+import json
+import os
+
+import numpy as np
+
+from jaxcoder.data.directory import Directory
+from jaxcoder.errors import DataError
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+FORMAT = "jaxcoder token store"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WORK = "work"  # what an unfinished build leaves
+CHUNK_TOKENS = 8192  # unit of compression and checksum: a random window reads one or two
+_CACHE_BYTES = 64 << 20
+
+
+class TokenStore:
+    """A finished store, open for reading; safe to use from several threads.
+
+    num_tokens, num_documents, vocab_size, tokenizer_fingerprint: as written.
+    text_bytes: UTF-8 bytes of all documents; special tokens have none.
+    token_bytes: int32 [vocab_size], bytes of text behind each id.
+    """
+
+    def __init__(self, directory: Directory, manifest: dict):
+        self.directory = directory
+        self.path = directory.path
+        self.manifest = manifest
+        settings = manifest["settings"]
+        self.num_tokens: int = manifest["num_tokens"]
+        self.num_documents: int = manifest["num_documents"]
+        self.text_bytes: int = manifest["text_bytes"]
+        self.vocab_size: int = settings["vocab_size"]
+        self.tokenizer_fingerprint: str = settings["tokenizer_fingerprint"]
+        self.shard_tokens: int = settings["shard_tokens"]
+        self.token_bytes: np.ndarray = np.load(io.BytesIO(self._checked("token_bytes.npy")))
+        self._tokens = _open_array(directory)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "TokenStore":
+        """Open the store at `path`.
+
+        Raises DataError if there is none, if its build did not finish, if another release wrote it, or if a file is
+        missing or has another size than the manifest says. Altered bytes are found by checksum when they are read.
+        """
+        directory = Directory(path)
+        sizes = directory.sizes()
+        if MANIFEST not in sizes:
+            raise DataError(_no_manifest(directory.path, sizes))
+        manifest = parse_manifest(directory.read(MANIFEST), directory / MANIFEST)
+        for name, entry in manifest["files"].items():
+            if sizes.get(name) != entry["bytes"]:
+                state = "is missing" if name not in sizes else f"has {sizes[name]} bytes instead of {entry['bytes']}"
+                raise DataError(
+                    f"The token store {directory.path} is damaged: {name} {state}; copy it again, or delete the "
+                    "directory and run `jaxcoder data build` again."
+                )
+        return cls(directory, manifest)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids at places [start, stop) of the stream, int32 [stop - start]. DataError if a checksum fails."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.path}")
+        try:
+            return self._tokens[start:stop].read().result().astype(np.int32)
+        except ValueError as error:
+            raise DataError(self._damaged(start, stop, error)) from error
+
+    @functools.cached_property
+    def documents(self):
+        """pyarrow.Table, one row a document in stream order: start, text_bytes, repo_name, path, lang."""
+        import pyarrow.parquet as pq
+
+        return pq.read_table(io.BytesIO(self._checked("documents.parquet")), use_threads=False)
+
+    @functools.cached_property
+    def document_offsets(self) -> np.ndarray:
+        """int64 [num_documents + 1]: document d, its end token included, is at [offsets[d], offsets[d + 1])."""
+        return np.append(self.documents["start"].to_numpy(), np.int64(self.num_tokens))
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text per stored token, end tokens counted: bits per byte = loss / ln 2 / bytes_per_token, nearly."""
+        return self.text_bytes / self.num_tokens
+
+    def count_text_bytes(self, ids: np.ndarray) -> int:
+        """Bytes of text that the ids stand for, special tokens none.
+
+        With it bits per byte is exact on any windows: (sum of the losses of `ids` in nats) / ln 2 / count_text_bytes(ids).
+        """
+        return int(self.token_bytes[ids].sum(dtype=np.int64))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that wrote the store, from its own copy."""
+        name = "tokenizer/tokenizer.json"
+        return Tokenizer(self._checked(name), origin=self.directory / name)
+
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raise DataError unless `tokenizer` is the one that wrote the store."""
+        if tokenizer.fingerprint != self.tokenizer_fingerprint:
+            raise DataError(
+                f"The token store {self.path} was written with another tokenizer (fingerprint "
+                f"{self.tokenizer_fingerprint[:12]}, {self.vocab_size} ids) than the one given "
+                f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): use the copy in {self.directory / 'tokenizer'}, "
+                "or build the store anew."
+            )
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError if a model with `vocab_size` embedding rows has no row for some id of the store."""
+        if vocab_size < self.vocab_size:
+            raise DataError(
+                f"The token store {self.path} has ids up to {self.vocab_size - 1}, but the model's vocab_size is "
+                f"{vocab_size}: set model.vocab_size to {self.vocab_size} or more, or use a store with fewer ids."
+            )
+
+    def verify(self) -> None:
+        """Compare every file with its hash in the manifest (reads the whole store). DataError names the first that differs."""
+        for name in self.manifest["files"]:
+            self._compare(name, self.directory.sha256(name))
+
+    def _checked(self, name: str) -> bytes:
+        import hashlib
+
+        content = self.directory.read(name)
+        self._compare(name, hashlib.sha256(content).hexdigest())
+        return content
+
+    def _compare(self, name: str, sha256: str) -> None:
+        if sha256 != self.manifest["files"][name]["sha256"]:
+            raise DataError(
+                f"The token store {self.path} is damaged: the content of {name} is not what was written; copy it again, "
+                "or delete the directory and run `jaxcoder data build` again."
+            )
+
+    def _damaged(self, start: int, stop: int, error: ValueError) -> str:
+        shards = range(start // self.shard_tokens, (stop - 1) // self.shard_tokens + 1)
+        names = " or ".join(f"tokens/c/{shard}" for shard in shards)
+        reason = str(error).split("[", 1)[0].strip()
+        return (
+            f"The token store {self.path} is damaged: {names} cannot be read ({reason}); copy it again, or delete the "
+            "directory and run `jaxcoder data build` again."
+        )
+
+
+def parse_manifest(content: bytes, origin: str) -> dict:
+    """The manifest of a store of this release. DataError if it is none."""
+    try:
+        manifest = json.loads(content)
+        settings = manifest["settings"]
+        version = settings["format_version"] if settings["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if version is None:
+        raise DataError(f"{origin} is not the manifest of a token store: give a directory made by `jaxcoder data build`.")
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{origin} has format version {version}, but this release reads version {FORMAT_VERSION}: build the store "
+            "anew, or use the release of jaxcoder that wrote it."
+        )
+    return manifest
+
+
+def array_spec(directory: Directory, *, num_tokens: int, dtype: str, shard_tokens: int) -> dict:
+    """The tensorstore spec that creates the array of ids."""
+    little_endian = {"name": "bytes", "configuration": {"endian": "little"}}
+    checksum = {"name": "crc32c"}
+    compression = {"name": "zstd", "configuration": {"level": 3}}
+    sharding = {
+        "chunk_shape": [CHUNK_TOKENS],
+        "codecs": [little_endian, compression, checksum],
+        "index_codecs": [little_endian, checksum],
+        "index_location": "end",
+    }
+    return {
+        "driver": "zarr3",
+        "kvstore": directory.kvstore("tokens"),
+        "metadata": {
+            "shape": [num_tokens],
+            "data_type": dtype,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [shard_tokens]}},
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        },
+    }
+
+
+def _open_array(directory: Directory):
+    import tensorstore as ts
+
+    spec = {
+        "driver": "zarr3",
+        "kvstore": directory.kvstore("tokens"),
+        "recheck_cached_data": "open",  # a finished store does not change; asking on every read costs a third
+        "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
+    }
+    try:
+        return ts.open(spec, read=True, open=True).result()
+    except ValueError as error:
+        raise DataError(
+            f"The token store {directory.path} cannot be opened ({error}): check the access to it, or copy it again."
+        ) from error
+
+
+def _no_manifest(path: str, sizes: dict[str, int]) -> str:
+    if any(name.startswith(f"{WORK}/") for name in sizes):
+        return f"The token store {path} is unfinished: run the same `jaxcoder data build` again, which completes it."
+    state = "holds no manifest.json" if sizes else "does not exist or is empty"
+    return f"There is no token store at {path}: it {state}; make one with `jaxcoder data build`."
