@@ -1,0 +1,132 @@
+"""The weights of a directory in Hugging Face's format, checked against its config and opened without being read.
+
+Known forms: model.safetensors, its shards with an index, pytorch_model.bin, its shards with an index.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxcoder.checkpoint.names import listed
+from jaxcoder.config import ModelConfig
+from jaxcoder.convert.hf_config import read_hf_config
+from jaxcoder.convert.hf_names import EMBEDDING, LM_HEAD, Entry, entries, shape, to_ours
+from jaxcoder.convert.safetensors import Tensor, read_safetensors
+from jaxcoder.convert.torch_file import read_torch_file
+from jaxcoder.errors import ConversionError
+
+_FORMS = (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch_file))
+_BUFFERS = ("attn.bias", "attn.masked_bias")
+"""Causal masks that early files carry beside the weights; `transformer.bias` is the later one."""
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class HFWeights:
+    """A checked directory; every tensor of the table is there, in its shape."""
+
+    directory: Path
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+
+    def entries(self) -> list[Entry]:
+        return entries(self.config)
+
+    def read(self, entry: Entry) -> dict[str, np.ndarray]:
+        """Our fp32 arrays that come of one of their tensors."""
+        tensor = self.tensors[entry.theirs].read().astype(np.float32, copy=False)
+        return to_ours(entry, tensor, self.config)
+
+    def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """All our arrays, one after the other."""
+        for entry in self.entries():
+            yield from self.read(entry).items()
+
+
+def is_hf_directory(directory: Path) -> bool:
+    """Whether there are weights in a form of the PyTorch world."""
+    return any((directory / name).is_file() for form, _ in _FORMS for name in (form, f"{form}.index.json"))
+
+
+def open_hf_weights(directory: Path) -> HFWeights:
+    """Opens and checks a directory; ConversionError names what is missing, left over, misshapen or not supported."""
+    config = read_hf_config(directory)
+    tensors = _without_buffers(_with_prefix(_find(directory)))
+    if EMBEDDING not in tensors and LM_HEAD in tensors:
+        tensors[EMBEDDING] = tensors[LM_HEAD]  # tied: either name will do
+    _check(directory, tensors, config)
+    head = tensors.pop(LM_HEAD, None)
+    if head is not None and head is not tensors[EMBEDDING]:
+        _check_tied(directory, head, tensors[EMBEDDING])
+    return HFWeights(directory, config, tensors)
+
+
+def _find(directory: Path) -> dict[str, Tensor]:
+    for form, read in _FORMS:
+        if (directory / form).is_file():
+            return read(directory / form)
+        index = directory / f"{form}.index.json"
+        if index.is_file():
+            tensors: dict[str, Tensor] = {}
+            for shard in _shards(index):
+                tensors.update(read(shard))
+            return tensors
+    names = ", ".join(form for form, _ in _FORMS)
+    raise ConversionError(f"{directory} has no weights: none of {names} (or their .index.json) is there.")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        # A name with a directory in it would lead out of this one.
+        is_sound = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise ConversionError(f"{index} is not the index of a sharded model: fetch it again.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ConversionError(f"{index.parent} lacks {listed(missing)} of its {len(names)} shards: fetch it again.")
+    return [index.parent / name for name in names]
+
+
+def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as of the whole model; the bare decoder is saved without their first part."""
+    if any(name.startswith("transformer.") for name in tensors):
+        return tensors
+    return {name if name == LM_HEAD else f"transformer.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def is_buffer(name: str) -> bool:
+        return name == "transformer.bias" or (name.startswith("transformer.h.") and name.split(".", 3)[-1] in _BUFFERS)
+
+    return {name: tensor for name, tensor in tensors.items() if not is_buffer(name)}
+
+
+def _check(directory: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+    expected = {entry.theirs: shape(entry.their_dims, config) for entry in entries(config)}
+    allowed = expected | {LM_HEAD: expected[EMBEDDING]}
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is left over" for name in tensors if name not in allowed]
+    for name, tensor in tensors.items():
+        if name in allowed and tensor.shape != allowed[name]:
+            problems.append(f"{name} is {list(tensor.shape)} where config.json means {list(allowed[name])}")
+        elif name in allowed and tensor.dtype.name not in ("float32", "float16", "bfloat16"):
+            problems.append(f"{name} is {tensor.dtype.name}, not float32, float16 or bfloat16")
+    if problems:
+        raise ConversionError(f"the weights in {directory} do not fit its config.json: {listed(problems)}.")
+
+
+def _check_tied(directory: Path, head: Tensor, embedding: Tensor) -> None:
+    head_rows, embedding_rows = head.read(), embedding.read()
+    for start in range(0, len(head_rows), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        if head_rows[rows].tobytes() != embedding_rows[rows].tobytes():
+            raise ConversionError(
+                f"{directory} has an lm_head.weight of its own, different from {EMBEDDING}: "
+                "only tied heads are supported, as in every published model of the family."
+            )
