@@ -1,14 +1,20 @@
 """The files of a tokenizer directory that other people's loaders want.
 
-tokenizer.json is the truth. Beside it transformers 4 and 5 both want `tokenizer_class: GPT2Tokenizer`,
-`additional_special_tokens` and special_tokens_map.json; other classes lose the special tokens in one of the two, or
-make it return token_type_ids, which GPTBigCode would add to its input. vocab.json and merges.txt serve older loaders.
+tokenizer.json is the truth. Beside it transformers 4 and 5 agree on few settings (tried with 4.57 and 5.23, with and
+without a config.json beside):
+- `tokenizer_class: GPT2Tokenizer`, StarCoder's own: transformers 5 puts GPT-2's pre-tokenizer in place of ours unless a
+  config.json says gpt_bigcode, and a blank before a digit then gets another id;
+- `PreTrainedTokenizerFast`, taken here, keeps tokenizer.json as it is; but without `model_input_names` transformers 4
+  returns token_type_ids, which GPTBigCode adds to its input;
+- `additional_special_tokens` and special_tokens_map.json are read by both; `extra_special_tokens` breaks 4.
+vocab.json and merges.txt serve older loaders.
 """
 
 import json
 from pathlib import Path
 
-from jaxcoder.tokenizer.atomic import write_bytes, write_text
+from jaxcoder.errors import DataError
+from jaxcoder.tokenizer.atomic import file_system_errors, write_bytes, write_text
 from jaxcoder.tokenizer.encoders import merge_pairs
 from jaxcoder.tokenizer.special_tokens import END_OF_TEXT
 
@@ -20,7 +26,8 @@ def write_tokenizer_files(directory: Path, content: bytes, spec: dict, specials:
     roles = {role: END_OF_TEXT for role in ("bos_token", "eos_token", "unk_token") if END_OF_TEXT in specials}
     special_tokens_map = {"additional_special_tokens": list(specials), **roles}
     config = {
-        "tokenizer_class": "GPT2Tokenizer",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         **special_tokens_map,
@@ -33,3 +40,20 @@ def write_tokenizer_files(directory: Path, content: bytes, spec: dict, specials:
     write_text(directory / "special_tokens_map.json", json.dumps(special_tokens_map, indent=2) + "\n")
     write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_bytes(directory / "tokenizer.json", content)
+
+
+def check_output_directory(directory: Path, *, overwrite: bool) -> None:
+    """Raise DataError unless a tokenizer may be written here: nothing is lost, or `overwrite` and it is a tokenizer."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise DataError(f"The output directory {directory} is a file: choose another name.")
+    with file_system_errors(directory):
+        strange = sorted(entry.name for entry in directory.iterdir() if entry.name not in TOKENIZER_FILES)
+    strange = [name for name in strange if not name.startswith(".")]
+    if strange:
+        raise DataError(f"The output directory {directory} holds something else ({strange[0]}): choose another one.")
+    if (directory / "tokenizer.json").exists() and not overwrite:
+        raise DataError(
+            f"The directory {directory} already holds a tokenizer: choose another one, or give --overwrite to replace it."
+        )
