@@ -119,7 +119,7 @@ class ConsoleProgress:
 class TrainingLine:
     """The live line of a training run: step, loss, bits per byte, tokens per second, time left.
 
-        with TrainingLine(num_steps=1000, first_step=0) as line:
+        with TrainingLine(num_steps=1000) as line:
             line.update(step=1, loss=10.8, bits_per_byte=3.4, tokens_per_second=41_000)
             line.say("saved step 100")
 
@@ -130,14 +130,12 @@ class TrainingLine:
         self,
         num_steps: int,
         *,
-        first_step: int = 0,
         stream: TextIO | None = None,
         interval: float = PLAIN_INTERVAL,
         window: int = 50,
     ):
         self._line = _Line(stream, interval)
         self._num_steps = num_steps
-        self._first_step = first_step
         self._marks: deque[tuple[float, int]] = deque(maxlen=window)
 
     def __enter__(self) -> "TrainingLine":

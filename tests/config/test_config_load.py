@@ -1,0 +1,185 @@
+"""load_run: finding runs by name and by file, overrides, and what every mistake is answered with."""
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from jaxcoder.config import ModelConfig, RunConfig
+from jaxcoder.config import load as load_module
+from jaxcoder.config.load import apply_overrides, available_runs, load_run
+from jaxcoder.config.serialize import diff
+from jaxcoder.errors import ConfigError
+
+FILE = '''
+from jaxcoder.config import ModelConfig, RunConfig
+
+def _model() -> ModelConfig:
+    return ModelConfig(num_layers=2, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=32)
+
+def model(layers) -> ModelConfig:
+    return _model()
+
+def small() -> RunConfig:
+    """A small run."""
+    return RunConfig(name="small", model=_model(), num_steps=10, global_batch_size=2)
+'''
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text=FILE, name="my_run.py"):
+        path = tmp_path / name
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """A `jaxcoder_configs` of our own with the runs small and large."""
+    (tmp_path / "models.py").write_text(FILE + FILE.replace("small", "large"))
+    package = ModuleType("jaxcoder_configs")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "jaxcoder_configs", package)
+    monkeypatch.delitem(sys.modules, "jaxcoder_configs.models", raising=False)
+    yield
+    sys.modules.pop("jaxcoder_configs.models", None)
+
+
+RUN = RunConfig(
+    name="x",
+    model=ModelConfig(num_layers=1, embed_dim=4, num_heads=2, head_dim=2, mlp_dim=8),
+    num_steps=3,
+    global_batch_size=2,
+)
+
+
+# --- names and files -------------------------------------------------------------------------------------------------
+
+
+def test_by_name(installed):
+    assert load_run("large").name == "large"
+    assert available_runs() == {"small": "A small run.", "large": "A large run."}
+
+
+@pytest.mark.parametrize(("name", "near"), [("smal", "small"), ("Large", "large")])
+def test_unknown_name_suggests(installed, name, near):
+    with pytest.raises(ConfigError, match=rf"no run called '{name}' \(did you mean '{near}'\?\)\. There are: small, large;"):
+        load_run(name)
+
+
+def test_by_file(file):
+    path = file()
+    assert load_run(path).name == load_run(f"{path}:small").name == "small"
+    assert load_run(path, ["--model.num_layers", "7"]).model.num_layers == 7
+
+
+TWO = FILE + "def tiny() -> RunConfig:\n    return small()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "expected"),
+    [
+        (FILE, ":smal", r"has no function 'smal'.*did you mean 'small'"),
+        (TWO, "", r"has 2 functions that return a RunConfig \(small, tiny\): say which, as in .*my_run.py:small"),
+        ("x = 1", "", "has 0 functions.*write one"),
+        ("def run(", "", "fails when imported: SyntaxError"),
+        ("import nothing_of_this_name", "", "fails when imported: ModuleNotFoundError"),
+        ("def run(): return 1", "", "returns int: it has to return a RunConfig"),
+        ("def run(): raise KeyError('k')", "", "fails: KeyError"),
+        (FILE.replace("mlp_dim", "mlp_dims"), "", r"unexpected keyword argument 'mlp_dims' \(did you mean 'mlp_dim'\?\)"),
+        (FILE.replace("num_steps=10", "num_steps='10'"), "", "num_steps is '10', but has to be a whole number"),
+        (FILE.replace("small()", "small(layers)"), "", "needs the arguments layers"),
+    ],
+)
+def test_files_that_do_not_work(file, text, suffix, expected):
+    with pytest.raises(ConfigError, match=f"(?s){expected}"):
+        load_run(file(text) + suffix)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("no/such/file.py", "there is no file"), ("some/where", "is no Python file"), ("x.py", "no file")]
+)
+def test_paths_that_are_not_there(name, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_run(name)
+
+
+def test_a_file_may_define_dataclasses_and_postpone_annotations(file):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 2\n"
+    assert load_run(file(text + FILE.replace("num_steps=10", "num_steps=A().x"))).num_steps == 2
+
+
+def test_the_installed_configs_load():
+    runs = available_runs()
+    for name in runs:
+        assert isinstance(load_run(name), RunConfig)
+        assert runs[name], f"the run {name} has no docstring"
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("", []),
+        ("--num-steps 5", ["num_steps: 3 -> 5"]),
+        ("--num_steps=5", ["num_steps: 3 -> 5"]),
+        ("--num-steps 5 --num-steps 6", ["num_steps: 3 -> 6"]),
+        ("--optimizer.peak-learning-rate 1e-3", ["optimizer.peak_learning_rate: 0.0003 -> 0.001"]),
+        ("--optimizer.decay_steps 7 --mesh.fsdp=-1", ["optimizer.decay_steps: None -> 7"]),
+        ("--microbatch-size None --tensorboard", ["tensorboard: False -> True"]),
+        ("--data.document-mask --data.no-document-mask", []),
+        ("--compute.attention blockwise --mesh.data -1", ["compute.attention: None -> blockwise", "mesh.data: 1 -> -1"]),
+        ("--data.store gs://a/b", ["data.store:  -> gs://a/b"]),
+    ],
+)
+def test_overrides(overrides, expected):
+    assert diff(RUN, apply_overrides(RUN, overrides.split())) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("--num-step 5", "no field `--num-step` (did you mean `--num-steps`?)"),
+        ("--learning-rate 5", "(did you mean `--optimizer.peak-learning-rate`?)"),
+        ("--num-layers 5", "(did you mean `--model.num-layers`?)"),
+        ("--model.embeddim 5", "(did you mean `--model.embed-dim`?)"),
+        ("--optimiser.beta1 5", "(did you mean `--optimizer.beta1`?)"),
+        ("--zzz 5", "no field `--zzz`. See"),
+        ("--num-steps five", "`--num-steps` is 'five', but has to be a whole number."),
+        ("--num-steps 3.5", "`--num-steps` is '3.5', but has to be a whole number."),
+        ("--num-steps", "`--num-steps` has no value behind it: it takes a whole number."),
+        ("--num-steps --seed 3", "`--num-steps` has no value behind it"),
+        ("--optimizer.beta1 big", "but has to be a number."),
+        ("--microbatch-size x", "but has to be a whole number or None."),
+        ("--compute.attention flash", 'but has to be "reference" or "blockwise" or None.'),
+        ("--tensorboard=True", "`--tensorboard` is a switch"),
+        ("--tensorboard True", "'True' belongs to no option"),
+        ("num_steps=5", "write `--num-steps 5`"),
+        ("5", "'5' belongs to no option"),
+        ("-n 5", "'-n' belongs to no option"),
+    ],
+)
+def test_wrong_overrides_are_one_sentence(overrides, expected, capfd):
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(RUN, overrides.split())
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_tyro_alone_refuses_is_a_sentence_too(monkeypatch):
+    monkeypatch.setattr(load_module, "_check_options", lambda overrides, prog: None)
+    with pytest.raises(ConfigError, match=r"^Error parsing --num-steps: invalid literal.*'five'\. See `jaxcoder train NAME"):
+        apply_overrides(RUN, ["--num-steps", "five"])
+
+
+def test_help_prints_the_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        apply_overrides(RUN, ["--num-steps", "5", "--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    assert "--optimizer.peak-learning-rate" in said and "Windows per optimizer step" in said

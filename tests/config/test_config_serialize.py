@@ -1,0 +1,124 @@
+"""JSON of configs: the golden, exact round trips, strict reading, fingerprints and differences."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcoder.config import ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config.serialize import diff, fingerprint, from_json, model_fingerprint, to_dict, to_json
+from jaxcoder.errors import ConfigError
+
+GOLDEN = Path(__file__).parent / "golden" / "run.json"
+
+RUN = RunConfig(
+    name="golden",
+    model=ModelConfig(num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256, vocab_size=512, max_seq_len=128),
+    num_steps=100,
+    global_batch_size=16,
+    optimizer=OptimizerConfig(peak_learning_rate=1e-3, max_grad_norm=1),
+)
+
+
+def test_golden():
+    """The file on disk is an interface: checkpoints written today are read by later versions. A new field changes this
+    golden knowingly, with a way to read the older files."""
+    assert to_json(RUN) == GOLDEN.read_text()
+    assert from_json(GOLDEN.read_text()) == RUN
+    assert fingerprint(RUN) == "9068407193f2f256"
+    assert model_fingerprint(RUN.model) == "f605472006fdca20"
+
+
+def test_model_alone():
+    assert from_json(to_json(RUN.model), ModelConfig) == RUN.model
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.builds(
+        OptimizerConfig,
+        peak_learning_rate=st.floats(allow_nan=False, allow_infinity=False),
+        warmup_steps=st.integers(),
+        decay_steps=st.none() | st.integers(),
+        weight_decay=st.integers(0, 3),
+    ),
+    st.text(),
+)
+def test_round_trip(optimizer, name):
+    config = dataclasses.replace(RUN, optimizer=optimizer, name=name)
+    text = to_json(config)
+    assert from_json(text) == config and to_json(from_json(text)) == text
+    assert fingerprint(from_json(text)) == fingerprint(config)
+
+
+def test_one_and_one_point_zero_are_one_config():
+    whole = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, max_grad_norm=1))
+    point = dataclasses.replace(RUN, optimizer=dataclasses.replace(RUN.optimizer, max_grad_norm=1.0))
+    assert fingerprint(whole) == fingerprint(point) and to_json(whole) == to_json(point)
+
+
+def edited(edit):
+    plain = to_dict(RUN)
+    edit(plain)
+    return json.dumps(plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is not JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "the whole is \\[\\], but has to be an object"),
+        (edited(lambda plain: plain.pop("seed")), "seed is missing"),
+        (edited(lambda plain: plain["model"].pop("mlp_dim")), "model.mlp_dim is missing"),
+        (edited(lambda plain: plain.update(sede=1)), "sede is unknown"),
+        (edited(lambda plain: plain["mesh"].update(context=1)), "mesh.context is unknown"),
+        (edited(lambda plain: plain.update(seed="1")), 'seed is "1", but has to be a whole number'),
+        (edited(lambda plain: plain.update(seed=1.5)), "seed is 1.5, but has to be a whole number"),
+        (edited(lambda plain: plain.update(tensorboard=0)), "tensorboard is 0, but has to be true or false"),
+        (edited(lambda plain: plain.update(model=None)), "model is None, but has to be an object with fields"),
+        (edited(lambda plain: plain["compute"].update(remat="all")), 'compute.remat is "all", but has to be "none" or'),
+    ],
+)
+def test_strict_reading_names_what_is_wrong(text, expected):
+    with pytest.raises(ConfigError, match=f"runs/x/config.json.*{expected}"):
+        from_json(text, source="runs/x/config.json")
+
+
+def test_every_problem_is_named_at_once():
+    def edit(plain):
+        del plain["seed"], plain["model"]["mlp_dim"]
+        plain["new"] = plain["eval"]["new"] = 1
+
+    with pytest.raises(ConfigError) as caught:
+        from_json(edited(edit))
+    assert all(name in str(caught.value) for name in ("seed is", "model.mlp_dim is", "new is", "eval.new is"))
+
+
+def test_numbers_that_json_lacks_are_refused():
+    bad = dataclasses.replace(RUN, optimizer=OptimizerConfig(peak_learning_rate=float("nan")))
+    with pytest.raises(ConfigError, match="optimizer.peak_learning_rate is not a finite number"):
+        to_json(bad)
+
+
+def test_diff_is_readable():
+    new = dataclasses.replace(
+        RUN, optimizer=dataclasses.replace(RUN.optimizer, peak_learning_rate=3e-4), microbatch_size=8, name="other"
+    )
+    assert diff(RUN, new) == [
+        "name: golden -> other",
+        "microbatch_size: None -> 8",
+        "optimizer.peak_learning_rate: 0.001 -> 0.0003",
+    ]
+    assert diff(RUN, RUN) == []
+
+
+def test_fingerprint_sees_every_field():
+    assert fingerprint(RUN) != fingerprint(dataclasses.replace(RUN, seed=RUN.seed + 1))
+    deep = dataclasses.replace(RUN, model=dataclasses.replace(RUN.model, activation="gelu"))
+    assert fingerprint(RUN) != fingerprint(deep)
+    assert model_fingerprint(RUN.model) != model_fingerprint(deep.model)

@@ -1,0 +1,150 @@
+"""validate: every rule has a run that breaks it, all problems are said at once, and no garbage escapes as another error."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcoder.config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config.fields import hints, leaves, walk
+from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.errors import ConfigError
+
+GOOD = RunConfig(
+    name="tiny",
+    model=ModelConfig(
+        num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256, vocab_size=512, max_seq_len=128
+    ),
+    num_steps=100,
+    global_batch_size=16,
+    microbatch_size=8,
+    optimizer=OptimizerConfig(warmup_steps=10),
+)
+
+
+def changed(name, value, config=GOOD):
+    """`config` with the field of a dotted name replaced."""
+    room, _, rest = name.partition(".")
+    new = changed(rest, value, getattr(config, room)) if rest else value
+    return dataclasses.replace(config, **{room: new})
+
+
+def problems(config, num_devices=8):
+    with pytest.raises(ConfigError) as caught:
+        validate(config, num_devices)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+def test_a_good_run_passes(num_devices):
+    validate(GOOD, num_devices)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("num_steps", 0, "num_steps is 0"),
+        ("num_steps", 5, "optimizer.warmup_steps 10 is beyond num_steps 5"),
+        ("global_batch_size", -8, "global_batch_size is -8"),
+        ("global_batch_size", 12, "microbatch_size 8 does not divide global_batch_size 12"),
+        ("global_batch_size", 20, "global_batch_size 20 is not a multiple of mesh.data x mesh.fsdp (8 devices)"),
+        ("microbatch_size", 4, "microbatch_size 4 is not a multiple of mesh.data x mesh.fsdp (8 devices)"),
+        ("microbatch_size", 0, "microbatch_size is 0"),
+        ("seed", -1, "seed is -1"),
+        ("name", "", 'name is ""'),
+        ("log_every_steps", 0, "log_every_steps is 0"),
+        ("model.num_layers", 0, "model.num_layers is 0"),
+        ("model.embed_dim", 72, "model.embed_dim is 72, but model.num_heads 4 x model.head_dim 16 is 64"),
+        ("model.num_kv_heads", 3, "model.num_heads 4 is not a multiple of model.num_kv_heads 3"),
+        ("model.num_kv_heads", 0, "model.num_kv_heads is 0"),
+        ("model.embed_dropout", 1.0, "model.embed_dropout is 1.0"),
+        ("model.attention_dropout", -0.1, "model.attention_dropout is -0.1"),
+        ("model.layer_norm_epsilon", 0.0, "model.layer_norm_epsilon is 0.0"),
+        ("model.activation", "relu", 'model.activation is \'relu\', but has to be "gelu_tanh" or "gelu"'),
+        ("compute.loss_chunk_size", 0, "compute.loss_chunk_size is 0"),
+        ("data.fim_rate", 1.5, "data.fim_rate is 1.5"),
+        ("data.fim_spm_rate", -0.5, "data.fim_spm_rate is -0.5"),
+        ("optimizer.peak_learning_rate", math.nan, "optimizer.peak_learning_rate is nan"),
+        ("optimizer.peak_learning_rate", 1e-6, "optimizer.final_learning_rate 3e-05 is above"),
+        ("optimizer.beta2", 1.0, "optimizer.beta2 is 1.0"),
+        ("optimizer.decay_steps", 5, "optimizer.warmup_steps 10 is beyond optimizer.decay_steps 5"),
+        ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm is 0.0"),
+        ("checkpoint.save_every_steps", 0, "checkpoint.save_every_steps is 0"),
+        ("checkpoint.keep_last", 0, "checkpoint.keep_last is 0"),
+        ("eval.num_windows", -1, "eval.num_windows is -1"),
+        ("mesh.tensor", 3, "the mesh data 1 x fsdp -1 x tensor 3 does not fit 8 devices"),
+        ("mesh.tensor", 0, "mesh.tensor is 0"),
+        ("mesh.tensor", -1, "mesh.fsdp and mesh.tensor are both -1"),
+        ("mesh.fsdp", 4, "the mesh data 1 x fsdp 4 x tensor 1 is 4 devices, but there are 8"),
+        ("mesh.tensor", 8, "model.num_heads 4 is not a multiple of mesh.tensor (8 devices)"),
+        ("num_steps", "100", "num_steps is '100', but has to be a whole number"),
+        ("num_steps", True, "num_steps is True"),
+        ("data.document_mask", 1, "data.document_mask is 1, but has to be true or false"),
+        ("model", None, "model is None, but has to be a ModelConfig"),
+    ],
+)
+def test_each_problem_is_named(name, value, expected):
+    assert expected in problems(changed(name, value))
+
+
+def test_sizes_that_do_not_divide_name_axis_and_sizes():
+    model = dataclasses.replace(GOOD.model, num_heads=2, head_dim=33, embed_dim=66, mlp_dim=30, vocab_size=511)
+    said = problems(dataclasses.replace(GOOD, model=model, mesh=MeshConfig(fsdp=-1, tensor=4)), 16)
+    assert "model.num_heads 2 is not a multiple of mesh.tensor (4 devices)" in said
+    assert "model.mlp_dim 30 is not a multiple of mesh.tensor (4 devices)" in said
+    assert "model.vocab_size 511 is not a multiple of mesh.tensor (4 devices)" in said
+    assert "model.embed_dim 66 is not a multiple of mesh.fsdp (4 devices)" in said
+
+
+def test_several_kv_heads_are_split_and_one_is_not():
+    mesh = MeshConfig(fsdp=-1, tensor=4)
+    validate(dataclasses.replace(GOOD, mesh=mesh), 8)
+    assert "model.num_kv_heads 2" in problems(dataclasses.replace(changed("model.num_kv_heads", 2), mesh=mesh))
+
+
+def test_all_problems_at_once():
+    bad = changed("seed", -3, changed("data.fim_rate", 2.0, changed("mesh.tensor", 3, changed("num_steps", 0))))
+    said = problems(bad)
+    assert len(said.splitlines()) == 5 and "seed" in said and "fim_rate" in said and "mesh" in said and "num_steps" in said
+
+
+@pytest.mark.parametrize(
+    ("mesh", "num_devices", "expected"),
+    [
+        (MeshConfig(), 8, (1, 8, 1)),
+        (MeshConfig(fsdp=2, data=-1, tensor=2), 8, (2, 2, 2)),
+        (MeshConfig(fsdp=1, tensor=-1), 1, (1, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
+    ],
+)
+def test_resolve_mesh(mesh, num_devices, expected):
+    assert dataclasses.astuple(resolve_mesh(mesh, num_devices)) == expected
+
+
+def test_resolve_mesh_refuses():
+    with pytest.raises(ConfigError, match="fsdp 4 x tensor 1 is 4 devices, but there are 8"):
+        resolve_mesh(MeshConfig(fsdp=4), 8)
+
+
+GARBAGE = st.one_of(
+    st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=3), st.none(), st.booleans(), st.just([1]), st.just({})
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from([name for name, _ in walk(RunConfig)]), GARBAGE, max_size=4), st.integers(1, 9))
+def test_garbage_never_escapes_as_another_error(values, num_devices):
+    config = GOOD
+    for name, value in values.items():
+        config = changed(name, value, config)
+    try:
+        validate(config, num_devices)
+    except ConfigError as error:
+        assert str(error).startswith("this run cannot work:")
+
+
+def test_every_field_of_the_schema_is_walked():
+    assert [name for name, _ in walk(RunConfig)] == [name for name, _ in leaves(GOOD)]
+    assert set(hints(MeshConfig)) == {"data", "fsdp", "tensor"}

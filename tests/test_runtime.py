@@ -1,0 +1,232 @@
+"""The runtime room: accelerators JAX cannot see, signals, out of memory, full disks, the command to resume with."""
+
+import dataclasses
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jaxcoder import runtime
+from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.errors import JaxcoderError
+
+RUN = RunConfig(
+    name="x",
+    model=ModelConfig(num_layers=2, embed_dim=8, num_heads=2, head_dim=4, mlp_dim=32, max_seq_len=64),
+    num_steps=10,
+    global_batch_size=8,
+)
+
+
+# --- accelerators ----------------------------------------------------------------------------------------------------
+
+
+def put(root, path, text=""):
+    file = root / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def check(root, platforms=("cpu",), **environment):
+    return runtime.check_accelerator(platforms=set(platforms), root=root, environment=environment)
+
+
+def test_no_accelerator_no_word(tmp_path):
+    put(tmp_path, "dev/accel/accel0")  # another vendor's accelerator lies in a folder
+    put(tmp_path, "dev/nvidiactl")
+    put(tmp_path, "sys/bus/pci/devices/0000:00:03.0/vendor", "0x1ae0\n")
+    put(tmp_path, "sys/bus/pci/devices/0000:00:03.0/device", "0x0042\n")  # Google's network card
+    assert check(tmp_path) is None
+
+
+@pytest.mark.parametrize("path", ["dev/nvidia0", "dev/nvidia3", "proc/driver/nvidia/gpus/0000:01:00.0/information"])
+def test_gpu_names_the_extra(tmp_path, path, monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    put(tmp_path, path)
+    said = check(tmp_path)
+    assert "GPU" in said and "pip install 'jaxcoder[cuda]'" in said
+
+
+def test_gpu_by_nvidia_smi(tmp_path):
+    program = tmp_path / "bin" / "nvidia-smi"
+    put(tmp_path, "bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-1)'\n")
+    program.chmod(0o755)
+    assert "nvidia-smi" in check(tmp_path, PATH=str(program.parent))
+    program.write_text("#!/bin/sh\necho 'no devices'; exit 9\n")
+    assert check(tmp_path, PATH=str(program.parent)) is None
+
+
+def test_installed_plugin_gets_other_advice(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: name == "jax_cuda12_plugin")
+    put(tmp_path, "dev/nvidia0")
+    said = check(tmp_path)
+    assert "pip install" not in said and "jax_cuda12_plugin is installed" in said and "nvidia-smi" in said
+
+
+def test_tpu_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    put(tmp_path, "dev/accel0")
+    assert "pip install 'jaxcoder[tpu]'" in check(tmp_path)
+
+
+def test_tpu_by_pci_and_by_metadata(tmp_path):
+    put(tmp_path / "pci", "sys/bus/pci/devices/0000:00:05.0/vendor", "0x1ae0\n")
+    put(tmp_path / "pci", "sys/bus/pci/devices/0000:00:05.0/device", "0x0063\n")
+    assert "TPU" in check(tmp_path / "pci")
+    put(tmp_path / "vfio", "dev/vfio/0")
+    assert check(tmp_path / "vfio") is None
+    assert "v5litepod-8" in check(tmp_path / "vfio", TPU_ACCELERATOR_TYPE="v5litepod-8")
+
+
+def test_a_choice_is_respected(tmp_path):
+    put(tmp_path, "dev/nvidia0")
+    assert check(tmp_path, JAX_PLATFORMS="cpu") is None
+    assert check(tmp_path, CUDA_VISIBLE_DEVICES="") is None
+    assert check(tmp_path, platforms=("gpu",)) is None
+
+
+# --- stopping --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_a_request(number, code):
+    before = signal.getsignal(number)
+    with runtime.GracefulStop() as stop:
+        assert stop.requested is None and stop.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert stop.requested == number and stop.exit_code == code
+        os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
+        assert stop.requested == number
+    assert signal.getsignal(number) is before
+
+
+def test_second_ctrl_c_stops_at_once(capfd):
+    with pytest.raises(KeyboardInterrupt), runtime.GracefulStop():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C again" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_install_nothing():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def work():
+        with runtime.GracefulStop() as stop:
+            seen.append((stop.requested, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(None, before)]
+
+
+def test_stop_in_a_real_process():
+    code = (
+        "import time; from jaxcoder.runtime import GracefulStop\n"
+        "with GracefulStop() as stop:\n"
+        "    print('ready', flush=True)\n"
+        "    while stop.requested is None: time.sleep(0.01)\n"
+        "raise SystemExit(stop.exit_code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 143 and b"SIGTERM" in said
+
+
+# --- the command to type again ---------------------------------------------------------------------------------------
+
+
+def test_resume_command_is_quoted(tmp_path, monkeypatch):
+    program = tmp_path / "jaxcoder"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    arguments = ["train", "my run.py:tiny", "--data.store", "a'b"]
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert runtime.resume_command([str(program), *arguments]) == f"{program} train 'my run.py:tiny' --data.store 'a'\"'\"'b'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runtime.resume_command([str(program), "train"]) == "jaxcoder train"
+    assert runtime.resume_command([".venv/bin/jaxcoder", "train"]) == ".venv/bin/jaxcoder train"
+    assert "-m jaxcoder.cli.main train" in runtime.resume_command(["/x/jaxcoder/cli/main.py", "train"])
+
+
+# --- memory and disk -------------------------------------------------------------------------------------------------
+
+
+class JaxRuntimeError(RuntimeError):
+    """Stands for JAX's, which is told by its name."""
+
+
+OUT_OF_MEMORY = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes.")
+DISK_FULL = ValueError(
+    'RESOURCE_EXHAUSTED: Error writing local file "/runs/x/state/_sharding": Failed to write 83 bytes to file 20: '
+    "No space left on device [os_error_code='28']"
+)
+
+
+def test_out_of_memory_is_told_from_a_full_disk():
+    assert runtime.is_out_of_memory(MemoryError()) and runtime.is_out_of_memory(OUT_OF_MEMORY)
+    assert not runtime.is_out_of_memory(JaxRuntimeError(str(DISK_FULL)))
+    assert not runtime.is_out_of_memory(JaxRuntimeError("INVALID_ARGUMENT: shapes"))
+    assert not runtime.is_out_of_memory(ValueError("out of memory"))
+    assert runtime.is_disk_full(DISK_FULL) and not runtime.is_disk_full(OUT_OF_MEMORY)
+
+
+def test_a_real_allocation_that_cannot_be():
+    import jax.numpy as jnp
+
+    with pytest.raises(JaxcoderError, match=r"64\.0 TiB"), runtime.out_of_memory_explained(RUN):
+        jnp.ones((1 << 22, 1 << 22)).block_until_ready()
+
+
+def test_out_of_memory_names_the_knobs_with_their_values():
+    config = dataclasses.replace(RUN, microbatch_size=4, mesh=MeshConfig(fsdp=2, tensor=3))
+    said = str(runtime.explain_out_of_memory(OUT_OF_MEMORY, config))
+    for knob in (
+        "microbatch_size (now 4)", 'compute.remat (now "minimal")', "global_batch_size (now 8)",
+        "model.max_seq_len (now 64)", "mesh.fsdp (now 2)", "mesh.tensor (now 3)", "64.0 TiB",
+    ):  # fmt: skip
+        assert knob in said
+    assert "the whole global batch" in str(runtime.explain_out_of_memory(MemoryError(), RUN))
+    assert "batch" in str(runtime.explain_out_of_memory(MemoryError(), None))
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(ZeroDivisionError), runtime.out_of_memory_explained(RUN):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "'/runs/a'"),
+        (OSError("[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device"), ""),
+        (DISK_FULL, "'/runs/x/state/_sharding'"),
+    ],
+)
+def test_full_disk_names_the_file_and_what_is_kept(error, name):
+    assert runtime.is_disk_full(error)
+    said = str(runtime.explain_disk_full(error))
+    assert name in said and "kept" in said and "free some space" in said
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def test_initialize_sets_jax_options_in_a_fresh_process(tmp_path):
+    code = (
+        "from jaxcoder import runtime\n"
+        f"for _ in range(2): runtime.initialize(compilation_cache_dir={str(tmp_path)!r}, num_cpu_devices=3, deterministic=True)\n"
+        "import jax, os\n"
+        "print(jax.device_count(), jax.config.jax_compilation_cache_dir, os.environ['XLA_FLAGS'].count('deterministic'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout.split() == ["3", str(tmp_path), "1"], done.stderr
