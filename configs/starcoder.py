@@ -1,0 +1,92 @@
+"""The published models of the family, as they were trained.
+
+    jaxcoder train starcoderbase_1b --data.store STORE --output-dir runs/1b
+
+Every run read 1.0486e12 tokens at 8,192 (SantaCoder: 2.36e11 at 2,048) with AdamW (0.9, 0.95, 1e-8), weight decay 0.1,
+clipping at 1.0, dropout 0.1, FIM rate 0.5, a cosine to a tenth of the peak rate. The optimizer fields that are not
+written out are those defaults.
+"""
+
+from jaxcoder.config import CheckpointConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
+
+
+def starcoderbase() -> RunConfig:
+    """StarCoderBase, 15.5B parameters. The original: 512 A100 80 GB, 320,256 GPU hours."""
+    model = ModelConfig(num_layers=40, embed_dim=6144, num_heads=48, head_dim=128, mlp_dim=24576, init_std=0.01275)
+    return _starcoder("starcoderbase", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
+
+
+def starcoderbase_7b() -> RunConfig:
+    """StarCoderBase-7B. The original: 512 A100 80 GB."""
+    model = ModelConfig(num_layers=42, embed_dim=4096, num_heads=32, head_dim=128, mlp_dim=16384, init_std=0.015625)
+    return _starcoder("starcoderbase_7b", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
+
+
+def starcoderbase_3b() -> RunConfig:
+    """StarCoderBase-3B. The original: 256 A100 80 GB."""
+    model = ModelConfig(num_layers=36, embed_dim=2816, num_heads=22, head_dim=128, mlp_dim=11264, init_std=0.01884)
+    return _starcoder(
+        "starcoderbase_3b", model, num_steps=500_000, global_batch_size=256, peak_learning_rate=5e-4, every=5000
+    )
+
+
+def starcoderbase_1b() -> RunConfig:
+    """StarCoderBase-1B. The original: 128 A100 80 GB."""
+    model = ModelConfig(num_layers=24, embed_dim=2048, num_heads=16, head_dim=128, mlp_dim=8192, init_std=0.02209)
+    return _starcoder(
+        "starcoderbase_1b", model, num_steps=1_000_000, global_batch_size=128, peak_learning_rate=4e-4, every=10_000
+    )
+
+
+def tiny_starcoder_py() -> RunConfig:
+    """tiny_starcoder_py, 164M, Python only: 100e9 tokens in 50,000 steps. The original: 32 A100 for 18 hours.
+
+    Its initialisation and learning rate were not published: ours follow the family's rule, 1 / sqrt(embed_dim), and
+    the 1B model.
+    """
+    model = ModelConfig(num_layers=20, embed_dim=768, num_heads=12, head_dim=64, mlp_dim=3072, init_std=0.03608)
+    return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=244, peak_learning_rate=4e-4)
+
+
+def santacoder() -> RunConfig:
+    """SantaCoder, 1.1B, Python, Java and JavaScript. The original: 96 V100 for 6.2 days.
+
+    No floor of the learning rate was given: ours is zero, Megatron's default.
+    """
+    model = ModelConfig(
+        num_layers=24,
+        embed_dim=2048,
+        num_heads=16,
+        head_dim=128,
+        mlp_dim=8192,
+        vocab_size=49280,
+        max_seq_len=2048,
+        init_std=0.022,
+    )
+    return RunConfig(
+        name="santacoder",
+        model=model,
+        num_steps=600_000,
+        global_batch_size=192,
+        optimizer=OptimizerConfig(peak_learning_rate=2e-4, final_learning_rate=0.0, warmup_steps=12_000),
+    )
+
+
+def _starcoder(
+    name: str,
+    model: ModelConfig,
+    *,
+    num_steps: int,
+    global_batch_size: int,
+    peak_learning_rate: float,
+    every: int = 2500,
+) -> RunConfig:
+    return RunConfig(
+        name=name,
+        model=model,
+        num_steps=num_steps,
+        global_batch_size=global_batch_size,
+        optimizer=OptimizerConfig(peak_learning_rate=peak_learning_rate, final_learning_rate=peak_learning_rate / 10),
+        checkpoint=CheckpointConfig(save_every_steps=every),
+        eval=EvalConfig(every_steps=every, num_windows=2 * global_batch_size),
+    )

@@ -1,0 +1,60 @@
+"""What training changes: weights, Adam's moments, the number of completed steps; and its flat form on disk."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxcoder.checkpoint.names import flatten_model, unflatten_model
+from jaxcoder.config import RunConfig
+from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.train.optimizer import adam
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """step: int32 scalar, completed optimizer steps; model: fp32; moments: fp32, shaped and sharded like the model."""
+
+    step: jax.Array
+    model: GPTBigCode
+    moments: optax.ScaleByAdamState
+
+
+def initial_state(config: RunConfig) -> TrainState:
+    """Fresh weights from `config.seed`, the same on every mesh. Call under jit and a mesh."""
+    model = GPTBigCode(config.model, config.compute, rngs=nnx.Rngs(config.seed))
+    return TrainState(step=jnp.int32(0), model=model, moments=adam(config.optimizer).init(model))
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; allocates nothing."""
+    with jax.set_mesh(mesh):
+        return jax.eval_shape(lambda: initial_state(config))
+
+
+def flatten_state(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays of a checkpoint under our own names (checkpoint/names.py)."""
+    trees = {"params": state.model, "optimizer/mu": state.moments.mu, "optimizer/nu": state.moments.nu}
+    arrays = {
+        f"{prefix}/{name}": array for prefix, tree in trees.items() for name, array in flatten_model(tree).items()
+    }
+    return arrays | {"optimizer/count": state.moments.count, "step": state.step}
+
+
+def unflatten_state(abstract: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
+    """The inverse of `flatten_state`, in the shardings of `abstract`."""
+
+    def part(tree, prefix):
+        start = prefix + "/"
+        return unflatten_model(tree, {k.removeprefix(start): v for k, v in arrays.items() if k.startswith(start)})
+
+    moments = optax.ScaleByAdamState(
+        count=arrays["optimizer/count"],
+        mu=part(abstract.moments.mu, "optimizer/mu"),
+        nu=part(abstract.moments.nu, "optimizer/nu"),
+    )
+    return TrainState(step=arrays["step"], model=part(abstract.model, "params"), moments=moments)

@@ -1,0 +1,82 @@
+"""One training step, from a batch of windows to new weights, as one jitted function with donated state.
+
+    microbatches -> hidden states -> chunked cross-entropy -> gradients, summed
+    -> divided by the tokens that count in the whole global batch -> clip -> Adam -> decay -> weights
+
+Shapes: B global batch, M microbatch, S sequence.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxcoder.config import RunConfig
+from jaxcoder.data.loader import Batch
+from jaxcoder.kernels.dropout.api import make_key
+from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode
+from jaxcoder.sharding.ops import reshard
+from jaxcoder.train.loss import token_losses
+from jaxcoder.train.optimizer import apply_adamw, learning_rate
+from jaxcoder.train.state import TrainState
+
+
+def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step. Its metrics are fp32 scalars: loss (nats per token), tokens, grad_norm, learning_rate."""
+    has_dropout = max(config.model.embed_dropout, config.model.residual_dropout, config.model.attention_dropout) > 0
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows = reshard(jnp.arange(batch.inputs.shape[0]), state.model.rules.spec("batch"))
+        key = make_key(config.seed, state.step) if has_dropout else None
+
+        def microbatch_gradients(totals, batch_and_rows):
+            batch, rows = batch_and_rows
+            dropout = Dropout(key=key, rows=rows) if has_dropout else None
+            losses, gradients = jax.value_and_grad(summed_loss, has_aux=True)(state.model, batch, dropout)
+            return jax.tree.map(jnp.add, totals, (losses, gradients)), None
+
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.model)
+        pieces = split_microbatches(config, (batch, rows), state.model.rules.spec("batch"))
+        ((loss, tokens), gradients), _ = jax.lax.scan(microbatch_gradients, zeros, pieces)
+
+        tokens = jnp.maximum(tokens, 1.0)
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        rate = learning_rate(config.optimizer, state.step + 1, config.num_steps)
+        model, moments, norm = apply_adamw(config.optimizer, state.model, gradients, state.moments, rate)
+        metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
+        return TrainState(step=state.step + 1, model=model, moments=moments), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
+    """Summed loss of a batch in nats and the number of tokens it counts, fp32 scalars."""
+    hidden = model(
+        batch.inputs,
+        positions=None if batch.segment_ids is None else batch.positions,
+        segment_ids=batch.segment_ids,
+        dropout=dropout,
+    )
+    chunk = model.compute.loss_chunk_size
+    losses = token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
+    return (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
+
+
+def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None):
+    """Arrays (B, ...) as (B / M, M, ...), each device cutting up its own rows: no data moves."""
+    pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
+
+    def cut(x):
+        return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+
+    if batch_spec is None:
+        return jax.tree.map(cut, tree)
+    in_specs = jax.tree.map(lambda x: PartitionSpec(*batch_spec), tree)
+    out_specs = jax.tree.map(lambda x: PartitionSpec(None, *batch_spec), tree)
+    return jax.shard_map(lambda tree: jax.tree.map(cut, tree), in_specs=(in_specs,), out_specs=out_specs)(tree)
+
+
+def make_eval_step() -> Callable[[GPTBigCode, Batch], tuple[jax.Array, jax.Array]]:
+    """The jitted held-out loss of one batch: (sum of nats, tokens counted), fp32 scalars."""
+    return jax.jit(lambda model, batch: summed_loss(model, batch, None))

@@ -1,0 +1,173 @@
+"""The decoder: initialisation, masks, cache, dropout, remat, and the same numbers on every mesh."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
+from jaxcoder.kernels.dropout.api import make_key
+from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode, KVCache
+from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.sharding.rules import ShardingRules
+
+CONFIG = ModelConfig(
+    num_layers=2, embed_dim=32, num_heads=4, head_dim=8, mlp_dim=128, vocab_size=96, max_seq_len=40, init_std=0.2
+)
+FP32 = ComputeConfig(dtype="float32", remat="none")
+TOKENS = np.random.default_rng(0).integers(0, 96, (8, 40)).astype(np.int32)
+
+
+def make(config=CONFIG, compute=FP32):
+    return GPTBigCode(config, compute, rngs=nnx.Rngs(0))
+
+
+def scores(model, tokens, **options):
+    return np.asarray(jax.jit(lambda model: model.logits(model(tokens, **options)))(model))
+
+
+def test_initialisation_is_as_trained():
+    config = replace(CONFIG, num_layers=8, embed_dim=128, num_heads=16, mlp_dim=512, vocab_size=512)
+    model = make(config)
+    std = {path: float(jnp.std(leaf)) for path, leaf in jax.tree_util.tree_flatten_with_path(model)[0]}
+    std = {jax.tree_util.keystr(path).removesuffix(".value"): value for path, value in std.items()}
+    residual = config.init_std / np.sqrt(2 * config.num_layers)
+    for name, value in std.items():
+        if name.endswith((".bias", ".scale")):
+            assert value == 0.0, name
+        else:
+            expected = residual if name in (".h.attn.out.kernel", ".h.mlp.down.kernel") else config.init_std
+            assert value == pytest.approx(expected, rel=0.03), name
+    assert jnp.all(model.h.ln_1.scale[...] == 1.0) and jnp.all(model.ln_f.scale[...] == 1.0)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_causal_and_cached_decoding_agrees(kv_heads):
+    config = replace(CONFIG, num_kv_heads=kv_heads)
+    model = make(config)
+    expected = scores(model, TOKENS)
+    lengths = np.array([20, 13, 1, 5, 6, 7, 8, 20])
+    prompts = np.where(np.arange(20) < lengths[:, None], TOKENS[:, :20], 0)
+    cache = KVCache.empty(config, 8, 40, jnp.float32)
+    hidden, cache = jax.jit(GPTBigCode.prefill)(model, prompts, jnp.asarray(lengths), cache)
+    rows = np.arange(8)
+    np.testing.assert_allclose(model.logits(hidden)[rows, lengths - 1], expected[rows, lengths - 1], atol=1e-5)
+    decode = jax.jit(GPTBigCode.decode)
+    for step in range(20):
+        hidden, cache = decode(model, TOKENS[rows, lengths + step][:, None], cache)
+        np.testing.assert_allclose(model.logits(hidden)[:, 0], expected[rows, lengths + step], atol=1e-5)
+
+
+def test_documents_are_kept_apart():
+    """Packed with segment ids and restarted positions, two documents score as each alone."""
+    model = make()
+    packed = jnp.asarray(TOKENS[:1])
+    segments = jnp.asarray([[1] * 15 + [2] * 20 + [0] * 5])
+    positions = jnp.asarray([[*range(15), *range(20), *range(5)]])
+    got = scores(model, packed, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(got[:, :15], scores(model, packed[:, :15]), atol=1e-5)
+    np.testing.assert_allclose(got[:, 15:35], scores(model, packed[:, 15:35]), atol=1e-5)
+
+
+def test_remat_and_attention_backends_change_nothing_but_rounding():
+    def loss(model):
+        return jnp.square(model.logits(model(TOKENS))).mean()
+
+    expected = jax.jit(jax.grad(loss))(make())
+    for options in ({"remat": "minimal"}, {"remat": "block"}, {"attention": "blockwise"}):
+        got = jax.jit(jax.grad(loss))(make(compute=replace(FP32, **options)))
+        for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(got)):
+            np.testing.assert_allclose(have, want, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32():
+    difference = scores(make(compute=replace(FP32, dtype="bfloat16")), TOKENS) - scores(make(), TOKENS)
+    assert 0 < np.abs(difference).max() < 0.2 * scores(make(), TOKENS).std()
+
+
+def test_activations_differ():
+    exact = scores(make(replace(CONFIG, activation="gelu")), TOKENS)
+    assert 1e-5 < np.abs(exact - scores(make(), TOKENS)).max() < 1e-1
+
+
+MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+
+
+def on_mesh(shape, config, dropout: bool):
+    """Loss, gradients and parameter specs of one forward and backward pass on a mesh."""
+    mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
+
+    def loss(model, tokens, dropout):
+        logits = model.logits(model(tokens, dropout=dropout))
+        picked = jnp.where(jnp.arange(config.vocab_size) == jnp.roll(tokens, -1, 1)[..., None], logits, 0).sum(-1)
+        return (jax.nn.logsumexp(logits, -1) - picked).mean()
+
+    with jax.set_mesh(mesh):
+        model = jax.jit(lambda: GPTBigCode(config, FP32, rngs=nnx.Rngs(0)))()
+        rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+        batch = jax.device_put(TOKENS, rows)
+        drawn = Dropout(key=make_key(1, 2), rows=jax.device_put(np.arange(8, dtype=np.int32), rows)) if dropout else None
+        value, gradients = jax.jit(jax.value_and_grad(loss))(model, batch, drawn)
+        specs = [[leaf.sharding.spec for leaf in jax.tree.leaves(tree)] for tree in (model, gradients)]
+        return float(value), jax.tree.map(np.asarray, gradients), specs
+
+
+@pytest.mark.parametrize(
+    "kv_heads, dropout", [(1, False), (1, True), (4, True)], ids=["mqa", "mqa_dropout", "mha_dropout"]
+)
+def test_every_mesh_gives_the_same_loss_and_gradients(kv_heads, dropout):
+    config = replace(CONFIG, num_kv_heads=kv_heads)
+    expected = on_mesh(MESHES[0], config, dropout)
+    for shape in MESHES[1:]:
+        value, gradients, (weight_specs, gradient_specs) = on_mesh(shape, config, dropout)
+        assert value == pytest.approx(expected[0], rel=1e-6), shape
+        assert weight_specs == gradient_specs
+        for want, have in zip(jax.tree.leaves(expected[1]), jax.tree.leaves(gradients)):
+            np.testing.assert_allclose(have, want, atol=1e-6, err_msg=str(shape))
+
+
+def test_dropout_changes_with_the_step_and_drops_at_its_rate():
+    model = make(replace(CONFIG, embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.9))
+    rows = jnp.arange(8)
+    drawn = [scores(model, TOKENS, dropout=Dropout(key=make_key(1, step), rows=rows)) for step in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 1e-2
+    assert np.abs(drawn[0] - scores(model, TOKENS)).max() > 1e-2
+
+
+def test_rules_refuse_one_axis_twice():
+    from jaxcoder.errors import ConfigError
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=1, tensor=2))):
+        with pytest.raises(ConfigError, match="`heads` and `mlp`.*axis `tensor`"):
+            ShardingRules().spec("heads", "mlp")
+
+
+def test_no_activation_is_gathered_for_the_embedding_gradient():
+    """XLA's own partitioning of a gather replicates activations in the backward pass; ours gathers tables only."""
+    config = replace(CONFIG, max_seq_len=512, vocab_size=1024)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+
+    def gathered(embed):
+        def gradients(model, tokens):
+            return jax.grad(lambda model: jnp.square(embed(model, tokens)).sum())(model).wte[...]
+
+        with jax.set_mesh(mesh):
+            model = jax.eval_shape(lambda: GPTBigCode(config, FP32, rngs=nnx.Rngs(0)))
+            sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+            tokens = jax.ShapeDtypeStruct((256, 512), jnp.int32, sharding=sharding)
+            text = jax.jit(gradients).lower(model, tokens).compile().as_text()
+        shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
+        return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+
+    def plain(model, tokens):
+        return model.wte[...].at[tokens].get(out_sharding=PartitionSpec(("data", "fsdp"), None, None))
+
+    local_activations = 256 * 512 * config.embed_dim / 4
+    assert gathered(plain) >= local_activations
+    assert gathered(lambda model, tokens: model._embed(tokens, None, None)) <= config.vocab_size * config.embed_dim
