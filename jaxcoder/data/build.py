@@ -22,15 +22,15 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcoder.data.directory import Directory
+from jaxcoder.data.directory import Directory, fingerprint_file
 from jaxcoder.data.order import Permutation
 from jaxcoder.data.randomness import Purpose, check_seed
 from jaxcoder.data.store import FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, array_spec, parse_manifest
 from jaxcoder.errors import DataError
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tokenizer.atomic import file_system_errors
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import Paths, document_files, read_documents
+from jaxcoder.tokenizer.document import Document, well_formed
+from jaxcoder.tokenizer.document_files import ORIGIN_FIELDS, Paths, document_files, read_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
@@ -66,12 +66,11 @@ def build_store(
         "vocab_size": tokenizer.vocab_size,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "shard_tokens": shard_tokens,
-        "run_characters": run_characters,
-        "inputs": [_fingerprint(file) for file in files],
+        "inputs": [fingerprint_file(file) for file in files],
     }
-    if _claim(directory, settings):
-        num_documents = _encode(files, tokenizer, directory, settings, progress)
-        runs = _Runs(directory, num_documents)
+    if _claim(directory, {"settings": settings, "run_characters": run_characters}):
+        num_runs = _encode(files, tokenizer, directory, settings, run_characters, progress)
+        runs = _Runs(directory, num_runs)
         _write_tokenizer(tokenizer, directory)
         counts = _merge(runs, directory, settings, progress)
         _write_manifest(directory, settings, counts)
@@ -79,28 +78,25 @@ def build_store(
     return TokenStore.open(directory.path)
 
 
-def _fingerprint(file: str) -> dict:
-    """Name, size and hash of an input; the directory it lies in does not matter."""
-    parent, name = file.rsplit("/", 1) if "/" in file else os.path.split(file)
-    directory = Directory(parent)
-    return {"name": name, "bytes": directory.sizes()[name], "sha256": directory.sha256(name)}
-
-
-def _claim(directory: Directory, settings: dict) -> bool:
+def _claim(directory: Directory, build: dict) -> bool:
     """Whether anything is left to build. DataError if the directory holds something else than this build."""
     present = directory.sizes()
     if MANIFEST in present:
-        _refuse_other(directory, parse_manifest(directory.read(MANIFEST), directory / MANIFEST)["settings"], settings)
+        manifest = parse_manifest(directory.read(MANIFEST), directory / MANIFEST)
+        _refuse_other(directory, manifest["settings"], build["settings"])
         return False
     if _BUILD in present:
-        _refuse_other(directory, json.loads(directory.read(_BUILD)), settings)
+        started = json.loads(directory.read(_BUILD))
+        _refuse_other(directory, started["settings"], build["settings"])
+        if started != build:  # the runs are cut elsewhere
+            directory.remove(WORK)
     elif any(not name.startswith(f"{WORK}/") for name in present):
         raise DataError(
             f"{directory.path} is not empty and holds no token store: choose another output directory, or empty it."
         )
     for name in {name.split("/", 1)[0] for name in present} - {WORK}:
         directory.remove(name)  # the second pass, if it was under way, starts again
-    directory.write(_BUILD, _json(settings))
+    directory.write(_BUILD, _json(build))
     return True
 
 
@@ -123,19 +119,30 @@ def _refuse_other(directory: Directory, theirs: dict, ours: dict) -> None:
 # The first pass -------------------------------------------------------------------------------------------------------
 
 
-def _encode(files: list[str], tokenizer: Tokenizer, directory: Directory, settings: dict, progress: Progress) -> int:
+def _encode(
+    files: list[str],
+    tokenizer: Tokenizer,
+    directory: Directory,
+    settings: dict,
+    run_characters: int,
+    progress: Progress,
+) -> int:
     """Write `work/run-00000.arrow` and so on, as far as they are not there; returns their number. DataError if none."""
     finished = directory.sizes()
     places = Permutation.from_seed(_NUM_PLACES, settings["seed"], Purpose.DOCUMENT_ORDER, 0)
     progress.start("Encoding documents", _count_rows(files), "documents")
     ordinal, num_runs, num_characters = 0, 0, 0
+
+    def encode(document: Document) -> np.ndarray:
+        return np.array([*tokenizer.encode_document(document), tokenizer.eos_id], settings["dtype"])
+
     # tiktoken and tokenizers let go of the interpreter while they encode, so threads use all cores
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for group in _groups(read_documents(files), settings["run_characters"]):
+        for group in _groups(read_documents(files), run_characters):
             name = _run_name(num_runs)
             if name not in finished:
-                ids = list(pool.map(tokenizer.encode_document, group))
-                directory.write(name, _run(group, ids, ordinal, places, tokenizer.eos_id, settings["dtype"]))
+                ids = list(pool.map(encode, group))
+                directory.write(name, _run(group, ids, ordinal, places))
             ordinal += len(group)
             num_runs += 1
             num_characters += sum(len(document.text) for document in group)
@@ -158,23 +165,24 @@ def _groups(documents: Iterator[Document], run_characters: int) -> Iterator[list
         yield group
 
 
-def _run(group: list[Document], ids: list[list[int]], ordinal: int, places: Permutation, end_id: int, dtype: str) -> bytes:
-    """One run as an Arrow file: a row a document, sorted by place, the end token included in its ids."""
+def _run(group: list[Document], ids: list[np.ndarray], ordinal: int, places: Permutation) -> bytes:
+    """One run as an Arrow file: a row a document, sorted by place; `ordinal` is the number of the first of the group."""
     import pyarrow as pa
 
     place = places(np.arange(ordinal, ordinal + len(group), dtype=np.uint64))
     order = np.argsort(place)
-    offsets = np.cumsum([0, *(len(ids[row]) + 1 for row in order)], dtype=np.int64)
-    tokens = np.concatenate([np.array([*ids[row], end_id], dtype) for row in order])
+    offsets = np.cumsum([0, *(len(ids[row]) for row in order)], dtype=np.int64)
+    tokens = np.concatenate([ids[row] for row in order])
     documents = [group[row] for row in order]
     table = pa.table(
         {
             "place": place[order],
             "tokens": pa.LargeListArray.from_arrays(offsets, tokens),
             "text_bytes": np.array([len(document.text.encode()) for document in documents], np.int64),
-            "repo_name": pa.array([document.repo_name for document in documents], pa.string()),
-            "path": pa.array([document.path for document in documents], pa.string()),
-            "lang": pa.array([document.lang for document in documents], pa.string()),
+            **{
+                field: pa.array([well_formed(getattr(document, field)) for document in documents], pa.string())
+                for field in ORIGIN_FIELDS
+            },
         }
     )
     sink = io.BytesIO()

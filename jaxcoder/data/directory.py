@@ -70,11 +70,7 @@ class Directory:
 
     def sha256(self, name: str) -> str:
         """Hash of a file's content, hexadecimal."""
-        digest = hashlib.sha256()
-        with self.opened(name) as file, self._reading():
-            while block := file.read(_BLOCK):
-                digest.update(block)
-        return digest.hexdigest()
+        return fingerprint_file(self._fs.unstrip_protocol(f"{self._root}/{name}"))["sha256"]
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file there, whole or not at all. DataError if that fails."""
@@ -96,3 +92,18 @@ class Directory:
             yield
         except OSError as error:
             raise DataError(f"Cannot read {self.path} ({error}): check that it is complete and readable.") from error
+
+
+def fingerprint_file(path: str) -> dict:
+    """Name, size and hash of one file; the directory it lies in does not matter. DataError if it cannot be read."""
+    import fsspec
+
+    digest, size = hashlib.sha256(), 0
+    try:
+        with fsspec.open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise DataError(f"Cannot read {path} ({error}): check that it is there and readable.") from error
+    return {"name": os.path.basename(path), "bytes": size, "sha256": digest.hexdigest()}
