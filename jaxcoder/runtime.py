@@ -207,6 +207,27 @@ class GracefulStop:
             pass
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM outside a `GracefulStop`; treated like Ctrl-C by everything that cleans up after Ctrl-C."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from types import ModuleType
 
 import jaxcoder
 from jaxcoder import runtime
-from jaxcoder.errors import EXIT_CTRL_C, Interrupted, JaxcoderError
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),
@@ -106,8 +106,9 @@ def explain(error: BaseException) -> JaxcoderError | None:
     if isinstance(error, JaxcoderError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        message = "stopped by Ctrl-C; what was already saved is kept."
-        return Interrupted(message, exit_code=EXIT_CTRL_C, resume_command=runtime.resume_command())
+        name, code = ("SIGTERM", EXIT_SIGTERM) if isinstance(error, runtime.Terminated) else ("Ctrl-C", EXIT_CTRL_C)
+        message = f"stopped by {name}; what was already saved is kept."
+        return Interrupted(message, exit_code=code, resume_command=runtime.resume_command())
     if runtime.is_disk_full(error):  # before memory: tensorstore says RESOURCE_EXHAUSTED for both
         return runtime.explain_disk_full(error)
     if runtime.is_out_of_memory(error):
@@ -136,7 +137,9 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"there is no verb {verb!r}{suggest(verb, list(VERBS))}. See `jaxcoder --help`.")
     module = importlib.import_module(VERBS[verb][0])
-    return module.run(_parse_verb(verb, module, rest)) or 0
+    args = _parse_verb(verb, module, rest)
+    with runtime.sigterm_raises():
+        return module.run(args) or 0
 
 
 def _parse_verb(verb: str, module: ModuleType, rest: list[str]) -> argparse.Namespace:

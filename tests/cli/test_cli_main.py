@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -189,6 +190,22 @@ def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
     assert cli.main(["fake"]) == 130
     said = capsys.readouterr().err
     assert "stopped by Ctrl-C" in said and "jaxcoder fake 'a b'" in said
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
+    script = (
+        "import sys, types, time\nfrom jaxcoder.cli import main as cli\n"
+        "def run(args):\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n    finally: print('cleaned up')\n"
+        "fake = types.ModuleType('fake', 'x')\nfake.add_arguments = lambda parser: None\nfake.run = run\n"
+        "sys.modules['fake'] = fake\ncli.VERBS['fake'] = ('fake', 'x')\nsys.exit(cli.main(['fake']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    out, said = process.communicate(timeout=30)
+    assert process.returncode == code and out == "cleaned up\n"
+    assert "jaxcoder: stopped by" in said and "to go on, run:" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
