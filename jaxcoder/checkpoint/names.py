@@ -29,8 +29,8 @@ class _Leaf(NamedTuple):
     array: Any
 
 
-def flatten_model(model: Any, prefix: str = "params") -> dict[str, Any]:
-    """The tree as flat name -> array, layers apart, in a fixed order.
+def flatten_model(model: Any, prefix: str = "") -> dict[str, Any]:
+    """The tree as flat name -> array, layers apart, in a fixed order; every name begins with `prefix` ("params/").
 
     Works on jax arrays, numpy arrays and `jax.ShapeDtypeStruct`s; a layer keeps the sharding that its stack has in the
     other dims. Slices of jax arrays are new device buffers: the tree may be donated right after.
@@ -42,27 +42,22 @@ def flatten_model(model: Any, prefix: str = "params") -> dict[str, Any]:
     return flat
 
 
-def abstract_arrays(abstract_model: Any, prefix: str = "params") -> dict[str, jax.ShapeDtypeStruct]:
-    """What `flatten_model` would give for the model, as shapes with concrete shardings: the target of a restore.
-
-    `abstract_model` comes from `jax.eval_shape` or is a model itself. Where it was made under a mesh, that mesh has to
-    be in scope (`jax.set_mesh`); an array without a sharding goes to the first device.
-    """
-    return {name: concrete(leaf) for name, leaf in flatten_model(_abstract(abstract_model), prefix).items()}
-
-
-def unflatten_model(abstract_model: Model, arrays: MutableMapping[str, Any], prefix: str = "params") -> Model:
+def unflatten_model(abstract_model: Model, arrays: MutableMapping[str, Any], prefix: str = "") -> Model:
     """The model whose structure, shapes, dtypes and shardings `abstract_model` has, out of flat arrays.
 
-    `arrays` is emptied on the way, so that beside the flat arrays no more than one stack exists.
-    Raises CheckpointError that names every array that is missing, left over or has another shape.
+    Only names that begin with `prefix` count. They are taken out of `arrays` as they are used, so that never more than
+    one stack exists twice. `abstract_model` comes from `jax.eval_shape`, or is a model; where it was made under a mesh,
+    that mesh has to be in scope (`jax.set_mesh`). An array without a sharding goes to the first device.
+    Raises CheckpointError that names the arrays that are missing, left over or have another shape.
     """
-    check_arrays(flatten_model(_abstract(abstract_model), prefix), arrays)
+    found = {name: array for name, array in arrays.items() if name.startswith(prefix)}
+    check_arrays(flatten_model(_abstract(abstract_model), prefix), found)
+    del found
     return assemble_model(abstract_model, lambda name, target: arrays.pop(name), prefix)
 
 
 def assemble_model(
-    abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = "params"
+    abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = ""
 ) -> Model:
     """Like `unflatten_model`, with every array asked for when it is needed: `fetch(name, target)`.
 
@@ -127,9 +122,9 @@ def _leaves(model: Any, prefix: str) -> Iterator[_Leaf]:
         keys = [key.name for key in path if key.name != "value"]
         if keys[0] == STACKED:
             digits, rest = layer_digits(array.shape[0]), "/".join(keys[1:])
-            names = tuple(f"{prefix}/{STACKED}/{i:0{digits}d}/{rest}" for i in range(array.shape[0]))
+            names = tuple(f"{prefix}{STACKED}/{i:0{digits}d}/{rest}" for i in range(array.shape[0]))
         else:
-            names = (f"{prefix}/{'/'.join(keys)}",)
+            names = (prefix + "/".join(keys),)
         yield _Leaf(names, keys[0] == STACKED, array)
 
 

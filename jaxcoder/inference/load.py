@@ -44,7 +44,7 @@ def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> G
     owner = {name: entry for entry in weights.entries() for name in entry.ours}
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         return assemble_model(
-            abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name]
+            abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name], "params/"
         )
 
 

@@ -1,0 +1,93 @@
+"""From a path that a user gives to one whole checkpoint: a run, its `checkpoints`, or a single step."""
+
+import warnings
+from collections.abc import Callable
+
+from etils import epath
+
+from jaxcoder.checkpoint.manifest import Manifest, find_damage, has_manifest, read_manifest
+from jaxcoder.errors import CheckpointError
+
+CHECKPOINTS = "checkpoints"
+"""Where a run keeps its steps."""
+
+Warn = Callable[[str], None]
+
+
+def warn_user(message: str) -> None:
+    """The default way to be loud where the caller has no better one."""
+    warnings.warn(message, stacklevel=3)
+
+
+def steps_in(directory: epath.PathLike) -> list[int]:
+    """Steps with a directory here, ascending, whole or not."""
+    directory = epath.Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+
+def is_checkpoint(path: epath.PathLike) -> bool:
+    """Whether `path` looks like a run of ours, its checkpoints or one of them, finished or not."""
+    path = epath.Path(path)
+    return has_manifest(path) or (path / CHECKPOINTS).is_dir() or bool(steps_in(path))
+
+
+def newest_whole(directory: epath.PathLike, warn: Warn = warn_user) -> int | None:
+    """The newest step in a checkpoints directory whose manifest and checksums fit; `warn` hears of each one skipped."""
+    for step in reversed(steps_in(directory)):
+        path = epath.Path(directory) / str(step)
+        damage = damage_of(path)
+        if damage is None:
+            return step
+        warn(f"checkpoint {path} is skipped: {damage}. The one before it is used if there is one.")
+    return None
+
+
+def damage_of(path: epath.PathLike) -> str | None:
+    """Why the checkpoint at `path` cannot be used, or None."""
+    if not has_manifest(path):
+        return "its save was not finished (no manifest.json)"
+    try:
+        return find_damage(path, read_manifest(path))
+    except CheckpointError as error:
+        return str(error).rstrip(".")
+
+
+def find_checkpoint(path: epath.PathLike, *, step: int | None = None, warn: Warn = warn_user) -> epath.Path:
+    """The directory of one whole checkpoint under `path`: of `step`, or the newest.
+
+    Raises CheckpointError when there is none, and when the one asked for is damaged.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a run's directory, its {CHECKPOINTS}, or one checkpoint.")
+    if has_manifest(path) and step is None:
+        return _whole(path)
+    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    if step is not None:
+        if step not in steps_in(steps):
+            there = ", ".join(map(str, steps_in(steps))) or "none"
+            raise CheckpointError(f"{steps} has no step {step}: there are {there}.")
+        return _whole(steps / str(step))
+    if not steps_in(steps):
+        raise CheckpointError(f"{path} holds no checkpoint: give a run's directory, its {CHECKPOINTS}, or one step.")
+    newest = newest_whole(steps, warn)
+    if newest is None:
+        raise CheckpointError(f"no checkpoint in {steps} is whole: the warnings above say why, step by step.")
+    return steps / str(newest)
+
+
+def open_checkpoint(
+    path: epath.PathLike, *, step: int | None = None, warn: Warn = warn_user
+) -> tuple[epath.Path, Manifest]:
+    """`find_checkpoint` with its manifest."""
+    directory = find_checkpoint(path, step=step, warn=warn)
+    return directory, read_manifest(directory)
+
+
+def _whole(path: epath.Path) -> epath.Path:
+    damage = damage_of(path)
+    if damage is not None:
+        raise CheckpointError(f"the checkpoint {path} cannot be used: {damage}; use another step.")
+    return path

@@ -1,0 +1,176 @@
+"""The directory of one checkpoint, and the manifest that makes it whole.
+
+    <step>/state/            the arrays, written by Orbax under our flat names (names.py)
+    <step>/tokenizer/        the tokenizer's files, so that the directory is all that inference needs
+    <step>/config.json       the run's resolved config (absent after a conversion)
+    <step>/manifest.json     written last: what is in here, and the size and CRC-32 of every other file
+
+Orbax's own commit marker says that its part is complete, not that its bytes are still what was written: a flipped bit
+is read back without a word. So a checkpoint counts only with a manifest that fits. Object stores have no rename of a
+directory; writing one small file last works there too.
+No jax here: looking into a checkpoint must be quick, and possible where its devices are not.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from etils import epath
+
+import jaxcoder
+from jaxcoder.config import ModelConfig
+from jaxcoder.config.serialize import from_json, to_json
+from jaxcoder.errors import CheckpointError, ConfigError
+
+MANIFEST, CONFIG, TOKENIZER, STATE = "manifest.json", "config.json", "tokenizer", "state"
+COMMIT_MARKER = f"{STATE}/commit_success.txt"
+FORMAT = "jaxcoder checkpoint"
+VERSION = 1
+
+_BLOCK = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """Shape and dtype name of an array on disk."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Size in bytes and CRC-32 (8 hexadecimal digits) of a file."""
+
+    size: int
+    crc32: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself."""
+
+    step: int
+    model: ModelConfig
+    arrays: Mapping[str, ArrayInfo]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """Plain JSON of the writer: samples consumed, tokenizer fingerprint, where a conversion came from, ..."""
+    mesh: Mapping[str, int] = field(default_factory=dict)
+    """Axis sizes of the mesh that it was saved on; empty after a conversion."""
+    files: Mapping[str, FileInfo] = field(default_factory=dict)
+    """Every file but the manifest, by its path inside the directory."""
+    written_at: str = ""
+    written_by: str = ""
+
+
+def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
+    """Takes stock of the files in `directory` and writes the manifest, which makes the checkpoint whole."""
+    relative = [str(file.relative_to(directory)) for file in _files(directory)]
+    with ThreadPoolExecutor() as pool:
+        files = dict(zip(relative, pool.map(lambda name: _measure(directory / name), relative), strict=True))
+    body = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": manifest.step,
+        "written_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "written_by": f"jaxcoder {jaxcoder.__version__}",
+        "mesh": dict(manifest.mesh),
+        "model": json.loads(to_json(manifest.model)),
+        "metadata": dict(manifest.metadata),
+        "arrays": {name: asdict(info) for name, info in manifest.arrays.items()},
+        "files": {name: asdict(info) for name, info in files.items()},
+    }
+    text = json.dumps(body | {"crc32": _fingerprint(body)}, indent=1)
+    temporary = directory / f".{MANIFEST}.writing"
+    temporary.write_text(text + "\n")
+    temporary.replace(directory / MANIFEST)
+
+
+def has_manifest(directory: epath.PathLike) -> bool:
+    """Whether a save of this checkpoint came to its end."""
+    return (epath.Path(directory) / MANIFEST).exists()
+
+
+def read_manifest(directory: epath.PathLike) -> Manifest:
+    """The manifest of a checkpoint; CheckpointError when there is none, it is damaged, or of another format."""
+    path = epath.Path(directory) / MANIFEST
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST}: it is no checkpoint, or its save was not finished; use another step."
+        ) from None
+    try:
+        body = json.loads(text)
+        recorded = body.pop("crc32")
+        is_sound = body["format"] == FORMAT and recorded == _fingerprint(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        is_sound = False
+    if not is_sound:
+        raise CheckpointError(f"{path} is damaged, or is not of jaxcoder: use another step, or restore the file.")
+    if body["version"] != VERSION:
+        raise CheckpointError(f"{path} has format version {body['version']} and this jaxcoder reads {VERSION}: update.")
+    try:
+        model = from_json(json.dumps(body["model"]), ModelConfig, source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+    return Manifest(
+        step=body["step"],
+        model=model,
+        arrays={name: ArrayInfo(tuple(info["shape"]), info["dtype"]) for name, info in body["arrays"].items()},
+        metadata=body["metadata"],
+        mesh=body["mesh"],
+        files={name: FileInfo(**info) for name, info in body["files"].items()},
+        written_at=body["written_at"],
+        written_by=body["written_by"],
+    )
+
+
+def find_damage(
+    directory: epath.PathLike, manifest: Manifest, *, progress: Callable[[int], None] = lambda num_bytes: None
+) -> str | None:
+    """The first file that is missing, of another size or altered, in words; None when all is as it was written.
+
+    Reads every byte once (CRC-32 runs at several GB/s); `progress` is called with the size of each file that is done.
+    """
+    directory = epath.Path(directory)
+    if not (directory / COMMIT_MARKER).exists():
+        return f"Orbax's commit marker {COMMIT_MARKER} is missing"
+    for name, info in manifest.files.items():
+        path = directory / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().length != info.size:
+            return f"{name} has {path.stat().length:,} bytes and was written with {info.size:,}"
+    with ThreadPoolExecutor() as pool:
+        measured = pool.map(lambda name: _measure(directory / name), manifest.files)
+        for (name, info), found in zip(manifest.files.items(), measured):
+            if found != info:
+                return f"{name} was altered: its checksum is {found.crc32} and was {info.crc32}"
+            progress(info.size)
+    return None
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(directory.iterdir()):
+        if path.is_dir():
+            yield from _files(path)
+        elif path.parent != directory or MANIFEST not in path.name:
+            yield path
+
+
+def _measure(path: epath.Path) -> FileInfo:
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return FileInfo(size, f"{crc:08x}")
+
+
+def _fingerprint(body: Mapping[str, Any]) -> str:
+    """Of the manifest itself: a changed digit in it must not pass either."""
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
