@@ -31,7 +31,7 @@ def adam(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def apply_adamw(config: OptimizerConfig, model, gradients, state: optax.ScaleByAdamState, rate: jax.Array):
     """One update. Returns (model, state, global norm of the gradients before clipping, fp32 scalar)."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     shrink = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-30))
     updates, state = adam(config).update(jax.tree.map(lambda g: g * shrink, gradients), state, model)
 

@@ -1,0 +1,171 @@
+"""The training loop: claim the run's directory, restore or initialise, then step until done or asked to stop.
+
+One step: take the next batch (already on the devices) -> dispatch the jitted step -> read the metrics of the step
+before -> evaluate and save when due -> leave when a signal came. `step` counts completed optimizer steps; the position
+in the data is step * global_batch_size, nothing else is kept.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from jaxcoder.checkpoint.checkpointer import Checkpointer
+from jaxcoder.config import RunConfig, serialize
+from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.data.loader import batches
+from jaxcoder.errors import Interrupted
+from jaxcoder.models.flops import num_parameters
+from jaxcoder.observability.console import TrainingLine
+from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
+from jaxcoder.protocols import MetricWriter
+from jaxcoder.runtime import GracefulStop, out_of_memory_explained, resume_command
+from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+from jaxcoder.train.evaluate import HeldOut
+from jaxcoder.train.inputs import one_ahead, open_streams, text_bytes
+from jaxcoder.train.run_directory import RunDirectory
+from jaxcoder.train.state import (
+    TrainState,
+    abstract_flat_state,
+    abstract_state,
+    flatten_state,
+    initial_state,
+    unflatten_state,
+)
+from jaxcoder.train.step import make_train_step
+from jaxcoder.train.step_log import StepLog
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """Where a finished run left things."""
+
+    directory: RunDirectory
+    step: int
+    eval_metrics: dict[str, float]
+    """eval_loss, eval_bits_per_byte, eval_tokens after the last step; empty without a held-out store."""
+
+
+def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResult:
+    """Trains to `config.num_steps`, continuing from the newest good checkpoint in the run's directory.
+
+    Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C.
+    """
+    validate(config, len(jax.devices()))
+    config = dataclasses.replace(config, mesh=resolve_mesh(config.mesh, len(jax.devices())))
+    mesh = make_mesh(config.mesh)
+    stream, eval_stream, tokenizer = open_streams(config)
+    directory = RunDirectory.of(config)
+    directory.claim(config, accept_config_change=accept_config_change)
+
+    with contextlib.ExitStack() as stack:
+        line = stack.enter_context(TrainingLine(config.num_steps))
+        stop = stack.enter_context(GracefulStop())
+        stack.enter_context(out_of_memory_explained(config))
+        stack.enter_context(jax.set_mesh(mesh))
+        checkpointer = Checkpointer(directory.checkpoints, config.checkpoint, warn=line.say)
+        stack.enter_context(contextlib.closing(checkpointer))
+        line.say(describe(config, mesh))
+
+        state, step = restore_or_initialise(config, mesh, checkpointer)
+        writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
+        log = StepLog(config, writer, line)
+        held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
+        eval_metrics: dict[str, float] = {}
+        last_save = time.monotonic()
+        train_step = make_train_step(config)
+        size = config.global_batch_size
+        source = stack.enter_context(batches(stream, global_batch_size=size, first_sample=step * size))
+        placed = stack.enter_context(one_ahead(source, mesh))
+        if step:
+            line.say(f"Continuing after step {step:,}.")
+
+        def save(*, wait: bool) -> None:
+            checkpointer.save(step, flatten_state(state), metadata(config, tokenizer))
+            if wait:
+                checkpointer.wait()
+
+        while step < config.num_steps:
+            if stop.requested is not None:
+                log.flush()
+                save(wait=True)
+                raise Interrupted(
+                    f"stopped after step {step:,}, which is saved in `{directory.checkpoints}`.",
+                    exit_code=stop.exit_code,
+                    resume_command=resume_command(),
+                )
+            asked = time.monotonic()
+            batch, device_batch = next(placed)
+            waited = time.monotonic() - asked
+            state, metrics = train_step(state, device_batch)
+            step += 1
+            log.record(step, metrics, text_bytes=text_bytes(batch, stream.token_bytes), data_wait=waited)
+            checkpointer.poll()
+
+            is_last = step == config.num_steps
+            if held_out and (is_last or step % config.eval.every_steps == 0):
+                log.flush()
+                eval_metrics = held_out(state.model)
+                writer.write(step, eval_metrics)
+                line.say(
+                    f"step {step:,}: held-out loss {eval_metrics['eval_loss']:.4f}, "
+                    f"{eval_metrics['eval_bits_per_byte']:.4f} bits per byte"
+                )
+                log.pause()
+            if is_last or save_is_due(config, step, last_save):
+                log.flush()
+                save(wait=is_last)
+                last_save = time.monotonic()
+                log.pause()
+        log.flush()
+        if held_out and not eval_metrics:  # The run was complete already.
+            eval_metrics = held_out(state.model)
+        return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics)
+
+
+def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+    """The newest good checkpoint on this mesh, whatever mesh wrote it, or fresh weights; and its step."""
+    step = checkpointer.latest_step()
+    if step is None:
+        return jax.jit(lambda: initial_state(config))(), 0
+    abstract = abstract_state(config, mesh)
+    return unflatten_state(abstract, checkpointer.restore(step, abstract_flat_state(abstract))), step
+
+
+def save_is_due(config: RunConfig, step: int, last_save: float) -> bool:
+    """By steps, or by the time since the last save."""
+    seconds = config.checkpoint.save_every_seconds
+    overdue = seconds is not None and time.monotonic() - last_save >= seconds
+    return overdue or step % config.checkpoint.save_every_steps == 0
+
+
+def metadata(config: RunConfig, tokenizer: Tokenizer | None) -> dict:
+    """What a checkpoint says about itself besides its arrays."""
+    return {
+        "config": serialize.to_dict(config),
+        "tokenizer": tokenizer,
+    }
+
+
+def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> MetricWriter:
+    """metrics.jsonl, and TensorBoard when asked for; lines after `step` belong to steps that will be done again."""
+    writers: list[MetricWriter] = [JsonlWriter(directory.metrics_file, resume_from_step=step)]
+    if config.tensorboard:
+        writers.append(TensorBoardWriter(directory.tensorboard, resume_from_step=step))
+    return MultiWriter(writers)
+
+
+def describe(config: RunConfig, mesh: Mesh) -> str:
+    """One line: what is trained, on what, laid out how."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
+    tokens = config.global_batch_size * config.model.max_seq_len
+    return (
+        f"Training {config.name}: {num_parameters(config.model):,} parameters, {tokens:,} tokens a step, "
+        f"{config.num_steps:,} steps, on {devices} as a mesh of {axes}."
+    )

@@ -1,0 +1,77 @@
+"""The directory of a run: its resolved config, checkpoints, metrics. One directory belongs to one configuration.
+
+    <output_dir>/config.json      the RunConfig of the run
+    <output_dir>/metrics.jsonl    one line a step
+    <output_dir>/checkpoints/     one folder a saved step
+"""
+
+import fsspec
+
+from jaxcoder.config import RunConfig, serialize
+from jaxcoder.errors import ConfigError
+
+FREE_FIELDS = ("output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint")
+"""Fields that may change on resuming: they do not change what is computed, but for rounding on another mesh."""
+
+
+class RunDirectory:
+    """Paths of a run, local or gs://, s3://."""
+
+    def __init__(self, path: str):
+        self.path = path.rstrip("/")
+        self.config_file = f"{self.path}/config.json"
+        self.metrics_file = f"{self.path}/metrics.jsonl"
+        self.checkpoints = f"{self.path}/checkpoints"
+        self.tensorboard = f"{self.path}/tensorboard"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "RunDirectory":
+        return cls(config.output_dir or f"runs/{config.name}")
+
+    def claim(self, config: RunConfig, *, accept_config_change: bool = False) -> None:
+        """Writes the config, or compares it with the one that is there.
+
+        Raises ConfigError when the directory holds something else, or a run of another configuration (unless that is
+        accepted: then the new one replaces it).
+        """
+        filesystem, path = fsspec.core.url_to_fs(self.config_file)
+        if not filesystem.exists(path):
+            parent = filesystem._parent(path)
+            strangers = [name for name in _names(filesystem, parent) if not name.startswith(".")]
+            if strangers:
+                raise ConfigError(
+                    f"the output directory `{self.path}` holds other things ({', '.join(strangers[:3])}) and no run: "
+                    "give an empty or new one with --output-dir."
+                )
+            filesystem.makedirs(parent, exist_ok=True)
+            self._write(filesystem, path, config)
+            return
+        with filesystem.open(path, "r") as file:
+            text = file.read()
+        before = serialize.from_json(text, source=self.config_file)
+        changes = [line for line in serialize.diff(before, config) if not line.startswith(FREE_FIELDS)]
+        if changes and not accept_config_change:
+            raise ConfigError(
+                f"`{self.path}` is a run with another configuration: {'; '.join(changes)}. Give another --output-dir, "
+                "or --accept-config-change to continue it with the new one."
+            )
+        if text != serialize.to_json(config):
+            self._write(filesystem, path, config)
+
+    @staticmethod
+    def _write(filesystem, path: str, config: RunConfig) -> None:
+        filesystem.pipe_file(path + ".partial", serialize.to_json(config).encode())
+        filesystem.mv(path + ".partial", path)
+
+    def read_config(self) -> RunConfig:
+        """The config that the directory was claimed with."""
+        with fsspec.open(self.config_file, "r") as file:
+            return serialize.from_json(file.read(), source=self.config_file)
+
+
+def _names(filesystem, path: str) -> list[str]:
+    if not filesystem.isdir(path):
+        return []
+    return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
+
+
