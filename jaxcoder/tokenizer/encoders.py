@@ -15,9 +15,7 @@ Encode = Callable[[str], list[int]]
 
 # Digits are split off before the GPT-2 expression runs, so whitespace before a digit ends its segment and stays whole:
 # hence the alternative `\s+(?=\p{N})`, which GPT-2's expression does not have.
-SPLIT_PATTERN = (
-    r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERN = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 # Beyond some hundred thousand whitespace characters in a row tiktoken's regex engine overflows its stack and panics.
 _LONGEST_WHITESPACE = 50_000
@@ -72,9 +70,11 @@ def tiktoken_encoder(spec: dict, ranks: dict[bytes, int], reference: Encode) -> 
 
 def _structural_difference(spec: dict, ranks: dict[bytes, int]) -> str:
     """Why the tokenizer cannot be tiktoken's kind; "" if it can."""
+    if not ranks:
+        return "it has special tokens only"
     if spec.get("normalizer"):
         return "it has a normalizer"
-    if any(not token.get("special") for token in spec.get("added_tokens", ())):
+    if any(not token.get("special") for token in spec["added_tokens"]):
         return "it has added tokens that are not special"
     stages = spec.get("pre_tokenizer") or {}
     stages = stages.get("pretokenizers", [stages])

@@ -51,10 +51,11 @@ class Tokenizer:
         self._content = content
         self._origin = origin
         self._spec = spec = _parse(content, origin)
+        known = {*SPECIAL_TOKENS, *map(hyphenated, SPECIAL_TOKENS)}
+        self._reference = encoders.tokenizers_encoder(_backend(spec, known, origin))
         self.fingerprint = hashlib.sha256(content).hexdigest()
         vocab: dict[str, int] = spec["model"]["vocab"]
-        known = {*SPECIAL_TOKENS, *map(hyphenated, SPECIAL_TOKENS)}
-        added = spec.get("added_tokens") or []
+        added = spec["added_tokens"]
         self._special = {t["content"]: t["id"] for t in added if t.get("special") or t["content"] in known}
         self.special_ids = frozenset(self._special.values())
         ordinary = {token: id_ for token, id_ in vocab.items() if id_ not in self.special_ids}
@@ -62,7 +63,6 @@ class Tokenizer:
         self._bytes = {id_: token for token, id_ in ranks.items()}
         self._bytes |= {token["id"]: token["content"].encode() for token in added}
         self.vocab_size = max(self._bytes) + 1
-        self._reference = encoders.tokenizers_encoder(_backend(spec, known, origin))
         fast, self.encoder_reason = encoders.tiktoken_encoder(spec, ranks, self._reference)
         self._encode = fast or self._reference
         self.encoder_name = "tiktoken" if fast else "tokenizers"
@@ -180,8 +180,9 @@ def _parse(content: bytes, origin: str) -> dict:
     try:
         spec = json.loads(content)
         model = spec["model"]
+        spec.setdefault("added_tokens", [])
         usable = isinstance(model["vocab"], dict) and bool(model["vocab"]) and isinstance(model["merges"], list)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         usable = False
     if not usable or model.get("type", "BPE") != "BPE":
         raise DataError(
@@ -206,9 +207,9 @@ def _backend(spec: dict, known: set[str], origin: str):
     """The `tokenizers.Tokenizer`, with every known sentinel marked special so that text never yields it."""
     import tokenizers
 
-    marked = [token | {"special": True} if token["content"] in known else token for token in spec.get("added_tokens", ())]
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": marked}))
+        added = [token | {"special": True} if token["content"] in known else token for token in spec["added_tokens"]]
+        return tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": added}))
     except Exception as error:  # the library raises bare Exception, with the reason in it
         raise DataError(
             f"{origin} cannot be loaded by `tokenizers` ({error}): it is damaged, or written by a newer release."
