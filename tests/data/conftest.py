@@ -49,7 +49,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def documents_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("documents") / "documents.parquet"
-    write_documents(hostile_documents(600), path)
+    write_documents(hostile_documents(1200), path)
     return path
 
 
