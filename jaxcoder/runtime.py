@@ -236,8 +236,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     # By name, so that JAX need not be imported to ask.
-    from_jax = type(error).__name__ in ("XlaRuntimeError", "JaxRuntimeError")
-    return from_jax and not is_disk_full(error) and re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) is not None
+    if type(error).__name__ not in ("XlaRuntimeError", "JaxRuntimeError") or is_disk_full(error):
+        return False
+    return re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) is not None
 
 
 def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> JaxcoderError:
@@ -248,7 +249,7 @@ def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> J
     if config is None:
         return JaxcoderError(f"{start}. Lower the batch or the length, or use a smaller model or a larger machine.")
     whole = "None, the whole global batch at once" if config.microbatch_size is None else config.microbatch_size
-    remat = {"none": '"minimal" or "block" keep less', "minimal": '"block" keeps less', "block": "keeps the least already"}
+    remat = {"none": '"minimal" or "block" keep less', "minimal": '"block" keeps less', "block": "the least already"}
     knobs = [
         f"microbatch_size (now {whole}): a smaller divisor of global_batch_size; the result stays the same",
         f'compute.remat (now "{config.compute.remat}"): {remat[config.compute.remat]}; the result stays the same',

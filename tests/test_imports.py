@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "jaxcoder"
 EVERYONE = {"protocols", "errors", "compat"}
 EVERYTHING_BUT_CLI = {
-    "recipes", "config", "tasks", "runtime", "tokenizer", "corpus", "data", "kernels", "sharding", "models", "checkpoint",
-    "train", "convert", "inference", "attribution", "serve", "evaluation", "observability", "benchmarks",
+    "recipes", "config", "tasks", "runtime", "tokenizer", "corpus", "data", "kernels", "sharding", "models",
+    "checkpoint", "train", "convert", "inference", "attribution", "serve", "evaluation", "observability", "benchmarks",
 }  # fmt: skip
 
 # Room -> the rooms that it may import: the table of the design.

@@ -150,7 +150,10 @@ def test_resume_command_is_quoted(tmp_path, monkeypatch):
     program.chmod(0o755)
     arguments = ["train", "my run.py:tiny", "--data.store", "a'b"]
     monkeypatch.setenv("PATH", "/nowhere")
-    assert runtime.resume_command([str(program), *arguments]) == f"{program} train 'my run.py:tiny' --data.store 'a'\"'\"'b'"
+    assert (
+        runtime.resume_command([str(program), *arguments])
+        == f"{program} train 'my run.py:tiny' --data.store 'a'\"'\"'b'"
+    )
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runtime.resume_command([str(program), "train"]) == "jaxcoder train"
     assert runtime.resume_command([".venv/bin/jaxcoder", "train"]) == ".venv/bin/jaxcoder train"
@@ -223,9 +226,11 @@ def test_full_disk_names_the_file_and_what_is_kept(error, name):
 def test_initialize_sets_jax_options_in_a_fresh_process(tmp_path):
     code = (
         "from jaxcoder import runtime\n"
-        f"for _ in range(2): runtime.initialize(compilation_cache_dir={str(tmp_path)!r}, num_cpu_devices=3, deterministic=True)\n"
+        "for _ in range(2):\n"
+        f"    runtime.initialize(compilation_cache_dir={str(tmp_path)!r}, num_cpu_devices=3, deterministic=True)\n"
         "import jax, os\n"
-        "print(jax.device_count(), jax.config.jax_compilation_cache_dir, os.environ['XLA_FLAGS'].count('deterministic'))"
+        "flags = os.environ['XLA_FLAGS']\n"
+        "print(jax.device_count(), jax.config.jax_compilation_cache_dir, flags.count('deterministic'))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)

@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """", did you mean ...?" in words for the nearest of `known`, or nothing."""
+    """ ", did you mean ...?" in words for the nearest of `known`, or nothing."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f" (did you mean `{near[0]}`?)" if near else ""
 

@@ -63,7 +63,7 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint))
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
-    return names[hint] if hint in names else f"a {hint.__name__}"
+    return names.get(hint, f"a {hint.__name__}")
 
 
 def type_problems(config: Any, prefix: str = "") -> list[str]:

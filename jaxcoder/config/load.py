@@ -183,10 +183,12 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
             name, equals, value = argument[2:].partition("=")
             option = name.replace("_", "-")
             if option not in options:
-                raise ConfigError(f"there is no field `--{name}`{_nearest_option(option, options)}. See `{prog} --help`.")
+                near = _nearest_option(option, options)
+                raise ConfigError(f"there is no field `--{name}`{near}. See `{prog} --help`.")
             is_switch = options[option] is bool
             if equals and is_switch:
-                raise ConfigError(f"`--{name}` is a switch: write it, or `{_opposite(option, options)}`, without {value!r}.")
+                opposite = _opposite(option, options)
+                raise ConfigError(f"`--{name}` is a switch: write it, or `{opposite}`, without {value!r}.")
             if equals:
                 _check_value(option, value, options[option])
             waiting = None if is_switch or equals else option

@@ -90,7 +90,7 @@ def diff(old: RunConfig | ModelConfig, new: RunConfig | ModelConfig) -> list[str
     names = list(before) + [name for name in after if name not in before]
     absent = "(absent)"
     return [
-        f"{name}: {before[name] if name in before else absent!s} -> {after[name] if name in after else absent!s}"
+        f"{name}: {before.get(name, absent)} -> {after.get(name, absent)}"
         for name in names
         if name not in before or name not in after or before[name] != after[name]
     ]

@@ -68,7 +68,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
     if model.embed_dim != model.num_heads * model.head_dim:
         yield (
             f"model.embed_dim is {model.embed_dim}, but model.num_heads {model.num_heads} x model.head_dim "
-            f"{model.head_dim} is {model.num_heads * model.head_dim}: in this family they are equal, change one of them."
+            f"{model.head_dim} is {model.num_heads * model.head_dim}: in this family they are equal."
         )
     if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
         yield (
@@ -157,4 +157,5 @@ def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
         split.append(("microbatch_size", config.microbatch_size, "mesh.data x mesh.fsdp", batch_shards))
     for name, size, axis, shards in split:
         if size > 0 and size % shards:
-            yield f"{name} {size} is not a multiple of {axis} ({shards} devices): change one of the two."
+            nearest = max(1, round(size / shards)) * shards
+            yield f"{name} {size} is not a multiple of {axis} ({shards} devices): use {nearest}, or another mesh."

@@ -186,7 +186,7 @@ class TrainingLine:
 
 
 def readable_duration(seconds: float) -> str:
-    """"0.4 s", "12 s", "2:05" (minutes), "3:02:05" (hours), "2 d 03 h"."""
+    """ "0.4 s", "12 s", "2:05" (minutes), "3:02:05" (hours), "2 d 03 h"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -200,7 +200,7 @@ def readable_duration(seconds: float) -> str:
 
 
 def readable_bytes(size: float) -> str:
-    """"812 bytes", "3.4 KiB", "1.2 GiB"."""
+    """ "812 bytes", "3.4 KiB", "1.2 GiB"."""
     if size < 1024:
         return f"{size:.0f} bytes"
     for unit in ("KiB", "MiB", "GiB"):
@@ -211,7 +211,7 @@ def readable_bytes(size: float) -> str:
 
 
 def readable_count(count: float) -> str:
-    """"812", "41,200", "3.41 million", "15.5 billion"."""
+    """ "812", "41,200", "3.41 million", "15.5 billion"."""
     for limit, word in ((1e9, "billion"), (1e6, "million")):
         if count >= limit:
             return f"{count / limit:.3g} {word}"
@@ -219,12 +219,12 @@ def readable_count(count: float) -> str:
 
 
 def readable_amount(amount: float, unit: str) -> str:
-    """"3.4 MiB" for the unit "bytes", "1,204 files" for any other."""
+    """ "3.4 MiB" for the unit "bytes", "1,204 files" for any other."""
     return readable_bytes(amount) if unit == "bytes" else f"{amount:,.0f} {unit}"
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned plain text, numbers to the right; floats get four significant digits. Reads alike in a terminal and a log."""
+    """Aligned plain text, numbers to the right, floats with four significant digits: for a terminal and a log alike."""
     cells = [[_cell(value) for value in row] for row in rows]
     is_number = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
     widths = [max(len(text) for text in (name, *(row[i] for row in cells))) for i, name in enumerate(columns)]

@@ -22,7 +22,9 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 def verb(monkeypatch):
     """Puts a verb `fake` into the table: a module whose `run` is given by the test."""
 
-    def put(run, *, passes_unknown=False, add_arguments=None, doc="does a thing.\n\nexample:\n  jaxcoder fake --size 100%\n"):
+    def put(
+        run, *, passes_unknown=False, add_arguments=None, doc="does a thing.\n\nexample:\n  jaxcoder fake --size 100%\n"
+    ):
         module = ModuleType("jaxcoder.cli.fake", doc)
         module.run = run
         module.add_arguments = add_arguments or default_arguments
@@ -89,7 +91,9 @@ def test_help_is_quick():
     took = []
     for _ in range(3):
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "jaxcoder.cli.main", "--help"], capture_output=True, cwd=REPOSITORY)
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxcoder.cli.main", "--help"], capture_output=True, cwd=REPOSITORY
+        )
         took.append(time.perf_counter() - began)
         assert done.returncode == 0
     assert min(took) < 0.5
@@ -116,7 +120,10 @@ def test_runs_the_verb(verb):
         (["fake", "--siez", "3"], "there is no option --siez (did you mean `--size`?). See `jaxcoder fake --help`"),
         (["fake", "--siez=3"], "there is no option --siez (did you mean `--size`?)"),
         (["fake", "--size", "three"], "invalid int value: 'three'"),
-        (["fake", "--siz", "3"], "there is no option --siz"),  # no abbreviations: they would break when options are added
+        (
+            ["fake", "--siz", "3"],
+            "there is no option --siz",
+        ),  # no abbreviations: they would break when options are added
         (["fake", "--colour", "gren"], "--colour cannot be 'gren' (did you mean `green`?); it is one of red, green"),
         (["fake", "one", "two"], "nothing takes the argument 'two'"),
         (["fake", "--size"], "expected one argument"),
@@ -164,7 +171,9 @@ def test_an_error_of_ours_is_one_line(verb, capsys):
     assert capsys.readouterr().err == "jaxcoder: error: there is no checkpoint in 'runs/x': train first.\n"
 
 
-@pytest.mark.parametrize("arguments", [["--debug", "fake"], ["fake", "--debug"], ["fake", "x", "--debug", "--size", "2"]])
+@pytest.mark.parametrize(
+    "arguments", [["--debug", "fake"], ["fake", "--debug"], ["fake", "x", "--debug", "--size", "2"]]
+)
 def test_debug_shows_the_traceback(verb, capsys, arguments):
     verb(raising(CheckpointError("a sentence.")))
     assert cli.main(arguments) == 2
@@ -181,7 +190,13 @@ def test_a_bug_keeps_its_traceback(verb, capsys):
 
 
 def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
-    verb(raising(Interrupted("stopped by SIGTERM at step 7, which is saved.", exit_code=143, resume_command="jaxcoder train x")))
+    verb(
+        raising(
+            Interrupted(
+                "stopped by SIGTERM at step 7, which is saved.", exit_code=143, resume_command="jaxcoder train x"
+            )
+        )
+    )
     assert cli.main(["fake"]) == 143
     said = capsys.readouterr().err
     assert "error" not in said and "to go on, run: jaxcoder train x" in said
@@ -196,11 +211,14 @@ def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
 def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
     script = (
         "import sys, types, time\nfrom jaxcoder.cli import main as cli\n"
-        "def run(args):\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n    finally: print('cleaned up')\n"
+        "def run(args):\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
+        "    finally:\n        print('cleaned up')\n"
         "fake = types.ModuleType('fake', 'x')\nfake.add_arguments = lambda parser: None\nfake.run = run\n"
         "sys.modules['fake'] = fake\ncli.VERBS['fake'] = ('fake', 'x')\nsys.exit(cli.main(['fake']))"
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
     out, said = process.communicate(timeout=30)
@@ -212,7 +230,10 @@ def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
     ("error", "expected"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/runs/x/model"), "the disk is full at '/runs/x/model'"),
-        (ValueError('RESOURCE_EXHAUSTED: Error writing "/runs/x": No space left on device'), "the disk is full at '/runs/x'"),
+        (
+            ValueError('RESOURCE_EXHAUSTED: Error writing "/runs/x": No space left on device'),
+            "the disk is full at '/runs/x'",
+        ),
         (MemoryError(), "the host's memory does not suffice"),
         (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), "Permission denied: '/etc/x'"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/a"), "No such file or directory: '/a'"),

@@ -16,7 +16,9 @@ GOLDEN = Path(__file__).parent / "golden" / "run.json"
 
 RUN = RunConfig(
     name="golden",
-    model=ModelConfig(num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256, vocab_size=512, max_seq_len=128),
+    model=ModelConfig(
+        num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256, vocab_size=512, max_seq_len=128
+    ),
     num_steps=100,
     global_batch_size=16,
     optimizer=OptimizerConfig(peak_learning_rate=1e-3, max_grad_norm=1),
@@ -101,7 +103,7 @@ def test_every_problem_is_named_at_once():
 
 def test_numbers_that_json_lacks_are_refused():
     bad = dataclasses.replace(RUN, optimizer=OptimizerConfig(peak_learning_rate=float("nan")))
-    with pytest.raises(ConfigError, match="optimizer.peak_learning_rate is not a finite number"):
+    with pytest.raises(ConfigError, match=r"optimizer\.peak_learning_rate is not a finite number"):
         to_json(bad)
 
 

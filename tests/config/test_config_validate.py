@@ -1,4 +1,4 @@
-"""validate: every rule has a run that breaks it, all problems are said at once, and no garbage escapes as another error."""
+"""validate: every rule has a run that breaks it, all problems are said at once, no garbage escapes as another error."""
 
 import dataclasses
 import math
@@ -107,7 +107,9 @@ def test_several_kv_heads_are_split_and_one_is_not():
 def test_all_problems_at_once():
     bad = changed("seed", -3, changed("data.fim_rate", 2.0, changed("mesh.tensor", 3, changed("num_steps", 0))))
     said = problems(bad)
-    assert len(said.splitlines()) == 5 and "seed" in said and "fim_rate" in said and "mesh" in said and "num_steps" in said
+    assert (
+        len(said.splitlines()) == 5 and "seed" in said and "fim_rate" in said and "mesh" in said and "num_steps" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,14 @@ def test_resolve_mesh_refuses():
 
 
 GARBAGE = st.one_of(
-    st.integers(-3, 3), st.integers(), st.floats(), st.text(max_size=3), st.none(), st.booleans(), st.just([1]), st.just({})
+    st.integers(-3, 3),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=3),
+    st.none(),
+    st.booleans(),
+    st.just([1]),
+    st.just({}),
 )
 
 

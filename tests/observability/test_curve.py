@@ -28,14 +28,23 @@ def colours(picture):
 
 
 def test_two_lines(tmp_path):
-    records = [(s, {"loss": 2 + 8 * math.exp(-s / 20)} | ({"eval_loss": 3.0} if s % 25 == 0 else {})) for s in range(1, 101)]
+    records = [
+        (s, {"loss": 2 + 8 * math.exp(-s / 20)} | ({"eval_loss": 3.0} if s % 25 == 0 else {})) for s in range(1, 101)
+    ]
     picture = draw_curve(log(tmp_path / "m.jsonl", records), tmp_path / "new" / "curve.png", title="tiny")
     training, held_out = colours(picture)
     assert training > 500 and held_out > 300
 
 
 def test_one_line_with_holes_resumes_and_infinities(tmp_path):
-    records = [(1, {"loss": math.nan}), (2, {"loss": 5}), (3, {}), (2, {"loss": 4.0}), (5, {"loss": math.inf}), (6, {"loss": 3.0})]
+    records = [
+        (1, {"loss": math.nan}),
+        (2, {"loss": 5}),
+        (3, {}),
+        (2, {"loss": 4.0}),
+        (5, {"loss": math.inf}),
+        (6, {"loss": 3.0}),
+    ]
     training, held_out = colours(draw_curve(log(tmp_path / "m.jsonl", records), tmp_path / "curve.png"))
     assert training > 300 and held_out == 0
 

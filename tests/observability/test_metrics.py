@@ -159,4 +159,6 @@ def test_multi_writer_closes_all():
     multi.write(1, {"loss": 2.0})
     with pytest.raises(OSError, match="full"):
         multi.close()
-    assert [writer.seen for writer in writers] == [[(1, {"loss": 2.0})]] * 2 and all(writer.closed for writer in writers)
+    assert [writer.seen for writer in writers] == [[(1, {"loss": 2.0})]] * 2 and all(
+        writer.closed for writer in writers
+    )
