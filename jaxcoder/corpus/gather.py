@@ -190,7 +190,8 @@ def _nothing_kept(trees: Sequence[Source], languages: Sequence[str], summary: Co
     counts = {**summary.dropped, **summary.skipped}
     if not counts:
         return DataError(f"The source {_names(trees)} holds no files: give a directory with code in it.")
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in ordered)
     wanted = ", ".join(languages) if len(languages) < 4 else f"{len(languages)} languages"
     return DataError(
         f"No file under {_names(trees)} can be used ({reasons}): give a directory with {wanted} source files, or name "
