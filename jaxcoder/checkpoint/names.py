@@ -69,7 +69,8 @@ def assemble_model(
         if not leaf.is_stacked:
             return _put(fetch(leaf.names[0], target), target)
         layer = _layer(target)
-        return _stack([_put(fetch(name, layer), layer) for name in leaf.names], target)
+        stack = _stack_on_devices([_put(fetch(name, layer), layer) for name in leaf.names])
+        return jax.device_put(stack, target.sharding)
 
     leaves = [build(leaf) for leaf in _leaves(_abstract(abstract_model), prefix)]
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_model), leaves)
@@ -147,12 +148,9 @@ def _unstack(stack: Any) -> list[Any]:
     return list(stack)
 
 
-# The layer dim is whole on every device, so each device slices what it holds.
+# The layer dim is whole on every device, so each device slices and stacks what it holds.
 _unstack_on_devices = jax.jit(lambda stack: [stack[i] for i in range(stack.shape[0])])
-
-
-def _stack(layers: list[jax.Array], target: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda layers: jnp.stack(layers), out_shardings=target.sharding)(layers)
+_stack_on_devices = jax.jit(lambda layers: jnp.stack(layers))
 
 
 def _layer(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
