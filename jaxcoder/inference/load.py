@@ -7,7 +7,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxcoder.checkpoint.names import assemble_model
+from jaxcoder.checkpoint import arrays as array_files
+from jaxcoder.checkpoint.find import Warn, is_checkpoint, open_checkpoint, warn_user
+from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest
+from jaxcoder.checkpoint.names import assemble_model, check_arrays, flatten_model, unflatten_model
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.convert.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from jaxcoder.errors import CheckpointError
@@ -16,7 +19,12 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
 def load_model(
-    path: str | Path, *, compute: ComputeConfig | None = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    compute: ComputeConfig | None = None,
+    mesh: Mesh | None = None,
+    step: int | None = None,
+    warn: Warn = warn_user,
 ) -> tuple[GPTBigCode, ModelConfig, Tokenizer | None]:
     """The model at `path`, its config, and its tokenizer where one lies beside the weights.
 
@@ -24,6 +32,7 @@ def load_model(
         path: a run's directory, its `checkpoints`, one checkpoint, or a directory in Hugging Face's format.
         compute: how to compute; default `ComputeConfig()`. Weights are fp32 in any case.
         mesh: where given, every array lands in its shards on this mesh; else everything is on the first device.
+        step: which checkpoint of a run; default the newest that is whole. `warn` hears of every one skipped.
 
     Raises CheckpointError or ConversionError, in one sentence, for anything that is no such directory or is damaged.
     """
@@ -32,7 +41,14 @@ def load_model(
     if is_hf_directory(path):
         weights = open_hf_weights(path)
         return _from_hf(weights, compute, mesh), weights.config, _tokenizer(path)
-    raise CheckpointError(f"{path} is no model.")
+    if is_checkpoint(path):
+        directory, manifest = open_checkpoint(path, step=step, warn=warn)
+        return _from_checkpoint(directory, manifest, compute, mesh), manifest.model, _tokenizer(directory / TOKENIZER)
+    what = "does not exist" if not path.exists() else "is a file" if path.is_file() else "holds no model"
+    raise CheckpointError(
+        f"{path} {what}: give a run's directory, one of its checkpoints, or a directory with config.json and "
+        "model.safetensors (or pytorch_model.bin)."
+    )
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig) -> GPTBigCode:
@@ -42,10 +58,25 @@ def abstract_model(config: ModelConfig, compute: ComputeConfig) -> GPTBigCode:
 
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> GPTBigCode:
     owner = {name: entry for entry in weights.entries() for name in entry.ours}
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    with _scope(mesh):
         return assemble_model(
             abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name], "params/"
         )
+
+
+def _from_checkpoint(
+    directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None
+) -> GPTBigCode:
+    saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
+    with _scope(mesh):
+        model = abstract_model(manifest.model, compute)
+        targets = flatten_model(model, "params/")
+        check_arrays(targets, saved, f"the checkpoint {directory}")
+        return unflatten_model(model, array_files.load(directory, targets), "params/")
+
+
+def _scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:

@@ -1,0 +1,70 @@
+"""A directory (or hub id) in Hugging Face's format -> a checkpoint of ours, piece by piece, without torch.
+
+The result is one checkpoint directory (jaxcoder/checkpoint/manifest.py) of step 0 without optimizer state.
+"""
+
+import math
+from pathlib import Path
+
+from etils import epath
+
+from jaxcoder.checkpoint.arrays import PieceWriter
+from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
+from jaxcoder.convert.hf_names import shape
+from jaxcoder.convert.hf_weights import HFWeights, open_hf_weights
+from jaxcoder.convert.hub import fetch, is_hub_id
+from jaxcoder.convert.output import whole_directory
+from jaxcoder.convert.to_hf import Summary
+from jaxcoder.errors import ConversionError
+from jaxcoder.protocols import SILENT, Progress
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+
+def from_hf(
+    source: str | Path, directory: str | Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> Summary:
+    """Writes the weights at `source`, a directory or a hub id such as "bigcode/starcoderbase-1b", as a checkpoint.
+
+    float16 and bfloat16 become fp32. Raises ConversionError that names what does not fit: a tensor missing, left over
+    or misshapen, a config of a model that is computed otherwise, a file that is cut off or wants to run code.
+    """
+    weights = open_hf_weights(_local(source))
+    if Path(directory).resolve() == weights.directory.resolve():
+        raise ConversionError(f"the output directory {directory} is the source itself: choose another one.")
+    # Before the weights, which take longer.
+    has_tokenizer = (weights.directory / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(weights.directory) if has_tokenizer else None
+    num_parameters = sum(math.prod(shape(entry.their_dims, weights.config)) for entry in weights.entries())
+    with whole_directory(Path(directory), overwrite=overwrite) as output:
+        progress.start("converting", num_parameters, "parameters")
+        manifest = Manifest(
+            step=0,
+            model=weights.config,
+            arrays=_write_arrays(weights, output, progress).infos,
+            metadata={"converted_from": str(source)},
+        )
+        if tokenizer is not None:
+            tokenizer.save(output / TOKENIZER)
+        write_manifest(epath.Path(output), manifest)
+        progress.finish()
+    return Summary(Path(directory), num_parameters, 1, has_tokenizer, 0)
+
+
+def _write_arrays(weights: HFWeights, output: Path, progress: Progress) -> PieceWriter:
+    writer = PieceWriter(output)
+    for name, array in weights.arrays():
+        writer.add(name, array)
+        progress.advance(array.size)
+    writer.finish()
+    return writer
+
+
+def _local(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ConversionError(f"{source} is a file: give the directory that holds it and its config.json.")
+    if isinstance(source, str) and is_hub_id(source):
+        return fetch(source)
+    raise ConversionError(f"{source} does not exist: give a directory, or a hub id such as bigcode/starcoderbase-1b.")

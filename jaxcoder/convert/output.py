@@ -1,0 +1,40 @@
+"""Directories that appear whole or not at all."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxcoder.errors import ConversionError
+
+
+@contextlib.contextmanager
+def whole_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a directory to write into, beside `path`; at the end it takes the place of `path`.
+
+    On failure nothing of it is left, and what was at `path` stays. Raises ConversionError when `path` is there already
+    (and not empty) without `overwrite`, and when it cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConversionError(f"the output {path} is a file: choose another name.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ConversionError(f"the output directory {path} is not empty: choose another one, or give --overwrite.")
+    temporary = path.with_name(f".{path.name}.writing")
+    replaced = path.with_name(f".{path.name}.replaced")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConversionError(
+            f"cannot write {path} ({reason}): free some space or choose another output directory, and run again."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

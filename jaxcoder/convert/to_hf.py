@@ -1,0 +1,123 @@
+"""Our checkpoint -> a directory that transformers (and vLLM, llama.cpp, ...) opens.
+
+Tensor by tensor: memory is bounded by the largest one. Files: config.json, model.safetensors (or shards with an
+index), generation_config.json, and the tokenizer's.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxcoder.checkpoint.arrays import load_numpy
+from jaxcoder.checkpoint.find import Warn, open_checkpoint, warn_user
+from jaxcoder.checkpoint.manifest import TOKENIZER, ArrayInfo, Manifest
+from jaxcoder.checkpoint.names import check_arrays
+from jaxcoder.config import ModelConfig
+from jaxcoder.convert.hf_config import hf_config
+from jaxcoder.convert.hf_names import Entry, entries, shape, to_theirs
+from jaxcoder.convert.output import whole_directory
+from jaxcoder.convert.safetensors import write_safetensors
+from jaxcoder.protocols import SILENT, Progress
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion has written."""
+
+    directory: Path
+    num_parameters: int
+    num_files: int
+    """Files of weights."""
+    has_tokenizer: bool
+    step: int
+
+
+def to_hf(
+    source: str | Path,
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress = SILENT,
+    warn: Warn = warn_user,
+) -> Summary:
+    """Writes the weights of the checkpoint at `source` (a run, its checkpoints, or one of them) to `directory`, fp32.
+
+    Raises CheckpointError for a source that is none or is damaged, ConversionError for a model that the format has no
+    room for and for an output directory that is not empty.
+    """
+    checkpoint, manifest = open_checkpoint(source, step=step, warn=warn)
+    config = manifest.model
+    _check(Path(checkpoint), manifest)
+    tokenizer = Tokenizer.load(checkpoint / TOKENIZER) if (checkpoint / TOKENIZER).is_dir() else None
+    end_of_text = 0 if tokenizer is None else tokenizer.eos_id
+    keys = hf_config(config, end_of_text=end_of_text)
+    shards = _shards(entries(config), config, max_shard_bytes)
+    num_parameters = sum(math.prod(shape(entry.their_dims, config)) for entry in entries(config))
+    with whole_directory(Path(directory), overwrite=overwrite) as output:
+        progress.start("converting", num_parameters, "parameters")
+        for name, shard in shards.items():
+            shapes = {entry.theirs: shape(entry.their_dims, config) for entry in shard}
+            write_safetensors(output / name, shapes, _tensors(checkpoint, shard, manifest, progress))
+        if len(shards) > 1:
+            _write_json(output / "model.safetensors.index.json", _index(shards, num_parameters))
+        generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "_from_model_config": True}
+        _write_json(output / "generation_config.json", generation)
+        if tokenizer is not None:
+            tokenizer.save(output)
+        _write_json(output / "config.json", keys)
+        progress.finish()
+    return Summary(Path(directory), num_parameters, len(shards), tokenizer is not None, manifest.step)
+
+
+def _check(checkpoint: Path, manifest: Manifest) -> None:
+    """The table below must find every weight of the checkpoint, and leave none over."""
+    config = manifest.model
+    expected = {
+        name: ArrayInfo(shape(dims, config), "float32") for entry in entries(config) for name, dims in entry.ours.items()
+    }
+    saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
+    check_arrays(expected, saved, f"the checkpoint {checkpoint}")
+
+
+def _shards(table: list[Entry], config: ModelConfig, max_bytes: int) -> dict[str, list[Entry]]:
+    """File name -> its tensors, each file at most `max_bytes` unless one tensor is larger."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in table:
+        size = 4 * math.prod(shape(entry.their_dims, config))
+        if shards[-1] and filled + size > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def _tensors(
+    checkpoint: Path, shard: list[Entry], manifest: Manifest, progress: Progress
+) -> Iterator[tuple[str, np.ndarray]]:
+    for entry in shard:
+        ours = load_numpy(checkpoint, {name: manifest.arrays[name] for name in entry.ours})
+        tensor = to_theirs(entry, [ours[name] for name in entry.ours], manifest.model)
+        yield entry.theirs, tensor
+        progress.advance(tensor.size)
+
+
+def _index(shards: dict[str, list[Entry]], num_parameters: int) -> dict[str, object]:
+    weight_map = {entry.theirs: name for name, shard in shards.items() for entry in shard}
+    return {"metadata": {"total_size": 4 * num_parameters}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
