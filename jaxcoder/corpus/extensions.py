@@ -175,7 +175,7 @@ LANGUAGES: dict[str, Language] = {
 
 _ALIASES = {"cpp": "c++", "c#": "c-sharp", "csharp": "c-sharp", "f#": "f-sharp", "py": "python", "js": "javascript"}
 
-# The table gives these two languages extensions that only make sense behind their own names: Dockerfile.1, Makefile.txt.
+# The table gives these languages extensions that only make sense behind their own names: Dockerfile.1, Makefile.txt.
 _KNOWN_BY_NAME = ("dockerfile", "makefile", "gnumakefile")
 _ONLY_BEHIND_NAME = {"dockerfile": {"1", "3", "mustache", ""}, "makefile": {"cmake", "txt", ""}}
 
@@ -192,7 +192,7 @@ def resolve_languages(names: Iterable[str]) -> tuple[str, ...]:
             chosen.add(name)
         else:
             near = difflib.get_close_matches(name, used, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(used)}, or \"all\"."
+            hint = f"did you mean {near[0]!r}?" if near else f'choose among {", ".join(used)}, or "all".'
             raise ConfigError(f"There are no rules for a language {name!r}: {hint}")
     if not chosen:
         raise ConfigError('No language is asked for: name at least one, such as "python", or "all".')

@@ -61,7 +61,10 @@ class CorpusSummary:
         table = [(count, reason) for reason, count in self.dropped.items()]
         return [
             f"{self.files_found:,} files found, {kept:,} kept" + (" (gathered before)" if self.reused else ""),
-            *(f"  {count:>9,}  dropped: {reason}" for count, reason in sorted(table, key=lambda row: (-row[0], row[1]))),
+            *(
+                f"  {count:>9,}  dropped: {reason}"
+                for count, reason in sorted(table, key=lambda row: (-row[0], row[1]))
+            ),
             *(f"  {count:>9,}  not entered: {reason}" for reason, count in sorted(self.skipped.items())),
             f"train     {self.train_documents:>9,} documents {self.train_bytes / 1e6:>9.1f} MB  "
             f"{self.output_dir / TRAIN_FILE}",
@@ -266,10 +269,12 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
         return None
     if manifest["request"] != request:
         before = manifest["request"]
-        changed = [f"{key} {before.get(key)!r}, not {request[key]!r}" for key in request if before.get(key) != request[key]]
+        changed = [
+            f"{key} {before.get(key)!r}, not {request[key]!r}" for key in request if before.get(key) != request[key]
+        ]
         raise DataError(
-            f"The corpus in {output_dir} was gathered otherwise ({'; '.join(changed)}): choose another output directory, "
-            "or delete that one."
+            f"The corpus in {output_dir} was gathered otherwise ({'; '.join(changed)}): choose another output "
+            "directory, or delete that one."
         )
     return summary if whole else None
 

@@ -72,8 +72,8 @@ def _files_of(path: str) -> list[str]:
     held_out = [file for file in files if os.path.basename(file).startswith("held_out.")]
     if held_out and len(files) > len(held_out):
         raise DataError(
-            f"The directory {path} holds {os.path.basename(held_out[0])} beside other documents, and reading both would "
-            "mix held-out documents with the rest: name the files that are meant, such as its train.parquet."
+            f"The directory {path} holds {os.path.basename(held_out[0])} beside other documents, and reading both "
+            "would mix held-out documents with the rest: name the files that are meant, such as its train.parquet."
         )
     return [fs.unstrip_protocol(file) if "://" in path else file for file in files]
 

@@ -10,6 +10,7 @@ Reference: https://github.com/openai/tiktoken (a merge is allowed whenever the j
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 
 Encode = Callable[[str], list[int]]
 
@@ -27,7 +28,8 @@ _HOSTILE_TEXTS = (
     "   leading and trailing   ",
     "<|endoftext|><fim_prefix> <fim-middle> < | endoftext|>",
     "a\u00a0b\u3000 c\u2028d\u2029 \x85 \x1c\x1d\x1e\x1f \x0b\x0c\ufeff\u200b\u200d e",
-    "\u4e2d\u6587\u4ee3\u7801 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0627\u0644\u0639 \U0001f600\U0001f468\u200d\U0001f469 e\u0301 \u0e01\u0e34 \u0939\u093f",
+    "\u4e2d\u6587\u4ee3\u7801 \u0440\u0443\u0441\u0441 \u0627\u0644\u0639 \u0e01\u0e34 \u0939\u093f e\u0301",
+    "\U0001f600\U0001f468\u200d\U0001f469 \U0001f1e9\U0001f1ea1",
     "!!!??? ---->>>> ==== //// \\n \\\\ #### ____ __init__ a_b a-b $x {{}} ((())) ;;",
     "aaaa" * 40 + " " * 70 + "\n" * 30 + "\t" * 20 + "x",
     "\x00\x01\x7f\ufffd\ue000",
@@ -92,7 +94,7 @@ def _structural_difference(spec: dict, ranks: dict[bytes, int]) -> str:
             return f"its BPE model sets {option}"
     vocab = model["vocab"]
     merged_ids = [vocab.get("".join(merge)) for merge in merge_pairs(spec)]
-    if None in merged_ids or any(left >= right for left, right in zip(merged_ids, merged_ids[1:])):
+    if None in merged_ids or any(left >= right for left, right in pairwise(merged_ids)):
         return "its ids do not follow the order of its merges"
     if len(merged_ids) + sum(len(token) == 1 for token in ranks) != len(ranks):
         return "it has tokens that no merge makes"

@@ -55,5 +55,5 @@ def check_output_directory(directory: Path, *, overwrite: bool) -> None:
         raise DataError(f"The output directory {directory} holds something else ({strange[0]}): choose another one.")
     if (directory / "tokenizer.json").exists() and not overwrite:
         raise DataError(
-            f"The directory {directory} already holds a tokenizer: choose another one, or give --overwrite to replace it."
+            f"The directory {directory} already holds a tokenizer: choose another one, or give --overwrite."
         )

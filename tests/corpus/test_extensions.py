@@ -41,7 +41,7 @@ def _departures(cell: str) -> dict[str, Rule]:
             "alnum": lambda x: ("alphanumeric", None),
             "alpha": lambda x: ("alphabetic", float(x)),
             "XML": lambda x: ("xml", False),
-            "dedup": lambda x: ("near_dedup", item.partition(": ")[2]),
+            "dedup": lambda x, item=item: ("near_dedup", item.partition(": ")[2]),
         }[item.split()[0]](item.split()[1])
         for extension in extensions:
             fields.setdefault(extension, {})[key] = value

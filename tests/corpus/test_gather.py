@@ -232,7 +232,10 @@ def test_file_names_that_are_not_utf8(tmp_path):
 def test_killed_at_any_time(tmp_path):
     tree = _tree(tmp_path / "code", packages=30, files=20)
     gather([tree], tmp_path / "expected")
-    code = "import sys; from jaxcoder.corpus.gather import gather; print('go', flush=True); gather(sys.argv[1:2], sys.argv[2])"
+    code = (
+        "import sys; from jaxcoder.corpus.gather import gather; print('go', flush=True); "
+        "gather(sys.argv[1:2], sys.argv[2])"
+    )
     for delay in (0.005, 0.04, 0.1):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tree), str(tmp_path / "out")], stdout=subprocess.PIPE, text=True

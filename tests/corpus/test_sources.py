@@ -13,7 +13,15 @@ def _paths(root, skipped=None):
 
 
 def test_walk_is_sorted_and_skips_caches(tmp_path):
-    for name in ["b/z.py", "b/a.py", "a.py", ".git/x.py", "b/__pycache__/x.py", "node_modules/x.js", "q-1.dist-info/r.py"]:
+    for name in [
+        "b/z.py",
+        "b/a.py",
+        "a.py",
+        ".git/x.py",
+        "b/__pycache__/x.py",
+        "node_modules/x.js",
+        "q-1.dist-info/r.py",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
     (tmp_path / "b" / ".hidden.py").write_text("x")
@@ -77,7 +85,9 @@ def test_reading(tmp_path, content, expected):
 def test_directories(tmp_path):
     for name in ("a/src", "b/src", "a/src/inner"):
         (tmp_path / name).mkdir(parents=True)
-    found = directory_sources([tmp_path / "a/src", tmp_path / "a/src/inner", tmp_path / "b/src", str(tmp_path / "a/src")])
+    found = directory_sources(
+        [tmp_path / "a/src", tmp_path / "a/src/inner", tmp_path / "b/src", str(tmp_path / "a/src")]
+    )
     assert [source.label for source in found] == ["src", "src-2"]
     with pytest.raises(DataError, match="does not exist"):
         directory_sources([tmp_path / "none"])

@@ -12,11 +12,15 @@ from jaxcoder.tokenizer.document import Document, Part, well_formed
 from jaxcoder.tokenizer.document_files import read_documents, write_documents
 
 STRUCTURED = [
-    Document((Part(special="<reponame>"), Part("me/it"), Part(special="<filename>"), Part("é.py")), "me/it", "é.py", "python"),
+    Document(
+        (Part(special="<reponame>"), Part("me/it"), Part(special="<filename>"), Part("é.py")), "me/it", "é.py", "python"
+    ),
     Document.from_text("print('<|endoftext|>')\r\n", path="b.py"),
     Document(()),
 ]
-PLAIN = [Document.from_text(text, repo_name="r", path=f"{i}.py", lang="python") for i, text in enumerate(["a", "", "é\0"])]
+PLAIN = [
+    Document.from_text(text, repo_name="r", path=f"{i}.py", lang="python") for i, text in enumerate(["a", "", "é\0"])
+]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
@@ -53,7 +57,10 @@ def test_directory_and_list_of_files(tmp_path):
         file.write('{"content": "zipped"}\n\n')
     (tmp_path / "README").write_text("not documents")
     assert [document.text for document in read_documents(tmp_path)] == ["", "a", "zipped"]
-    assert [document.text for document in read_documents([str(tmp_path / "b.parquet"), tmp_path / "sub"])] == ["a", "zipped"]
+    assert [document.text for document in read_documents([str(tmp_path / "b.parquet"), tmp_path / "sub"])] == [
+        "a",
+        "zipped",
+    ]
 
 
 def test_lone_surrogate_in_json_becomes_a_replacement(tmp_path):

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 # Characters on which the two splits could part: digits of all kinds, blanks of all kinds, quotes, marks, letters.
-HOSTILE = "abstremvdlS '\"\u20190123\u00b2\u00bd\u0663\uff11 \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\ufeff\u200b_.-#<|>e\u0301\u4e2d\U0001f600\0"
+HOSTILE = (
+    "abstremvdlS '\"\u20190123\u00b2\u00bd\u0663\uff11 \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000\ufeff\u200b"
+    "_.-#<|>e\u0301\u4e2d\U0001f600\0"
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +85,7 @@ def _changed(tokenizer, change) -> Tokenizer:
         (lambda s: s["model"]["merges"].pop(), "tokens that no merge makes"),
         (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
         (
-            lambda s: s["added_tokens"].append(
-                dict(s["added_tokens"][0], id=9000, content="import", special=False)
-            ),
+            lambda s: s["added_tokens"].append(dict(s["added_tokens"][0], id=9000, content="import", special=False)),
             "added tokens that are not special",
         ),
     ],

@@ -44,7 +44,9 @@ def test_text_never_yields_a_special_id(tokenizer, text):
 
 
 def test_documents(tokenizer):
-    document = Document((Part(special="<filename>"), Part("a<fim"), Part("_prefix>"), Part(special="<gh_stars>"), Part("1")))
+    document = Document(
+        (Part(special="<filename>"), Part("a<fim"), Part("_prefix>"), Part(special="<gh_stars>"), Part("1"))
+    )
     expected = [5, *tokenizer.encode("a<fim_prefix>"), 6, *tokenizer.encode("1")]
     assert tokenizer.encode_document(document) == expected
     assert tokenizer.decode(expected) == "<filename>a<fim_prefix><gh_stars>1"
@@ -106,7 +108,8 @@ def test_santacoder_spelling_and_ids(tokenizer):
     model["vocab"] = {token: id_ - 19 for token, id_ in model["vocab"].items() if id_ >= 19}
     first = len(model["vocab"])
     spec["added_tokens"] = [
-        dict(spec["added_tokens"][0], id=first + i, content=name, special=name != "<fim-pad>") for i, name in enumerate(names)
+        dict(spec["added_tokens"][0], id=first + i, content=name, special=name != "<fim-pad>")
+        for i, name in enumerate(names)
     ]
     santa = Tokenizer(json.dumps(spec).encode())
     assert santa.fim == FimIds(prefix=first + 1, middle=first + 2, suffix=first + 3, pad=first + 4)
