@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxcoder.checkpoint.checkpointer import Checkpointer
-from jaxcoder.config import RunConfig, serialize
+from jaxcoder.config import RunConfig
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.loader import batches
 from jaxcoder.errors import Interrupted
@@ -25,18 +25,10 @@ from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoard
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.runtime import GracefulStop, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import one_ahead, open_streams, text_bytes
 from jaxcoder.train.run_directory import RunDirectory
-from jaxcoder.train.state import (
-    TrainState,
-    abstract_flat_state,
-    abstract_state,
-    flatten_state,
-    initial_state,
-    unflatten_state,
-)
+from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
 from jaxcoder.train.step import make_train_step
 from jaxcoder.train.step_log import StepLog
 
@@ -68,8 +60,15 @@ def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResu
         stop = stack.enter_context(GracefulStop())
         stack.enter_context(out_of_memory_explained(config))
         stack.enter_context(jax.set_mesh(mesh))
-        checkpointer = Checkpointer(directory.checkpoints, config.checkpoint, warn=line.say)
-        stack.enter_context(contextlib.closing(checkpointer))
+        checkpointer = stack.enter_context(
+            Checkpointer(
+                directory.checkpoints,
+                config.checkpoint,
+                run=config,
+                save_tokenizer=tokenizer.save if tokenizer else None,
+                warn=line.say,
+            )
+        )
         line.say(describe(config, mesh))
 
         state, step = restore_or_initialise(config, mesh, checkpointer)
@@ -77,7 +76,6 @@ def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResu
         log = StepLog(config, writer, line)
         held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
         eval_metrics: dict[str, float] = {}
-        last_save = time.monotonic()
         train_step = make_train_step(config)
         size = config.global_batch_size
         source = stack.enter_context(batches(stream, global_batch_size=size, first_sample=step * size))
@@ -85,15 +83,15 @@ def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResu
         if step:
             line.say(f"Continuing after step {step:,}.")
 
-        def save(*, wait: bool) -> None:
-            checkpointer.save(step, flatten_state(state), metadata(config, tokenizer))
-            if wait:
-                checkpointer.wait()
+        def save() -> None:
+            checkpointer.save(step, flatten_state(state), {"samples": step * size}, force=True)
+            log.pause()
 
         while step < config.num_steps:
             if stop.requested is not None:
                 log.flush()
-                save(wait=True)
+                save()
+                checkpointer.wait()
                 raise Interrupted(
                     f"stopped after step {step:,}, which is saved in `{directory.checkpoints}`.",
                     exit_code=stop.exit_code,
@@ -117,12 +115,10 @@ def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResu
                     f"{eval_metrics['eval_bits_per_byte']:.4f} bits per byte"
                 )
                 log.pause()
-            if is_last or save_is_due(config, step, last_save):
-                log.flush()
-                save(wait=is_last)
-                last_save = time.monotonic()
-                log.pause()
+            if is_last or checkpointer.is_due(step):
+                save()
         log.flush()
+        checkpointer.wait()
         if held_out and not eval_metrics:  # The run was complete already.
             eval_metrics = held_out(state.model)
         return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics)
@@ -134,22 +130,7 @@ def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpoin
     if step is None:
         return jax.jit(lambda: initial_state(config))(), 0
     abstract = abstract_state(config, mesh)
-    return unflatten_state(abstract, checkpointer.restore(step, abstract_flat_state(abstract))), step
-
-
-def save_is_due(config: RunConfig, step: int, last_save: float) -> bool:
-    """By steps, or by the time since the last save."""
-    seconds = config.checkpoint.save_every_seconds
-    overdue = seconds is not None and time.monotonic() - last_save >= seconds
-    return overdue or step % config.checkpoint.save_every_steps == 0
-
-
-def metadata(config: RunConfig, tokenizer: Tokenizer | None) -> dict:
-    """What a checkpoint says about itself besides its arrays."""
-    return {
-        "config": serialize.to_dict(config),
-        "tokenizer": tokenizer,
-    }
+    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step
 
 
 def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> MetricWriter:

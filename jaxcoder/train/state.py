@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxcoder.checkpoint.names import abstract_arrays, concrete, flatten_model, unflatten_model
+from jaxcoder.checkpoint.names import flatten_model, unflatten_model
 from jaxcoder.config import RunConfig
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.train.optimizer import adam
@@ -37,32 +37,19 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 
 def flatten_state(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a checkpoint under our own names (checkpoint/names.py), as new buffers."""
+    """The arrays of a checkpoint under our own names (checkpoint/names.py), as new buffers; of shapes, shapes."""
     arrays: dict[str, jax.Array] = {}
     for prefix, tree in _trees(state).items():
         arrays |= flatten_model(tree, prefix)
     return arrays | {"optimizer/count": state.moments.count, "step": state.step}
 
 
-def abstract_flat_state(abstract: TrainState) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `flatten_state` would give, as shapes with shardings; the mesh has to be in scope."""
-    arrays: dict[str, jax.ShapeDtypeStruct] = {}
-    for prefix, tree in _trees(abstract).items():
-        arrays |= abstract_arrays(tree, prefix)
-    return arrays | {"optimizer/count": concrete(abstract.moments.count), "step": concrete(abstract.step)}
-
-
 def unflatten_state(abstract: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
     """The inverse of `flatten_state`, in the shardings of `abstract`; empties `arrays`."""
-
-    def part(prefix: str):
-        names = [name for name in arrays if name.startswith(prefix + "/")]
-        return unflatten_model(_trees(abstract)[prefix], {name: arrays.pop(name) for name in names}, prefix)
-
     count, step = arrays.pop("optimizer/count"), arrays.pop("step")
-    moments = optax.ScaleByAdamState(count=count, mu=part("optimizer/mu"), nu=part("optimizer/nu"))
-    return TrainState(step=step, model=part("params"), moments=moments)
+    model, mu, nu = (unflatten_model(tree, arrays, prefix) for prefix, tree in _trees(abstract).items())
+    return TrainState(step=step, model=model, moments=optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
 
 
 def _trees(state: TrainState) -> dict[str, GPTBigCode]:
-    return {"params": state.model, "optimizer/mu": state.moments.mu, "optimizer/nu": state.moments.nu}
+    return {"params/": state.model, "optimizer/mu/": state.moments.mu, "optimizer/nu/": state.moments.nu}
