@@ -8,6 +8,7 @@ Ids are Python ints in [0, vocab_size).
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -69,17 +70,25 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a tokenizer.json, or the one in the directory `path`. Raises DataError if missing or unusable."""
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
+        """Load a tokenizer.json, or the one in the directory `path` (local, gs://, s3://, ...).
+
+        Raises DataError if it is missing or unusable.
+        """
+        import fsspec
+
+        location = os.fspath(path)
         try:
-            content = file.read_bytes()
-        except OSError as error:
+            fs, file = fsspec.url_to_fs(location)
+            if fs.isdir(file):
+                location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
+            content = fs.cat_file(file)
+        except (OSError, ImportError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise DataError(
-                f"Cannot read the tokenizer {file} ({error.strerror}): give a tokenizer.json or the directory that "
+                f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
                 "holds one, such as `jaxcoder tokenizer train` writes."
             ) from error
-        return cls(content, origin=str(file))
+        return cls(content, origin=location)
 
     def __reduce__(self):
         return functools.partial(Tokenizer, origin=self._origin), (self._content,)

@@ -20,7 +20,8 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 DEFAULT_SAMPLE_BYTES = 64 << 20
-"""More text hardly changes the merges; time and memory grow with it (about 1.4 MB/s and 12 bytes a byte)."""
+"""Of larger inputs an even sample of so much is read: time and memory stay bounded (49,152 tokens from 64 MB: 17
+seconds of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds), and more text hardly changes the merges."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Progress = SILENT) -> Tokenizer:

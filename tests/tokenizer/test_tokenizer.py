@@ -156,6 +156,17 @@ def test_what_is_not_a_tokenizer_is_refused(tmp_path, content):
         Tokenizer.load(tmp_path)
 
 
+def test_loading_from_an_object_store(tokenizer):
+    import fsspec
+
+    fsspec.filesystem("memory").pipe_file("/bucket/tok/tokenizer.json", tokenizer._content)
+    assert Tokenizer.load("memory://bucket/tok").fingerprint == tokenizer.fingerprint
+    with pytest.raises(DataError, match="Cannot read the tokenizer memory://bucket/none"):
+        Tokenizer.load("memory://bucket/none")
+    with pytest.raises(DataError, match="Cannot read the tokenizer nowhere://x"):
+        Tokenizer.load("nowhere://x")
+
+
 def test_missing(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(DataError, match="Cannot read the tokenizer"):
