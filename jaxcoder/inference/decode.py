@@ -276,8 +276,9 @@ def _prefill(
     vocabulary: Vocabulary,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
     """Reads tokens (B, S) and chooses one more for each row with left > 0. The cache has S slots."""
-    cache = KVCache.empty(model.config, *tokens.shape, jnp.dtype(model.compute.dtype))
-    hidden, cache = model.prefill(_by_row(model, tokens), _by_row(model, lengths), cache)
+    cache = KVCache.empty(model.config, *tokens.shape, jnp.dtype(model.compute.dtype), model.rules)
+    hidden, cache = model.prefill(_by_row(model, tokens), lengths, cache)
+    hidden = reshard(hidden, model.rules.spec(None, None, None))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     chosen, log_probs, left = _choose(model, last, lengths, left > 0, left, rows, vocabulary)
     return DecodeState(cache=cache, tokens=chosen, left=left), (chosen[:, None], log_probs[:, None])
@@ -302,10 +303,11 @@ def _steps(
     def one(carry):
         step, state, tokens, log_probs = carry
         is_live = state.left > 0
-        before = state.cache.lengths
-        hidden, cache = model.decode(_by_row(model, state.tokens[:, None]), state.cache)
+        lengths = state.cache.lengths
+        cache = replace(state.cache, lengths=_by_row(model, lengths))
+        hidden, cache = model.decode(_by_row(model, state.tokens[:, None]), cache)
         # A finished row stays where it is and rewrites one slot, so that it never runs over its end.
-        cache = replace(cache, lengths=jnp.where(is_live, cache.lengths, before))
+        cache = replace(cache, lengths=lengths + is_live)
         chosen, log_prob, left = _choose(model, hidden[:, 0], cache.lengths, is_live, state.left, rows, vocabulary)
         state = DecodeState(cache=cache, tokens=jnp.where(is_live, chosen, state.tokens), left=left)
         return step + 1, state, tokens.at[:, step].set(chosen), log_probs.at[:, step].set(log_prob)

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.kernels.attention.api import attention
 from jaxcoder.kernels.dropout.api import Site, fold_in, keep_mask
-from jaxcoder.sharding.ops import lookup, reshard, shard_index
+from jaxcoder.sharding.ops import lookup, on_each_device, reshard, shard_index
 from jaxcoder.sharding.rules import ShardingRules
 
 REMAT_POLICIES = {
@@ -46,9 +46,18 @@ class KVCache:
     lengths: jax.Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> "KVCache":
+    def empty(
+        cls, config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, rules: ShardingRules | None = None
+    ) -> "KVCache":
         shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), lengths=jnp.zeros(batch, jnp.int32))
+        rules = rules or ShardingRules.for_model(config)
+        k, v = (reshard(jnp.zeros(shape, dtype), cls.spec(rules)) for _ in range(2))
+        return cls(k=k, v=v, lengths=reshard(jnp.zeros(batch, jnp.int32), rules.spec("batch")))
+
+    @staticmethod
+    def spec(rules: ShardingRules) -> PartitionSpec | None:
+        """Of k and v: split by row, and by head where there are several."""
+        return rules.spec(None, "batch", None, "kv_heads", None)
 
 
 class GPTBigCode(nnx.Module):
@@ -187,24 +196,32 @@ class Attention(nnx.Module):
         self, x: jax.Array, layer: jax.Array, positions: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         q, k, v = self._qkv(x)
-        slots = (layer, jnp.arange(x.shape[0])[:, None], positions)
-        cache = KVCache(
-            k=cache.k.at[slots].set(k.astype(cache.k.dtype), mode="drop"),
-            v=cache.v.at[slots].set(v.astype(cache.v.dtype), mode="drop"),
-            lengths=cache.lengths,
-        )
-        if x.shape[1] > 1:  # A prompt attends to itself; its pads come last, where no token of it looks.
-            return self._out(self._attend(q, k, v, layer, None, None)), cache
-        filled = (jnp.arange(cache.k.shape[2])[None] <= positions).astype(jnp.int32)
-        attended = attention(
-            q,
-            cache.k[layer].astype(q.dtype),
-            cache.v[layer].astype(q.dtype),
-            causal=False,
-            segment_ids=jnp.ones_like(positions),
-            kv_segment_ids=filled,
-        )
-        return self._out(attended), cache
+        is_prompt = x.shape[1] > 1
+
+        def local(q, k, v, layer, positions, k_cache, v_cache):
+            slots = (layer, jnp.arange(q.shape[0])[:, None], positions)
+            k_cache = k_cache.at[slots].set(k.astype(k_cache.dtype), mode="drop")
+            v_cache = v_cache.at[slots].set(v.astype(v_cache.dtype), mode="drop")
+            if is_prompt:  # It attends to itself; its pads come last, where no token of it looks.
+                return attention(q, k, v, implementation=self.compute.attention), k_cache, v_cache
+            attended = attention(
+                q,
+                k_cache[layer].astype(q.dtype),
+                v_cache[layer].astype(q.dtype),
+                causal=False,
+                segment_ids=jnp.ones_like(positions),
+                kv_segment_ids=(jnp.arange(k_cache.shape[2])[None] <= positions).astype(jnp.int32),
+            )
+            return attended, k_cache, v_cache
+
+        q_spec, kv_spec = self._attention_specs()
+        cache_spec, row_spec = KVCache.spec(self.rules), self.rules.spec("batch", None)
+        attended, k_cache, v_cache = on_each_device(
+            local,
+            in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(), row_spec, cache_spec, cache_spec),
+            out_specs=(q_spec, cache_spec, cache_spec),
+        )(q, k, v, layer, positions, cache.k, cache.v)
+        return self._out(attended), KVCache(k=k_cache, v=v_cache, lengths=cache.lengths)
 
     def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q = self.q("bsd,dhk->bshk", x, self.rules.spec("batch", None, "heads", None))
@@ -222,32 +239,27 @@ class Attention(nnx.Module):
         key = fold_in(dropout.key, Site.ATTENTION, layer) if use_dropout else None
         rows = dropout.rows if use_dropout else None
 
-        def local(q, k, v, segment_ids, key, rows, head_offset):
+        q_spec, kv_spec = self._attention_specs()
+
+        def local(q, k, v, segment_ids, key, rows):
             return attention(
                 q,
                 k,
                 v,
                 segment_ids=segment_ids,
                 batch_offset=0 if rows is None else rows[0],
-                head_offset=head_offset,
+                head_offset=0 if q_spec is None else shard_index(q_spec[2]) * q.shape[2],
                 dropout_rate=self.config.attention_dropout if use_dropout else 0.0,
                 dropout_key=key,
                 implementation=self.compute.attention,
             )
 
-        if jax.sharding.get_abstract_mesh().empty:
-            return local(q, k, v, segment_ids, key, rows, 0)
-        q_spec = self.rules.spec("batch", None, "heads", None)
-        kv_spec = self.rules.spec("batch", None, "kv_heads", None)
-
-        def sharded(q, k, v, segment_ids, key, rows):
-            head_offset = shard_index(q_spec[2]) * q.shape[2]
-            return local(q, k, v, segment_ids, key, rows, head_offset)
-
         in_specs = (q_spec, kv_spec, kv_spec, self.rules.spec("batch", None), PartitionSpec(), self.rules.spec("batch"))
-        return jax.shard_map(sharded, in_specs=in_specs, out_specs=q_spec, check_vma=False)(
-            q, k, v, segment_ids, key, rows
-        )
+        return on_each_device(local, in_specs=in_specs, out_specs=q_spec)(q, k, v, segment_ids, key, rows)
+
+    def _attention_specs(self) -> tuple[PartitionSpec | None, PartitionSpec | None]:
+        """Of q (B, S, H, K) and of k, v (B, S, G, K)."""
+        return self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None, "kv_heads", None)
 
 
 class MLP(nnx.Module):

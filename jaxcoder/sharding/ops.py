@@ -1,5 +1,8 @@
 """The few operations whose sharded form differs from the plain one. Without a mesh in scope they are the plain one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -10,6 +13,13 @@ from jaxcoder.sharding.rules import Axes, ShardingRules, axes_of
 def reshard(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:
     """x laid out as `spec`; x itself where there is no mesh."""
     return x if spec is None else jax.sharding.reshard(x, spec)
+
+
+def on_each_device(function: Callable, *, in_specs: Any, out_specs: Any) -> Callable:
+    """`function` applied by each device to its own part of the arguments (`jax.shard_map`)."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def shard_index(entry: Axes) -> jax.Array | int:
