@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> int | None:
     from jaxcoder.errors import ConfigError
     from jaxcoder.observability.console import ConsoleProgress
 
-    if args.max_megabytes is not None and not args.max_megabytes > 0:
-        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be positive.")
+    if args.max_megabytes is not None and not 0 < args.max_megabytes < float("inf"):
+        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")
     summary = gather(
         args.source,
         args.output_dir,

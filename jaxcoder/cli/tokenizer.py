@@ -51,8 +51,8 @@ def _train(args: argparse.Namespace) -> None:
     from jaxcoder.tokenizer.portable import check_output_directory
     from jaxcoder.tokenizer.train import sample_texts, train_tokenizer
 
-    if not args.max_megabytes > 0:
-        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be positive.")
+    if not 0 < args.max_megabytes < float("inf"):
+        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")
     check_output_directory(args.output_dir, overwrite=args.overwrite)
     texts = sample_texts(args.documents, max_bytes=int(args.max_megabytes * 1e6), seed=args.seed)
     tokenizer = train_tokenizer(texts, args.vocab_size, ConsoleProgress())

@@ -108,4 +108,4 @@ def without_copies(files: Sequence[KeptFile], held_out: frozenset[str]) -> list[
 
 def keyed_hash(seed: int, name: str) -> bytes:
     """A hash that orders names at random, the same on every machine."""
-    return hashlib.blake2b(name.encode(errors="surrogateescape"), key=str(seed).encode(), digest_size=16).digest()
+    return hashlib.blake2b(f"{seed} {name}".encode(errors="surrogateescape"), digest_size=16).digest()

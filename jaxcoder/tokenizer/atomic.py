@@ -1,6 +1,7 @@
 """Writing a file so that it is there whole or not at all, and a full disk ends in a sentence."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,9 +36,9 @@ def file_system_errors(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise DataError(
-            f"Cannot write {path} ({reason}): free some space or choose another output directory, and run again."
-        ) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space, or choose another output directory, and run again" if full else "choose another path"
+        raise DataError(f"Cannot write {path} ({reason}): {way_out}.") from error
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -19,6 +19,7 @@ from jaxcoder.tokenizer.special_tokens import SPECIAL_TOKENS
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
+LARGEST_VOCAB = 1 << 20  # the trainer reserves memory for as many as it is asked for
 DEFAULT_SAMPLE_BYTES = 64 << 20
 """Of larger inputs an even sample of so much is read: time and memory stay bounded (49,152 tokens from 64 MB: 17
 seconds of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds), and more text hardly changes the merges."""
@@ -27,13 +28,18 @@ seconds of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds), and more text ha
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Progress = SILENT) -> Tokenizer:
     """Learn merges from ordinary texts until there are `vocab_size` tokens, the 19 special ones included.
 
-    The vocabulary is smaller if the texts have no more pairs to merge. Raises ConfigError for a vocab_size below 275,
-    DataError if there is no text.
+    The vocabulary is smaller if the texts have no more pairs to merge. Raises ConfigError for a vocab_size below 275
+    or above 2**20, DataError if there is no text.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
             f"A vocabulary of {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens alone "
             f"need {SMALLEST_VOCAB}; ask for at least that, or for 49152 as StarCoder has."
+        )
+    if vocab_size > LARGEST_VOCAB:
+        raise ConfigError(
+            f"A vocabulary of {vocab_size} is too large: at most {LARGEST_VOCAB} tokens can be trained; StarCoder has "
+            "49152."
         )
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -22,6 +22,8 @@ def test_the_shortest_vocabulary_and_one_below():
     assert train_tokenizer(["some text"], 275).vocab_size == 275
     with pytest.raises(ConfigError, match="need 275"):
         train_tokenizer(["some text"], 274)
+    with pytest.raises(ConfigError, match="too large"):
+        train_tokenizer(["some text"], 10**30)
 
 
 def test_little_text_gives_a_smaller_vocabulary():
