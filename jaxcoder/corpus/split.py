@@ -7,7 +7,7 @@ text need not be given up for that.
 """
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,27 +54,34 @@ def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> fr
     """repo_names to hold out: at most `fraction` of the bytes where possible, at least one, never all.
 
     The order in which packages are tried is a hash of (seed, name), so one more package changes little.
-    Empty if there is only one package, or `fraction` is 0.
+    Empty if `fraction` is 0, or if there is nothing to choose: one package, or packages of the same files only.
     """
     if fraction <= 0:
         return frozenset()
-    sizes = Counter()
-    for file in files:
-        sizes[file.repo_name] += file.size
     groups = linked_packages(files)
-    if len(groups) == 1:
-        groups = [(name,) for name in groups[0]]
-    if len(groups) < 2:
+    if len(groups) == 1 and len(groups[0]) > 1:
+        files = _in_one_package_only(files)
+        groups = [(name,) for name in sorted({file.repo_name for file in files})]
+    elif len(groups) < 2:
         return frozenset()
-    groups.sort(key=lambda group: keyed_hash(seed, group[0]))
-    weight = {group: sum(sizes[name] for name in group) for group in groups}
-    budget = fraction * sum(sizes.values())
+    weight = dict.fromkeys(groups, 0)
+    group_of = {name: group for group in groups for name in group}
+    for file in files:
+        weight[group_of[file.repo_name]] += file.size
+    budget = fraction * sum(weight.values())
     held_out: list[str] = []
-    for group in groups:
+    for group in sorted(groups, key=lambda group: keyed_hash(seed, group[0])):
         if weight[group] <= budget:
             budget -= weight[group]
             held_out += group
-    return frozenset(held_out or min(groups, key=weight.__getitem__))
+    return frozenset(held_out or min(groups, key=weight.__getitem__, default=()))
+
+
+def _in_one_package_only(files: Sequence[KeptFile]) -> list[KeptFile]:
+    packages = defaultdict(set)
+    for file in files:
+        packages[file.digest].add(file.repo_name)
+    return [file for file in files if len(packages[file.digest]) == 1]
 
 
 def linked_packages(files: Sequence[KeptFile]) -> list[tuple[str, ...]]:

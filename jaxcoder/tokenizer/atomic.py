@@ -37,7 +37,9 @@ def file_system_errors(path: str | os.PathLike) -> Iterator[None]:
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "free some space, or choose another output directory, and run again" if full else "choose another path"
+        way_out = (
+            "free some space, or choose another output directory, and run again" if full else "choose another path"
+        )
         raise DataError(f"Cannot write {path} ({reason}): {way_out}.") from error
 
 

@@ -55,6 +55,10 @@ def test_at_least_the_smallest_is_held_out():
     assert choose_held_out(files, 0.01, seed=0) == {"b"}
 
 
+def test_packages_of_the_same_files_cannot_be_split():
+    assert choose_held_out([_file("a", "a/x", "same"), _file("b", "b/x", "same")], 0.5, seed=0) == frozenset()
+
+
 def test_when_everything_hangs_together_copies_stay_in_training():
     files = [_file(name, f"{name}/license", "same") for name in "abc"]
     files += [_file(name, f"{name}/own", name, 10 + i) for i, name in enumerate("abc")]
@@ -79,4 +83,9 @@ def test_no_text_on_both_sides_and_none_lost(rows, fraction, seed):
     assert not any(file.digest in in_training for file in unique if file.repo_name in held_out)
     packages = {file.repo_name for file in files}
     assert held_out < packages or not packages
-    assert bool(held_out) == (fraction > 0 and len(packages) > 1)
+    assert {file.repo_name in held_out for file in unique} == (
+        {True, False} if held_out else {False} if files else set()
+    )
+    owners = [{file.repo_name for file in files if file.digest == digest} for digest in {file.digest for file in files}]
+    splittable = len(linked_packages(files)) > 1 or any(len(names) == 1 for names in owners)
+    assert bool(held_out) == (fraction > 0 and len(packages) > 1 and splittable)
