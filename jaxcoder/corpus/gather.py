@@ -113,8 +113,8 @@ def gather(
     held_out = choose_held_out(kept, held_out_fraction, seed)
     if held_out_fraction and not held_out:
         raise DataError(
-            f"The code kept from {_names(trees)} is one package, or packages of the same files, so none can be held out: "
-            "add another source, or ask for a held-out fraction of 0."
+            f"The code kept from {_names(trees)} is one package, or packages of the same files, so none can be held "
+            "out: add another source, or ask for a held-out fraction of 0."
         )
     unique = without_copies(kept, held_out)
     if len(unique) < len(kept):
