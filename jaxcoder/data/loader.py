@@ -8,6 +8,7 @@ Shapes: B rows of this host, S = seq_len.
 Reference: https://google-grain.readthedocs.io (random access; its own iterator state is not used).
 """
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from jaxcoder.errors import ConfigError
 _NUM_THREADS = 2  # tensorstore and tiktoken work outside the interpreter lock, the rest shares one core
 _BATCHES_AHEAD = 2
 _ENDLESS = 1 << 62
+_CLOSE_SECONDS = 30
 
 
 class Batch(NamedTuple):
@@ -102,8 +104,10 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the threads; a second call does nothing."""
-        self._windows.close()
+        """End the threads and wait for them; a second call does nothing."""
+        self._windows.close()  # lets go of the threads without waiting for what they are reading
+        for thread in self._rows.threads - {threading.current_thread()}:
+            thread.join(_CLOSE_SECONDS)
 
 
 def batches(
@@ -138,10 +142,12 @@ class _Rows:
         self.global_batch_size = global_batch_size
         self.per_host = global_batch_size // count
         self._offset = first_sample + process_index * self.per_host
+        self.threads: set[threading.Thread] = set()
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, row: int) -> np.ndarray:
+        self.threads.add(threading.current_thread())
         step, row_of_batch = divmod(int(row), self.per_host)
         return self._stream.sample(self._offset + step * self.global_batch_size + row_of_batch)

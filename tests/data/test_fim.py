@@ -134,6 +134,13 @@ def test_incomplete_characters_are_never_replaced(tokenizer):
             assert prefix[: len(ids) - cut] == ids[cut:] and suffix[len(suffix) - cut :] == ids[:cut]
 
 
+def test_whole_characters_beside_a_fragment_are_cut_like_any_other(tokenizer):
+    spelled = tokenizer.encode("\ue000")
+    ids = [spelled[-1], *tokenizer.encode("a\ue000b")]  # a lone last byte, then text with a character of several tokens
+    suffixes = {tokenizer.decode(check_piece(tokenizer, ids, sample)[2]) for sample in range(80)}
+    assert suffixes == {"a\ue000b", "\ue000b", "b", ""}
+
+
 def test_text_that_spells_a_sentinel_stays_text(tokenizer):
     ids = tokenizer.encode("a<fim_prefix>b<|endoftext|>c<fim_middle>")
     assert not tokenizer.special_ids & set(ids)
