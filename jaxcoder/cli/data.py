@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("documents", nargs="+", help="parquet or jsonl files, or directories of them")
     build.add_argument("--tokenizer", required=True, help="a tokenizer.json, or the directory that holds one")
     build.add_argument("--output-dir", required=True, help="where the store goes; empty, or of the same build")
-    build.add_argument("--seed", type=int, default=1234, help="decides the order of the documents (default %(default)s)")
+    build.add_argument("--seed", type=int, default=1234, help="decides the order of documents (default %(default)s)")
 
     inspect = verbs.add_parser("inspect", help="say what a token store holds")
     inspect.add_argument("store", help="directory of the store")
@@ -64,8 +64,8 @@ def _summary(store) -> str:
     on_disk = sum(entry["bytes"] for entry in store.manifest["files"].values())
     inputs = ", ".join(entry["name"] for entry in store.manifest["settings"]["inputs"])
     return (
-        f"{store.path}: {store.num_tokens:,} tokens of {store.num_documents:,} documents, {store.text_bytes:,} bytes of "
-        f"text ({store.bytes_per_token:.2f} a token), {on_disk:,} bytes on disk\n"
+        f"{store.path}: {store.num_tokens:,} tokens of {store.num_documents:,} documents, {store.text_bytes:,} "
+        f"bytes of text ({store.bytes_per_token:.2f} a token), {on_disk:,} bytes on disk\n"
         f"vocabulary {store.vocab_size:,}, tokenizer {store.tokenizer_fingerprint[:12]}, made from {inputs}"
     )
 
@@ -75,7 +75,8 @@ def _languages(store, most: int = 20) -> str:
     import numpy as np
 
     lengths = np.diff(store.document_offsets)
-    names, of_document = np.unique(store.documents["lang"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    languages = store.documents["lang"].to_numpy(zero_copy_only=False).astype(str)
+    names, of_document = np.unique(languages, return_inverse=True)
     documents = np.bincount(of_document)
     tokens = np.bincount(of_document, weights=lengths).astype(np.int64)
     text_bytes = np.bincount(of_document, weights=store.documents["text_bytes"].to_numpy()).astype(np.int64)

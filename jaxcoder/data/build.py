@@ -53,8 +53,8 @@ def build_store(
     """Build the token store of `documents` (parquet, jsonl, directories of them) in `output_dir`; return it, open.
 
     A finished store of the same build is returned at once, an unfinished one is completed. `run_characters` bounds the
-    memory of the first pass. Raises DataError if the directory holds anything else, if there are no documents, if one
-    of them cannot be read, or if the disk is full.
+    memory of the first pass; `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds anything
+    else, if there are no documents, if one of them cannot be read, or if the disk is full.
     """
     files = document_files(documents)
     directory = Directory(output_dir)
@@ -111,8 +111,8 @@ def _refuse_other(directory: Directory, theirs: dict, ours: dict) -> None:
     }
     differs = [text for key, text in words.items() if theirs.get(key) != ours[key]] or ["other settings"]
     raise DataError(
-        f"{directory.path} holds a token store of another build (made with {' and '.join(differs)}): choose another output "
-        "directory, or delete that one."
+        f"{directory.path} holds a token store of another build (made with {' and '.join(differs)}): choose another "
+        "output directory, or delete that one."
     )
 
 
@@ -166,7 +166,7 @@ def _groups(documents: Iterator[Document], run_characters: int) -> Iterator[list
 
 
 def _run(group: list[Document], ids: list[np.ndarray], ordinal: int, places: Permutation) -> bytes:
-    """One run as an Arrow file: a row a document, sorted by place; `ordinal` is the number of the first of the group."""
+    """One run as an Arrow file: a row a document, sorted by place; `ordinal` is the number of the first."""
     import pyarrow as pa
 
     place = places(np.arange(ordinal, ordinal + len(group), dtype=np.uint64))
@@ -232,10 +232,12 @@ class _Runs:
 
         local = directory.local_file(name)
         try:
-            return pa.ipc.open_file(pa.memory_map(str(local)) if local else pa.py_buffer(directory.read(name))).read_all()
+            source = pa.memory_map(str(local)) if local else pa.py_buffer(directory.read(name))
+            return pa.ipc.open_file(source).read_all()
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"The unfinished build in {directory.path} is damaged ({name}: {error}): delete the directory and run again."
+                f"The unfinished build in {directory.path} is damaged ({name}: {error}): delete the directory and "
+                "run again."
             ) from error
 
     def in_order(self) -> Iterator:

@@ -124,7 +124,7 @@ def _text_segments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
 
 
 def _separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Text and untouchable ids in turn: ids that share a character stay together, and are text if they spell it whole."""
+    """Text and untouchable ids in turn: ids that share a character stay together, text if they spell it whole."""
     clusters: list[tuple[bytes, list[int]]] = []
     for token in ids:
         content = tokenizer.decode_bytes([token])

@@ -102,7 +102,7 @@ class TokenStore:
     def count_text_bytes(self, ids: np.ndarray) -> int:
         """Bytes of text that the ids stand for, special tokens none.
 
-        With it bits per byte is exact on any windows: (sum of the losses of `ids` in nats) / ln 2 / count_text_bytes(ids).
+        With it bits per byte is exact on any windows: (sum of the losses of `ids`) / ln 2 / count_text_bytes(ids).
         """
         return int(self.token_bytes[ids].sum(dtype=np.int64))
 
@@ -117,8 +117,8 @@ class TokenStore:
             raise DataError(
                 f"The token store {self.path} was written with another tokenizer (fingerprint "
                 f"{self.tokenizer_fingerprint[:12]}, {self.vocab_size} ids) than the one given "
-                f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): use the copy in {self.directory / 'tokenizer'}, "
-                "or build the store anew."
+                f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): use the copy in "
+                f"{self.directory / 'tokenizer'}, or build the store anew."
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -130,7 +130,7 @@ class TokenStore:
             )
 
     def verify(self) -> None:
-        """Compare every file with its hash in the manifest (reads the whole store). DataError names the first that differs."""
+        """Compare every file with its hash (reads the whole store). DataError names the first that differs."""
         for name in self.manifest["files"]:
             self._compare(name, self.directory.sha256(name))
 
@@ -144,8 +144,8 @@ class TokenStore:
     def _compare(self, name: str, sha256: str) -> None:
         if sha256 != self.manifest["files"][name]["sha256"]:
             raise DataError(
-                f"The token store {self.path} is damaged: the content of {name} is not what was written; copy it again, "
-                "or delete the directory and run `jaxcoder data build` again."
+                f"The token store {self.path} is damaged: the content of {name} is not what was written; copy it "
+                "again, or delete the directory and run `jaxcoder data build` again."
             )
 
     def _damaged(self, start: int, stop: int, error: ValueError) -> str:
@@ -167,7 +167,9 @@ def parse_manifest(content: bytes, origin: str) -> dict:
     except (ValueError, KeyError, TypeError):
         version = None
     if version is None:
-        raise DataError(f"{origin} is not the manifest of a token store: give a directory made by `jaxcoder data build`.")
+        raise DataError(
+            f"{origin} is not the manifest of a token store: give a directory made by `jaxcoder data build`."
+        )
     if version != FORMAT_VERSION:
         raise DataError(
             f"{origin} has format version {version}, but this release reads version {FORMAT_VERSION}: build the store "

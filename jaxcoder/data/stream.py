@@ -1,9 +1,9 @@
 """The training stream: sample i is a window of token ids, a pure function of (seed, i).
 
 An epoch lays a grid of windows over the store: each holds seq_len + 1 tokens and begins seq_len after the one before,
-so that it shares one token with it and every token is a target once. The windows of an epoch come in the order of a keyed
-permutation; every epoch but the first shifts the grid, so that documents are cut elsewhere. Then fill-in-the-middle is
-applied to the window (`fim.py`, where its draws are made).
+so that it shares one token with it and every token is a target once. The windows of an epoch come in the order of a
+keyed permutation; every epoch but the first shifts the grid, so that documents are cut elsewhere. Then
+fill-in-the-middle is applied to the window (`fim.py`, where its draws are made).
 
 The original shuffles the documents anew in every epoch; here their order is fixed when the store is built.
 Reference: what StarCoder does is in the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.

@@ -4,6 +4,7 @@ The checks here read the output only; they share no code with the implementation
 """
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -235,7 +236,7 @@ def test_a_piece_is_a_function_of_seed_sample_and_number_alone(tokenizer):
     other = split(fim(tokenizer, [*tokenizer.encode("other"), end, *x, end, *room]), end)
     assert first[1] == other[1]
     assert first[0] != first[1] or fim(tokenizer, [*x, end, *room], sample=1) != fim(tokenizer, [*x, end, *room])
-    assert len({str(draw_fim(seed, sample, piece)) for seed in range(5) for sample in range(5) for piece in range(5)}) == 125
+    assert len({draw_fim(seed, sample, piece) for seed, sample, piece in product(range(5), repeat=3)}) == 125
 
 
 def test_rate_zero_returns_the_window_and_needs_no_fim_tokens(tokenizer):

@@ -68,7 +68,8 @@ def test_restart_anywhere_with_other_hosts_and_batch_sizes(stream):
             assert_same(next(source), undisturbed[step])
         consumed = source.samples_consumed
     assert consumed == begin + 24
-    halves = [take(stream, 5, global_batch_size=8, first_sample=consumed, process_index=h, process_count=2) for h in (0, 1)]
+    share = {"global_batch_size": 8, "first_sample": consumed, "process_count": 2}
+    halves = [take(stream, 5, process_index=host, **share) for host in (0, 1)]
     for step in range(5):
         assert np.array_equal(np.concatenate([half[step].inputs for half in halves]), undisturbed[3 + step].inputs)
     larger = take(stream, 1, global_batch_size=16, first_sample=consumed)[0]
@@ -114,7 +115,7 @@ def test_segments_of_real_windows(stream, tokenizer):
             filled = segments > 0
             assert (np.diff(segments[filled]) >= 0).all() and not segments[~filled].any()
             new = np.flatnonzero(np.diff(segments[filled])) + 1
-            assert (inputs[new - 1] == tokenizer.eos_id).all()  # a piece, rearranged or not, is one segment with its end
+            assert (inputs[new - 1] == tokenizer.eos_id).all()  # a piece is one segment with its end
             assert set(np.flatnonzero(inputs[filled][:-1] == tokenizer.eos_id) + 1) == set(new)
             assert (positions[new] == 0).all() and positions.max() < 48
 

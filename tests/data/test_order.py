@@ -1,4 +1,4 @@
-"""The permutation: one-to-one, inverted exactly, the same for ints and arrays, keyed, fixed for ever, and well mixed."""
+"""The permutation: one-to-one, inverted exactly, the same for ints and arrays, keyed, fixed for ever, mixed."""
 
 import numpy as np
 import pytest

@@ -39,7 +39,10 @@ class _CountingStore:
         return np.arange(start, stop, dtype=np.int32)
 
 
-@pytest.mark.parametrize("num_tokens, seq_len", [(1000, 16), (1009, 16), (17, 16), (18, 16), (31, 16), (32, 16), (33, 16), (7, 1)])
+@pytest.mark.parametrize(
+    "num_tokens, seq_len",
+    [(1000, 16), (1009, 16), (17, 16), (18, 16), (31, 16), (32, 16), (33, 16), (7, 1)],
+)
 def test_every_token_is_a_target_once_an_epoch_but_for_the_edges(tokenizer, num_tokens, seq_len):
     stream = SampleStream(
         _CountingStore(num_tokens, tokenizer), tokenizer, DataConfig(fim_rate=0.0), seq_len=seq_len, seed=5
