@@ -44,6 +44,11 @@ class Sampling:
 
 
 GREEDY = Sampling()
+SMALLEST = np.float32(1e-6)
+"""Temperatures and top-p below this are taken as this much, where they already mean greedy: they divide, or multiply."""
+
+
+_ALL = np.iinfo(np.int32).max  # top_k: more than any vocabulary has
 
 
 class RowSampling(NamedTuple):
@@ -56,14 +61,14 @@ class RowSampling(NamedTuple):
 
 
 def stack(samplings: Sequence[Sampling]) -> RowSampling:
-    """One array per setting; no top_k becomes a number that no vocabulary reaches."""
+    """One array per setting."""
     words = np.array([(s.seed >> 32, s.seed & 0xFFFFFFFF) for s in samplings], np.uint32)
     samples = np.array([s.sample for s in samplings], np.uint32)
     return RowSampling(
         keys=np.asarray(_row_keys(words, samples)),
         temperature=np.array([s.temperature for s in samplings], np.float32),
         top_p=np.array([s.top_p for s in samplings], np.float32),
-        top_k=np.array([s.top_k or np.iinfo(np.int32).max for s in samplings], np.int32),
+        top_k=np.array([min(s.top_k or _ALL, _ALL) for s in samplings], np.int32),
     )
 
 
@@ -75,7 +80,8 @@ def choose(logits: jax.Array, rows: RowSampling, positions: jax.Array) -> jax.Ar
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
 
     def sampled() -> jax.Array:
-        scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
+        from_best = logits - logits.max(-1, keepdims=True)
+        scaled = from_best / jnp.maximum(rows.temperature, SMALLEST)[:, None]
         probabilities = jax.nn.softmax(scaled)
         kept = keep_likeliest(probabilities, rows.top_p, rows.top_k)
         noisy = jnp.where(kept, scaled, -jnp.inf) + _gumbel(rows.keys, positions, logits.shape[1])
@@ -89,7 +95,7 @@ def keep_likeliest(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array)
     enough = jnp.minimum(top_k, probabilities.shape[1])
     kth = _largest_threshold(probabilities, lambda at_least: at_least.sum(-1) >= enough)
     among_k = jnp.where(probabilities >= kth[:, None], probabilities, 0.0)
-    mass = top_p * among_k.sum(-1)
+    mass = jnp.maximum(top_p, SMALLEST) * among_k.sum(-1)
     cut = _largest_threshold(among_k, lambda at_least: jnp.where(at_least, among_k, 0.0).sum(-1) >= mass)
     # Where rounding keeps a sum below top_p = 1 the cut is 0, which must not bring back what top-k left out.
     return (among_k >= cut[:, None]) & (among_k > 0)

@@ -1,0 +1,189 @@
+"""Text in, text out: completion and infilling with a model and its tokenizer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxcoder.errors import DataError
+from jaxcoder.inference.decode import (
+    MAX_BATCH_SIZE,
+    Decoding,
+    FinishReason,
+    NewTokens,
+    check_prompts,
+    generate_tokens,
+    in_compute_dtype,
+)
+from jaxcoder.inference.prompts import Prompt, encode_prompt
+from jaxcoder.inference.sampling import GREEDY, Sampling
+from jaxcoder.inference.text import TextAssembler
+from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+MAX_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer. tokens and log_probs: all that was generated, the ending token included; text: what it spells, up to
+    the stop string or the special token that ended it. finish_reason "length": it was cut off."""
+
+    text: str
+    tokens: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+
+
+class Piece(NamedTuple):
+    """Text that follows the pieces before it; the last one (its text may be empty) has the whole answer too."""
+
+    text: str
+    completion: Completion | None = None
+
+
+class TextGenerator:
+    """Completes and infills; a `jaxcoder.protocols.Generator`.
+
+    An answer ends at a stop string, at any special token (end-of-text; the sentinels that structure training
+    documents have no place in an answer), after max_new_tokens, or where the context ends.
+    """
+
+    def __init__(
+        self,
+        model: GPTBigCode,
+        tokenizer: Tokenizer | None,
+        *,
+        spm: bool = False,
+        truncate: bool = False,
+        max_batch_size: int = MAX_BATCH_SIZE,
+    ):
+        """spm: infill in SPM order rather than PSM. truncate: cut prompts that are too long, at line starts, instead of
+        refusing them. max_batch_size: most prompts that run together.
+
+        Raises DataError without a tokenizer, or with one that has more ids than the model has rows.
+        """
+        if tokenizer is None:
+            raise DataError(
+                "The model has no tokenizer beside it, and text cannot be completed without: put its tokenizer.json "
+                "into the model's directory, or name it (on the command line, --tokenizer PATH)."
+            )
+        self._valid_ids = tokenizer.valid_ids(model.config.vocab_size)
+        self._model, self._tokenizer = in_compute_dtype(model), tokenizer
+        self._spm, self._truncate, self._max_batch_size = spm, truncate, max_batch_size
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+    ) -> list[str]:
+        """What follows each prompt. `sampling` is one for all, or one for each."""
+        return self._texts([Prompt(prompt) for prompt in prompts], max_new_tokens, stop, sampling)
+
+    def infill(
+        self,
+        gaps: Sequence[tuple[str, str]],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+    ) -> list[str]:
+        """What belongs between each prefix and suffix. Raises DataError if the tokenizer has no FIM tokens."""
+        return self._texts([Prompt(*gap) for gap in gaps], max_new_tokens, stop, sampling)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        sampling: Sampling | Sequence[Sampling] = GREEDY,
+    ) -> list[Completion]:
+        """Completions and infills, with all that is known about each.
+
+        Raises ConfigError for a prompt that is too long (unless it may be cut) and for settings without a meaning.
+        """
+        encoded = [self._encode(prompt, max_new_tokens) for prompt in prompts]
+        texts = [TextAssembler(self._tokenizer, stop) for _ in prompts]
+
+        def watch(row: int, tokens: list[int]) -> bool:
+            return self._read(texts[row], tokens)
+
+        generated = generate_tokens(
+            self._model,
+            encoded,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            end_ids=self._tokenizer.special_ids,
+            valid_ids=self._valid_ids,
+            watch=watch,
+            max_batch_size=self._max_batch_size,
+        )
+        return [self._completion(*parts) for parts in zip(encoded, texts, generated)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        stop: Sequence[str] = (),
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[Piece]:
+        """The same for one prompt, piece by piece as the text comes into being.
+
+        Errors about the prompt are raised by the call itself, before the first piece is asked for.
+        """
+        encoded = self._encode(prompt, max_new_tokens)
+        check_prompts(self._model, [encoded], max_new_tokens)
+        return self._stream(encoded, TextAssembler(self._tokenizer, stop), max_new_tokens, sampling)
+
+    def _stream(
+        self, prompt: list[int], text: TextAssembler, max_new_tokens: int, sampling: Sampling
+    ) -> Iterator[Piece]:
+        decoding = Decoding(
+            self._model,
+            [prompt],
+            max_new_tokens=max_new_tokens,
+            sampling=[sampling],
+            end_ids=self._tokenizer.special_ids,
+            valid_ids=self._valid_ids,
+        )
+        newest = decoding.newest[0]
+        while True:
+            if self._read(text, newest):
+                decoding.stop(0)
+            if decoding.finished:
+                break
+            if piece := text.take():
+                yield Piece(piece)
+            newest = decoding.advance(1)[0]
+        completion = self._completion(prompt, text, decoding.result(0))
+        yield Piece(text.take(final=True), completion)
+
+    def _texts(self, prompts, max_new_tokens, stop, sampling) -> list[str]:
+        completions = self.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)
+        return [completion.text for completion in completions]
+
+    def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        limit = self._model.config.max_seq_len
+        # A cut leaves room for the whole answer, but never takes more than half of the context for that.
+        most = limit - min(max_new_tokens, limit // 2) if self._truncate else None
+        return encode_prompt(self._tokenizer, prompt, spm=self._spm, most=most)
+
+    def _read(self, text: TextAssembler, tokens: list[int]) -> bool:
+        """Adds tokens to a text; whether a stop string was met. A special token is never part of it."""
+        return any([text.push(token) for token in tokens if not self._tokenizer.is_special(token)])
+
+    def _completion(self, prompt: list[int], text: TextAssembler, new: NewTokens) -> Completion:
+        text.finish(complete=new.finish_reason == "stop")
+        return Completion(
+            text=text.text,
+            tokens=new.tokens,
+            log_probs=new.log_probs,
+            finish_reason=new.finish_reason,
+            num_prompt_tokens=len(prompt),
+        )
+

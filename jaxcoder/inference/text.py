@@ -1,0 +1,69 @@
+"""From tokens to text, one at a time: characters are never cut in two, and nothing is shown that a stop string may take back.
+
+Stop strings are looked for in the text, not in the tokens. Of several, the one that is complete first counts, so the
+result does not depend on where the tokens' boundaries fall.
+"""
+
+import codecs
+from collections.abc import Sequence
+
+from jaxcoder.errors import ConfigError
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """ConfigError for a stop string that would end every text."""
+    if "" in stop:
+        raise ConfigError("A stop string is empty, which every text contains: leave it out.")
+
+
+class TextAssembler:
+    """The text of one row.
+
+    text: what is decoded so far, without the beginning of a character; up to the stop string when one was met.
+    stopped: whether a stop string was met.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        check_stop(stop)
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._shown = 0
+        self.text, self.stopped = "", False
+
+    def push(self, token: int) -> bool:
+        """Adds a token that is not special; returns `stopped`, after which tokens are ignored."""
+        if not self.stopped:
+            self._append(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+        return self.stopped
+
+    def finish(self, *, complete: bool) -> None:
+        """No token follows. A character begun but not ended becomes U+FFFD if the answer is complete, and is dropped if
+        it was only cut off: more tokens would have ended it."""
+        if complete and not self.stopped:
+            self._append(self._decoder.decode(b"", final=True))
+
+    def take(self, *, final: bool = False) -> str:
+        """What may be shown and was not yet: without an end that may begin a stop string, unless nothing follows."""
+        end = len(self.text) - (0 if final or self.stopped else self._held_back())
+        start, self._shown = self._shown, max(self._shown, end)
+        return self.text[start:end]
+
+    def _append(self, new: str) -> None:
+        before = len(self.text)
+        self.text += new
+        # A stop string that is complete now was not before, so it ends in the new text.
+        starts = ((self.text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop)
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)[1]]
+
+    def _held_back(self) -> int:
+        """Length of the longest end of the text that begins a stop string."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            end = self.text[-length:]
+            if any(stop.startswith(end) for stop in self._stop):
+                return length
+        return 0
