@@ -35,7 +35,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
 _RUN_CHARACTERS = 32 << 20
-_STRETCH_TOKENS = 1 << 26
+_STRETCH_TOKENS = 1 << 24
 _NUM_PLACES = 1 << 62  # documents are sorted by places in this range; a permutation gives no two the same
 _BUILD = f"{WORK}/build.json"
 
