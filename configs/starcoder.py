@@ -39,13 +39,13 @@ def starcoderbase_1b() -> RunConfig:
 
 
 def tiny_starcoder_py() -> RunConfig:
-    """tiny_starcoder_py, 164M, Python only: 100e9 tokens in 50,000 steps. The original: 32 A100 for 18 hours.
+    """tiny_starcoder_py, 164M, Python only: about 100e9 tokens in 50,000 steps. The original: 32 A100 for 18 hours.
 
-    Its initialisation and learning rate were not published: ours follow the family's rule, 1 / sqrt(embed_dim), and
-    the 1B model.
+    Its initialisation, learning rate and batch were not published: ours are the family's 1 / sqrt(embed_dim), those of
+    the 1B model, and 256 windows, which gives those tokens.
     """
     model = ModelConfig(num_layers=20, embed_dim=768, num_heads=12, head_dim=64, mlp_dim=3072, init_std=0.03608)
-    return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=244, peak_learning_rate=4e-4)
+    return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=256, peak_learning_rate=4e-4)
 
 
 def santacoder() -> RunConfig:

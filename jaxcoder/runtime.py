@@ -61,16 +61,22 @@ def initialize(
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
-def resume_command(argv: Sequence[str] | None = None) -> str:
-    """The command line of this process (or `argv`, program first), quoted for a shell, to be typed again."""
-    program, *arguments = sys.argv if argv is None else argv
+def command_name(program: str | None = None) -> str:
+    """How this program (or `program`) was called, quoted for a shell; its bare name where that finds it."""
+    program = sys.argv[0] if program is None else program
     name = os.path.basename(program)
     if name.endswith(".py"):  # python -m jaxcoder.cli.main
-        return shlex.join([sys.executable, "-m", "jaxcoder.cli.main", *arguments])
+        return shlex.join([sys.executable, "-m", "jaxcoder.cli.main"])
     on_path = shutil.which(name)
     if on_path and os.path.exists(program) and os.path.samefile(on_path, program):
         program = name
-    return shlex.join([program, *arguments])
+    return shlex.quote(program)
+
+
+def resume_command(argv: Sequence[str] | None = None) -> str:
+    """The command line of this process (or `argv`, program first), quoted for a shell, to be typed again."""
+    program, *arguments = sys.argv if argv is None else argv
+    return " ".join([command_name(program), *map(shlex.quote, arguments)])
 
 
 # --- accelerators that JAX cannot see --------------------------------------------------------------------------------

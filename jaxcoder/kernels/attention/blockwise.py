@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxcoder.kernels.attention.mask import MASKED_SCORE, AttentionContext, AttentionSpec, dropout_scale, visible
 
-BLOCK_Q = 512
-BLOCK_KV = 512
+BLOCK_Q = 256
+BLOCK_KV = 256
 
 
 def attention(

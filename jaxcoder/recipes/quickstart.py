@@ -1,0 +1,171 @@
+"""The whole road in a few minutes: real code on this machine -> a small StarCoder that completes it.
+
+    <dir>/corpus/      train.parquet and held_out.parquet
+    <dir>/tokenizer/   byte-level BPE
+    <dir>/store/       token stores of both
+    <dir>/run/         config, metrics, checkpoints
+    <dir>/hf/          the weights in PyTorch format
+    <dir>/loss.png     the loss curve
+    <dir>/report.json  what is shown at the end
+
+Every stage leaves its result whole or not at all, so the same command, run again after any interruption, goes on where
+it was.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jaxcoder.config import RunConfig
+from jaxcoder.config.load import load_run
+from jaxcoder.corpus.gather import CorpusSummary, gather
+from jaxcoder.data.build import build_store
+from jaxcoder.errors import ConfigError
+from jaxcoder.protocols import Progress
+from jaxcoder.tokenizer.document_files import read_documents
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+from jaxcoder.tokenizer.train import train_tokenizer
+
+CORPUS_BYTES = 20_000_000
+"""More than the model reads in its few minutes, and as much as the tokenizer needs."""
+HELD_OUT_FRACTION = 0.02
+SEED = 0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paths:
+    """Where the parts of a quickstart lie."""
+
+    root: Path
+
+    @property
+    def settings(self) -> Path:
+        return self.root / "quickstart.json"
+
+    @property
+    def train_documents(self) -> Path:
+        return self.root / "corpus" / "train.parquet"
+
+    @property
+    def held_out_documents(self) -> Path:
+        return self.root / "corpus" / "held_out.parquet"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def train_store(self) -> Path:
+        return self.root / "store" / "train"
+
+    @property
+    def held_out_store(self) -> Path:
+        return self.root / "store" / "held_out"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+
+def quickstart(
+    output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress, say: Say
+) -> dict[str, object]:
+    """Runs all stages and returns the report that it also writes and shows.
+
+    Args:
+        source: a tree of code; None takes the running interpreter's library and installed packages.
+        num_steps: optimizer steps; None means the configuration's.
+    Raises ConfigError if `output_dir` holds anything but a quickstart with these arguments.
+    """
+    paths = Paths(root=output_dir)
+    config = load_run("quickstart")
+    num_steps = config.num_steps if num_steps is None else num_steps
+    claim(paths, {"source": str(source.resolve()) if source else None, "num_steps": num_steps})
+
+    summary = gather(
+        [source] if source else None,
+        output_dir / "corpus",
+        held_out_fraction=HELD_OUT_FRACTION,
+        max_bytes=CORPUS_BYTES,
+        seed=SEED,
+        progress=progress,
+    )
+    say_corpus(summary, say)
+    tokenizer = make_tokenizer(paths, config.model.vocab_size, progress)
+    say(f"Tokenizer: {tokenizer.vocab_size:,} tokens, byte-level BPE ({paths.tokenizer})")
+    store = build_store(paths.train_documents, tokenizer, paths.train_store, seed=SEED, progress=progress)
+    build_store(paths.held_out_documents, tokenizer, paths.held_out_store, seed=SEED, progress=progress)
+    say(f"Token store: {store.num_tokens:,} tokens, {store.bytes_per_token:.2f} bytes each ({paths.train_store})")
+
+    from jaxcoder.recipes.quickstart_report import make_report, show_report
+    from jaxcoder.train.loop import train
+
+    result = train(fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size))
+    report = make_report(paths, result.eval_metrics, progress)
+    show_report(paths, report, say)
+    return report
+
+
+def claim(paths: Paths, settings: dict[str, object]) -> None:
+    """The directory belongs to one quickstart: its arguments are written into it first."""
+    text = json.dumps(settings, indent=1) + "\n"
+    if paths.settings.exists():
+        try:
+            before = json.loads(paths.settings.read_text())
+        except ValueError:
+            before = None
+        if before != settings:
+            raise ConfigError(
+                f"`{paths.root}` holds a quickstart with other arguments ({before}): give another --output-dir, "
+                "delete it, or repeat those arguments to continue it."
+            )
+        return
+    if paths.root.is_file() or (paths.root.is_dir() and any(paths.root.iterdir())):
+        raise ConfigError(f"`{paths.root}` holds something else: give an empty or new --output-dir.")
+    paths.root.mkdir(parents=True, exist_ok=True)
+    partial = paths.settings.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, paths.settings)
+
+
+def say_corpus(summary: CorpusSummary, say: Say) -> None:
+    say(
+        f"Corpus: {summary.train_documents:,} files, {summary.train_bytes / 1e6:.1f} MB; held out: "
+        f"{summary.held_out_documents:,} files of {len(summary.held_out_packages)} packages, "
+        f"{summary.held_out_bytes / 1e6:.2f} MB"
+    )
+
+
+def make_tokenizer(paths: Paths, vocab_size: int, progress: Progress) -> Tokenizer:
+    """Trains the tokenizer, or opens the one that is there."""
+    if not paths.tokenizer.exists():
+        partial = paths.tokenizer.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        texts = (document.text for document in read_documents(paths.train_documents))
+        train_tokenizer(texts, vocab_size, progress).save(partial)
+        os.replace(partial, paths.tokenizer)
+    return Tokenizer.load(paths.tokenizer)
+
+
+def fitted(config: RunConfig, paths: Paths, *, num_steps: int, vocab_size: int) -> RunConfig:
+    """The configuration for this corpus and these devices."""
+    import jax
+
+    devices = jax.devices()
+    batch = -(-config.global_batch_size // len(devices)) * len(devices)
+    is_cpu = devices[0].platform == "cpu"
+    return replace(
+        config,
+        num_steps=num_steps,
+        global_batch_size=batch,
+        output_dir=str(paths.run),
+        model=replace(config.model, vocab_size=vocab_size),
+        compute=replace(config.compute, dtype="float32" if is_cpu else "bfloat16"),
+        data=replace(config.data, store=str(paths.train_store), eval_store=str(paths.held_out_store)),
+        optimizer=replace(config.optimizer, warmup_steps=min(config.optimizer.warmup_steps, num_steps // 10)),
+    )

@@ -1,0 +1,102 @@
+"""What a quickstart shows at the end: how good the small model is, what it writes, and where everything lies."""
+
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxcoder.convert.to_hf import to_hf
+from jaxcoder.inference.generate import TextGenerator
+from jaxcoder.inference.infill_metrics import infill_scores, single_line_gaps
+from jaxcoder.inference.load import load_model
+from jaxcoder.observability.curve import draw_curve
+from jaxcoder.protocols import Progress
+from jaxcoder.runtime import command_name
+from jaxcoder.tokenizer.document import Document
+from jaxcoder.tokenizer.document_files import read_documents
+from jaxcoder.train.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from jaxcoder.recipes.quickstart import Paths
+
+NUM_GAPS = 64
+PROMPTS = ("def main(", "import os\nimport sys\n\n\nclass ")
+INFILLS = (
+    ("def add(a, b):\n    return ", "\n\n\ndef subtract(a, b):\n    return a - b\n"),
+    ("import os\n\n\ndef read(path):\n    with open(", ") as file:\n        return file.read()\n"),
+)
+
+
+def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progress) -> dict[str, object]:
+    """Evaluates, converts, draws; everything that `show_report` prints, as plain JSON."""
+    documents = list(read_documents(paths.held_out_documents))
+    progress.start("Evaluating", None, "")
+    model, _, tokenizer = load_model(paths.run)
+    generator = TextGenerator(model, tokenizer, truncate=True)
+    gaps = single_line_gaps(documents, count=NUM_GAPS, seed=0)
+    scores = infill_scores(generator, gaps)
+    completions = generator.complete(PROMPTS, max_new_tokens=48)
+    infills = generator.infill(INFILLS, max_new_tokens=24)
+    progress.finish()
+
+    directory = RunDirectory(str(paths.run))
+    curve = draw_curve(directory.metrics_file, paths.root / "loss.png", title="jaxcoder quickstart")
+    hf = paths.root / "hf"
+    to_hf(paths.run, hf, overwrite=True, progress=progress)
+    report = {
+        "held_out": eval_metrics | {"xz_bits_per_byte": xz_bits_per_byte(documents), "files": len(documents)},
+        "infill": scores,
+        "completions": [[prompt, text] for prompt, text in zip(PROMPTS, completions)],
+        "infills": [[prefix, middle, suffix] for (prefix, suffix), middle in zip(INFILLS, infills)],
+        "loss_curve": str(curve),
+        "checkpoints": directory.checkpoints,
+        "pytorch": str(hf),
+    }
+    write_json(paths.root / "report.json", report)
+    return report
+
+
+def xz_bits_per_byte(documents: list[Document]) -> float:
+    """What `xz -9e` needs for the same files, one behind the other."""
+    text = "".join(document.text for document in documents).encode()
+    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
+
+
+def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> None:
+    """The report for a person, with the commands to go on with."""
+    held_out, infill, program = report["held_out"], report["infill"], command_name()
+    width = min(shutil.get_terminal_size().columns, 100)
+    say("\n" + " what it learned ".center(width, "-"))
+    say(
+        f"held-out files ({held_out['files']}): loss {held_out['eval_loss']:.3f} nats per token, "
+        f"{held_out['eval_bits_per_byte']:.3f} bits per byte (xz -9e needs {held_out['xz_bits_per_byte']:.3f})"
+    )
+    say(
+        f"infilling {infill['count']} held-out lines: edit similarity {infill['edit_similarity']:.3f}, "
+        f"exact match {infill['exact_match']:.1%}"
+    )
+    for prompt, text in report["completions"]:
+        say("\n" + " completion: >>> written by the model <<< ".center(width, "-"))
+        say(f"{prompt}>>>{text}<<<")
+    for prefix, middle, suffix in report["infills"]:
+        say("\n" + " infill: >>> written by the model <<< ".center(width, "-"))
+        say(f"{prefix}>>>{middle}<<<{suffix}")
+    say("\n" + " where it is ".center(width, "-"))
+    say(f"loss curve      {report['loss_curve']}")
+    say(f"checkpoint      {report['checkpoints']}")
+    say(f"PyTorch format  {report['pytorch']}")
+    say(f"report          {paths.root / 'report.json'}")
+    say("\n" + " go on with ".center(width, "-"))
+    say(f"{program} complete {paths.run} --prefix 'def read_file(' ")
+    say(f"{program} complete {report['pytorch']} --prefix 'def add(a, b):\n    return ' --suffix '\n'")
+    say(f"{program} checkpoint inspect {paths.run}")
+    say(f"{program} train quickstart --data {paths.train_store} --num-steps 5000 --output-dir {paths.root / 'longer'}")
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
