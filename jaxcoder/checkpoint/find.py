@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from jaxcoder.checkpoint.manifest import Manifest, find_damage, has_manifest, read_manifest
+from jaxcoder.checkpoint.manifest import Manifest, UnusableCheckpoint, find_damage, has_manifest, read_manifest
 from jaxcoder.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -46,12 +46,10 @@ def newest_whole(directory: epath.PathLike, warn: Warn = warn_user) -> int | Non
 
 def damage_of(path: epath.PathLike) -> str | None:
     """Why the checkpoint at `path` cannot be used, or None."""
-    if not has_manifest(path):
-        return "its save was not finished (no manifest.json)"
     try:
         return find_damage(path, read_manifest(path))
-    except CheckpointError as error:
-        return str(error).rstrip(".")
+    except UnusableCheckpoint as error:
+        return error.damage
 
 
 def find_checkpoint(path: epath.PathLike, *, step: int | None = None, warn: Warn = warn_user) -> epath.Path:
@@ -89,5 +87,5 @@ def open_checkpoint(
 def _whole(path: epath.Path) -> epath.Path:
     damage = damage_of(path)
     if damage is not None:
-        raise CheckpointError(f"the checkpoint {path} cannot be used: {damage}; use another step.")
+        raise UnusableCheckpoint(path, damage)
     return path

@@ -31,7 +31,15 @@ COMMIT_MARKER = f"{STATE}/commit_success.txt"
 FORMAT = "jaxcoder checkpoint"
 VERSION = 1
 
-_BLOCK = 16 * 2**20
+_BLOCK = 4 * 2**20
+
+
+class UnusableCheckpoint(CheckpointError):
+    """A checkpoint that is there and cannot be read; `damage` is the reason alone."""
+
+    def __init__(self, directory: epath.PathLike, damage: str):
+        super().__init__(f"the checkpoint {directory} cannot be used: {damage}; use another one.")
+        self.damage = damage
 
 
 @dataclass(frozen=True)
@@ -96,28 +104,24 @@ def has_manifest(directory: epath.PathLike) -> bool:
 
 
 def read_manifest(directory: epath.PathLike) -> Manifest:
-    """The manifest of a checkpoint; CheckpointError when there is none, it is damaged, or of another format."""
+    """The manifest of a checkpoint; UnusableCheckpoint when there is none, it is damaged, or of another format."""
     path = epath.Path(directory) / MANIFEST
     try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no {MANIFEST}: it is no checkpoint, or its save was not finished; use another step."
-        ) from None
-    try:
-        body = json.loads(text)
+        body = json.loads(path.read_text())
         recorded = body.pop("crc32")
         is_sound = body["format"] == FORMAT and recorded == _fingerprint(body)
+    except FileNotFoundError:
+        raise UnusableCheckpoint(directory, f"it has no {MANIFEST}, so its save was not finished") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_sound = False
     if not is_sound:
-        raise CheckpointError(f"{path} is damaged, or is not of jaxcoder: use another step, or restore the file.")
+        raise UnusableCheckpoint(directory, f"its {MANIFEST} is damaged or was not written by jaxcoder")
     if body["version"] != VERSION:
-        raise CheckpointError(f"{path} has format version {body['version']} and this jaxcoder reads {VERSION}: update.")
+        raise UnusableCheckpoint(directory, f"it has format {body['version']} and this jaxcoder reads format {VERSION}")
     try:
-        model = from_json(json.dumps(body["model"]), ModelConfig, source=str(path))
+        model = from_json(json.dumps(body["model"]), ModelConfig, source="its model")
     except ConfigError as error:
-        raise CheckpointError(str(error)) from error
+        raise UnusableCheckpoint(directory, str(error).rstrip(".")) from error
     return Manifest(
         step=body["step"],
         model=model,

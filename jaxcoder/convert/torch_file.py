@@ -140,8 +140,8 @@ def _reader(tensor: _Strided, path: Path) -> Callable[[], np.ndarray]:
         try:
             with zipfile.ZipFile(path) as archive:
                 flat = np.frombuffer(archive.read(tensor.storage.member), dtype)
-        except (OSError, zipfile.BadZipFile) as error:
-            raise ConversionError(f"{path} is damaged ({error}): fetch it again.") from error
+        except Exception as error:  # `zipfile` fails in many ways on damaged archives
+            raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again.") from error
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
 

@@ -1,0 +1,146 @@
+"""What a checkpoint holds, as lines of text. Reads manifests only; no device and no jax needed."""
+
+import math
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from jaxcoder.checkpoint.find import CHECKPOINTS, steps_in
+from jaxcoder.checkpoint.manifest import (
+    CONFIG,
+    TOKENIZER,
+    ArrayInfo,
+    Manifest,
+    UnusableCheckpoint,
+    has_manifest,
+    read_manifest,
+)
+from jaxcoder.config.serialize import from_json, to_dict
+from jaxcoder.errors import CheckpointError, ConfigError
+
+
+class Row(NamedTuple):
+    """Arrays of all layers that share a name, a shape and a dtype."""
+
+    name: str
+    count: int
+    info: ArrayInfo
+
+
+def choose(path: epath.PathLike, step: int | None = None) -> epath.Path:
+    """The directory of `step`, or of the newest finished one; nothing is verified. CheckpointError if there is none."""
+    path = epath.Path(path)
+    if has_manifest(path) and step is None:
+        return path
+    steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    finished = [found for found in steps_in(steps) if has_manifest(steps / str(found))]
+    if not finished:
+        hint = "; for a directory in PyTorch format read its config.json" if (path / "config.json").exists() else ""
+        raise CheckpointError(f"{path} holds no finished checkpoint: give a run's directory or one step{hint}.")
+    if step is not None and step not in finished:
+        raise CheckpointError(f"{steps} has no finished step {step}: there are {', '.join(map(str, finished))}.")
+    return steps / str(finished[-1] if step is None else step)
+
+
+def describe(directory: epath.Path) -> Iterator[str]:
+    """The lines of `jaxcoder checkpoint inspect`. CheckpointError if the manifest is damaged."""
+    manifest = read_manifest(directory)
+    yield f"checkpoint   {directory}"
+    yield f"step         {manifest.step:,}{_siblings(directory)}"
+    yield f"written      {_when(manifest)} by {manifest.written_by}{_mesh(manifest)}"
+    yield f"parameters   {num_parameters(manifest):,}"
+    size = sum(info.size for info in manifest.files.values())
+    yield f"on disk      {readable(size)} in {len(manifest.files)} files"
+    yield f"tokenizer    {'yes' if (directory / TOKENIZER).is_dir() else 'none beside the weights'}"
+    for key, value in manifest.metadata.items():
+        yield f"{key.replace('_', ' '):<12} {value}"
+    yield from _run(directory, manifest)
+    yield ""
+    yield from _table(rows(manifest))
+
+
+def num_parameters(manifest: Manifest) -> int:
+    """Of the model, without optimizer state; the tied head counts once."""
+    return sum(math.prod(info.shape) for name, info in manifest.arrays.items() if name.startswith("params/"))
+
+
+def rows(manifest: Manifest) -> list[Row]:
+    """The arrays with layers folded together: `params/h/00..39/ln_1/scale`."""
+    groups: dict[tuple[str, ArrayInfo], list[str]] = {}
+    for name, info in manifest.arrays.items():
+        layer = re.search(r"/h/(\d+)/", name)
+        pattern = name if layer is None else name.replace(layer[0], "/h/{}/", 1)
+        groups.setdefault((pattern, info), []).append("" if layer is None else layer[1])
+    return [
+        Row(pattern.replace("{}", layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"), len(layers), info)
+        for (pattern, info), layers in groups.items()
+    ]
+
+
+def readable(num_bytes: int) -> str:
+    """"1.2 GB": decimal units, as disks are sold."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            break
+        num_bytes /= 1000
+    else:
+        unit = "TB"
+    return f"{num_bytes:.4g} {unit}"
+
+
+def _siblings(directory: epath.Path) -> str:
+    others = [step for step in steps_in(directory.parent) if str(step) != directory.name]
+    if not directory.name.isdecimal() or not others:
+        return ""
+    named = [
+        f"{step:,}" if has_manifest(directory.parent / str(step)) else f"{step:,} (unfinished)" for step in others
+    ]
+    return f"   (beside it: {', '.join(named)})"
+
+
+def _when(manifest: Manifest) -> str:
+    return datetime.fromisoformat(manifest.written_at).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _mesh(manifest: Manifest) -> str:
+    return f" on mesh {', '.join(f'{axis}={size}' for axis, size in manifest.mesh.items())}" if manifest.mesh else ""
+
+
+def _run(directory: epath.Path, manifest: Manifest) -> Iterator[str]:
+    path = directory / CONFIG
+    if not path.exists():
+        model = to_dict(manifest.model)
+    else:
+        try:
+            run = from_json(path.read_text(), source=str(path))
+        except ConfigError as error:
+            raise UnusableCheckpoint(directory, str(error).rstrip(".")) from error
+        plain = to_dict(run)
+        model = plain.pop("model")
+        yield f"{'run':<12} {_fields({key: value for key, value in plain.items() if not isinstance(value, dict)})}"
+        yield from (f"{section:<12} {_fields(plain[section])}" for section in plain if isinstance(plain[section], dict))
+    yield f"{'model':<12} {_fields(model)}"
+
+
+def _fields(values: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _table(table: list[Row]) -> Iterator[str]:
+    lines = [("arrays", "number", "shape", "dtype", "bytes")]
+    for row in table:
+        size = row.count * math.prod(row.info.shape) * _itemsize(row.info.dtype)
+        shape = "x".join(map(str, row.info.shape)) or "scalar"
+        lines.append((row.name, str(row.count), shape, row.info.dtype, readable(size)))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    for line in lines:
+        cells = (line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3].ljust(widths[3]))
+        yield "  ".join((*cells, line[4].rjust(widths[4])))
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize

@@ -1,0 +1,77 @@
+"""PyTorch-format weights out of a checkpoint, or into one
+
+`to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors in fp32,
+generation_config.json and the tokenizer. `from-hf` makes a checkpoint of such a directory, or of a model on the Hugging
+Face hub. Neither needs torch, and weights move bit by bit: there and back gives the same file. Models of the GPTBigCode
+family only (SantaCoder, StarCoder, StarCoderBase, tiny_starcoder_py).
+
+  jaxcoder convert to-hf runs/quickstart exported            the newest checkpoint of a run
+  jaxcoder convert to-hf runs/quickstart/checkpoints/200 exported
+  jaxcoder convert from-hf exported imported
+  jaxcoder convert from-hf bigcode/tiny_starcoder_py imported
+
+`jaxcoder complete` and its like take either kind of directory as it is, so converting is for other people's programs
+and for training on.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `convert to-hf` and `convert from-hf`."""
+    verbs = parser.add_subparsers(dest="verb", metavar="{to-hf,from-hf}", required=True)
+    to = verbs.add_parser("to-hf", help="a checkpoint of ours -> a directory that transformers opens")
+    to.add_argument("source", help="a run's directory, its checkpoints, or one step")
+    to.add_argument("destination", help="directory to write; new or empty")
+    to.add_argument("--step", type=int, help="which step of a run (default: the newest whole one)")
+    to.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file of weights (default: %(default)s)")
+    from_ = verbs.add_parser("from-hf", help="such a directory, or a model of the hub -> a checkpoint of ours")
+    from_.add_argument("source", help="a directory with config.json and weights, or a hub id such as bigcode/starcoder")
+    from_.add_argument("destination", help="directory to write; new or empty")
+    for verb in (to, from_):
+        verb.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    """Carry out the verb."""
+    return _to_hf(args) if args.verb == "to-hf" else _from_hf(args)
+
+
+def _to_hf(args: argparse.Namespace) -> None:
+    from jaxcoder.convert.to_hf import to_hf
+    from jaxcoder.errors import ConfigError
+    from jaxcoder.observability.console import ConsoleProgress
+
+    if not args.max_shard_gb > 0:
+        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}, but it has to be larger than 0.")
+    summary = to_hf(
+        args.source,
+        args.destination,
+        step=args.step,
+        overwrite=args.overwrite,
+        max_shard_bytes=int(min(args.max_shard_gb, 1e9) * 1e9),
+        progress=ConsoleProgress(),
+        warn=_warn,
+    )
+    tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the checkpoint has none"
+    print(
+        f"Wrote {summary.num_parameters:,} parameters of step {summary.step} to {summary.directory} "
+        f"({summary.num_files} file{'s' * (summary.num_files > 1)} of weights, {tokenizer})."
+    )
+    print(f"In Python: transformers.AutoModelForCausalLM.from_pretrained({str(summary.directory)!r})")
+
+
+def _from_hf(args: argparse.Namespace) -> None:
+    from jaxcoder.convert.from_hf import from_hf
+    from jaxcoder.observability.console import ConsoleProgress
+
+    summary = from_hf(args.source, args.destination, overwrite=args.overwrite, progress=ConsoleProgress())
+    tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the source has none"
+    print(f"Wrote {summary.num_parameters:,} parameters to {summary.directory} ({tokenizer}).")
+    print(f"Try it with: jaxcoder complete {summary.directory} --prefix 'def hello'")
+
+
+def _warn(message: str) -> None:
+    import sys
+
+    print(f"jaxcoder: warning: {message}", file=sys.stderr)
