@@ -1,7 +1,18 @@
-"""Eight virtual CPU devices for every test: meshes of any shape up to eight, decided before JAX starts."""
+"""What every test starts from: eight virtual CPU devices, so that meshes of any shape up to eight can be made.
 
+Programs that several tests (and the processes they start) compile are kept for the session.
+"""
+
+import atexit
 import os
+import shutil
+import tempfile
+
+_cache = tempfile.mkdtemp(prefix="jaxcoder-tests-")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["NNX_GRAPH_MODE"] = "false"
