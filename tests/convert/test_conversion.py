@@ -49,7 +49,7 @@ def make_run(directory: Path, config: ModelConfig = MODEL, *, save_tokenizer=Non
     """A run with checkpoints: parameters that are random in every place, and something of an optimizer."""
     rng = np.random.default_rng(0)
     shapes = flatten_model(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
-    arrays = {name: jax.numpy.asarray(rng.normal(size=leaf.shape).astype(np.float32)) for name, leaf in shapes.items()}
+    arrays = {name: jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape).astype(np.float32)) for name, leaf in shapes.items()}
     run = RunConfig(name="small", model=config, num_steps=10, global_batch_size=2)
     schedule = CheckpointConfig(keep_last=10)
     with Checkpointer(directory / "checkpoints", schedule, run=run, save_tokenizer=save_tokenizer) as checkpointer:
