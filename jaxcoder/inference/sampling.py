@@ -95,9 +95,9 @@ def keep_likeliest(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array)
     enough = jnp.minimum(top_k, probabilities.shape[1])
     kth = _largest_threshold(probabilities, lambda at_least: at_least.sum(-1) >= enough)
     among_k = jnp.where(probabilities >= kth[:, None], probabilities, 0.0)
-    mass = jnp.maximum(top_p, SMALLEST) * among_k.sum(-1)
+    # In fp32 a part may already sum to the whole, so that the whole is asked for by a sum that none reaches.
+    mass = jnp.where(top_p < 1, jnp.maximum(top_p, SMALLEST) * among_k.sum(-1), jnp.inf)
     cut = _largest_threshold(among_k, lambda at_least: jnp.where(at_least, among_k, 0.0).sum(-1) >= mass)
-    # Where rounding keeps a sum below top_p = 1 the cut is 0, which must not bring back what top-k left out.
     return (among_k >= cut[:, None]) & (among_k > 0)
 
 
