@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.checkpointer import Checkpointer
@@ -38,10 +38,10 @@ def init(config: ModelConfig = MODEL) -> GPTBigCode:
     return GPTBigCode(config, rngs=nnx.Rngs(0))
 
 
-def values(seed: int) -> dict[str, jax.Array]:
+def values(seed: int, model=None) -> dict[str, jax.Array]:
     """A flat state of the model's shapes, all random."""
     rng = np.random.default_rng(seed)
-    shapes = flatten_model(jax.eval_shape(init), "params/") | {"step": jax.ShapeDtypeStruct((), jnp.int32)}
+    shapes = flatten_model(model or jax.eval_shape(init), "params/") | {"step": jax.ShapeDtypeStruct((), jnp.int32)}
     return {
         name: jnp.asarray((rng.normal(size=leaf.shape) * 9).astype(leaf.dtype)) for name, leaf in shapes.items()
     }
@@ -93,25 +93,27 @@ def test_restores_onto_another_mesh(tmp_path, num_kv_heads):
     config = ModelConfig(**{**vars(MODEL), "num_kv_heads": num_kv_heads})
     run = RunConfig(**{**vars(RUN), "model": config})
     checkpointer = Checkpointer(tmp_path, KEEP_ALL, run=run)
+    plain = jax.eval_shape(lambda: init(config))
+    expected = {name: np.asarray(array) for name, array in values(0, plain).items() if name != "step"}
     with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
-        model = jax.jit(lambda: init(config))()
+        model = unflatten_model(jax.eval_shape(lambda: init(config)), dict(expected), "params/")
         flat = flatten_model(model, "params/")
         assert flat["params/h/01/mlp/up/kernel"].sharding.spec == PartitionSpec("fsdp", "tensor")
+        assert_same(flat, expected)
         checkpointer.save(1, flat, {})
         checkpointer.wait()
     assert checkpointer.manifest(1).mesh == {"data": 1, "fsdp": 4, "tensor": 2}
-    expected = {name: np.asarray(array) for name, array in flat.items()}
-    for mesh in (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=4)):
-        with jax.set_mesh(make_mesh(mesh)):
+    for mesh in map(make_mesh, (MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=1, tensor=4))):
+        with jax.set_mesh(mesh):
             target = jax.eval_shape(lambda: init(config))
             arrays = checkpointer.restore(1, flatten_model(target, "params/"))
             restored = unflatten_model(target, arrays, "params/")
-            fresh = jax.jit(lambda: init(config))()
-        shardings = [[leaf.sharding for leaf in jax.tree.leaves(tree)] for tree in (restored, fresh)]
-        assert shardings[0] == shardings[1]
+        for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+            assert leaf.sharding == NamedSharding(mesh, wanted.sharding.spec)
+        assert arrays == {}  # taken out one by one, so that nothing exists twice
         assert_same(flatten_model(restored, "params/"), expected)
-    target = jax.eval_shape(lambda: init(config))  # and without any mesh
-    restored = unflatten_model(target, checkpointer.restore(1, flatten_model(target, "params/")), "params/")
+    # And without any mesh.
+    restored = unflatten_model(plain, checkpointer.restore(1, flatten_model(plain, "params/")), "params/")
     assert_same(flatten_model(restored, "params/"), expected)
 
 
