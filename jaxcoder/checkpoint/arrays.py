@@ -20,13 +20,13 @@ _PIECE_BYTES = 256 * 2**20
 def save_async(directory: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
     """Starts to write `directory/state` and returns once the arrays may be donated; `.result()` waits and raises."""
     with _context():
-        return ocp.save_async(directory / STATE, dict(arrays))
+        return ocp.save_async(_state(directory), dict(arrays))
 
 
 def load(directory: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     """The arrays named in `targets`, each straight into its sharding and dtype; each process reads what it holds."""
     with _context():
-        return ocp.load(epath.Path(directory) / STATE, {name: concrete(leaf) for name, leaf in targets.items()})
+        return ocp.load(_state(directory), {name: concrete(leaf) for name, leaf in targets.items()})
 
 
 def load_numpy(directory: epath.PathLike, infos: Mapping[str, ArrayInfo]) -> dict[str, np.ndarray]:
@@ -34,14 +34,14 @@ def load_numpy(directory: epath.PathLike, infos: Mapping[str, ArrayInfo]) -> dic
     # Orbax looks at type, shape and dtype only; a broadcast scalar costs no memory.
     targets = {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in infos.items()}
     with _context():
-        return ocp.load(epath.Path(directory) / STATE, targets)
+        return ocp.load(_state(directory), targets)
 
 
 class PieceWriter:
     """Writes `directory/state` array by array; no more than one piece of 256 MiB (or one array) is in memory."""
 
     def __init__(self, directory: epath.PathLike):
-        self.path = epath.Path(directory) / STATE
+        self.path = _state(directory)
         self.infos: dict[str, ArrayInfo] = {}
         self._piece: dict[str, np.ndarray] = {}
         self._piece_bytes = 0
@@ -64,6 +64,11 @@ class PieceWriter:
             with _context():
                 ocp.partial.save(self.path, self._piece)
         self._piece, self._piece_bytes = {}, 0
+
+
+def _state(directory: epath.PathLike) -> epath.Path:
+    """Orbax takes absolute paths only."""
+    return epath.Path(directory).resolve() / STATE
 
 
 def _context() -> ocp.Context:

@@ -48,7 +48,12 @@ def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progre
     to_hf(paths.run, hf, overwrite=True, progress=progress)
     report = {
         "held_out": eval_metrics | {"xz_bits_per_byte": xz_bits_per_byte(documents), "files": len(documents)},
-        "infill": scores,
+        "infill": {
+            "count": scores.count,
+            "edit_similarity": scores.edit_similarity,
+            "exact_match": scores.exact_match,
+            "examples": [[gap.line, answer] for gap, answer in zip(gaps, scores.answers)][:10],
+        },
         "completions": [[prompt, text] for prompt, text in zip(PROMPTS, completions)],
         "infills": [[prefix, middle, suffix] for (prefix, suffix), middle in zip(INFILLS, infills)],
         "loss_curve": str(curve),

@@ -5,8 +5,6 @@
     <output_dir>/checkpoints/     one folder a saved step
 """
 
-import os
-
 import fsspec
 
 from jaxcoder.config import RunConfig, serialize
@@ -23,7 +21,7 @@ class RunDirectory:
         self.path = path.rstrip("/")
         self.config_file = f"{self.path}/config.json"
         self.metrics_file = f"{self.path}/metrics.jsonl"
-        self.checkpoints = f"{self.path if '://' in self.path else os.path.abspath(self.path)}/checkpoints"
+        self.checkpoints = f"{self.path}/checkpoints"
         self.tensorboard = f"{self.path}/tensorboard"
 
     @classmethod
