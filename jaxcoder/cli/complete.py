@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, 1 as trained (0)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens with this mass")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of this mass")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample from this many likeliest tokens")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers, each drawn anew (1)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (0)")
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per answer, when all are finished")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.json to use instead of the model's own")
     parser.add_argument("--step", type=int, metavar="N", help="which checkpoint of a run (the newest)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="to compute in (float32 on CPUs, else bfloat16)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type to compute in (float32 on CPUs)")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int | None:
 
     generator = _load(args)
     start = time.perf_counter()
-    completions = _print_all(args, generator, prompt) if args.json or args.num_samples > 1 else _stream(args, generator, prompt)
+    answer = _print_all if args.json or args.num_samples > 1 else _stream
+    completions = answer(args, generator, prompt)
     seconds = time.perf_counter() - start
     count = sum(len(completion.tokens) for completion in completions)
     reasons = ", ".join(sorted({_REASONS[completion.finish_reason] for completion in completions}))
@@ -84,7 +85,7 @@ def _prompt(args: argparse.Namespace) -> "Prompt":
     prefix = _text(args.prefix, args.prefix_file, "prefix")
     suffix = _text(args.suffix, args.suffix_file, "suffix")
     if prefix is None and suffix is None:
-        raise ConfigError("There is nothing to complete: give --prefix TEXT or --prefix-file FILE (- is standard input).")
+        raise ConfigError("Nothing to complete is given: use --prefix TEXT or --prefix-file FILE (- is standard input).")
     return Prompt(prefix or "", suffix)
 
 
@@ -106,7 +107,7 @@ def _text(text: str | None, file: str | None, name: str) -> str | None:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with `iconv -t utf-8`.") from None
+        raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it, for example with `iconv`.") from None
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
 
     check_stop(args.stop)
     if not 1 <= args.num_samples <= MOST_SAMPLES:
-        raise ConfigError(f"--num-samples is {args.num_samples}: ask for 1 to {MOST_SAMPLES:,}, and for more with other seeds.")
+        raise ConfigError(f"--num-samples is {args.num_samples}: ask for 1 to {MOST_SAMPLES:,} at a time.")
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {args.max_new_tokens}: ask for at least 1.")
     if args.step is not None and args.step < 0:
@@ -156,7 +157,8 @@ def _load(args: argparse.Namespace) -> "TextGenerator":
     on_cpu = jax.default_backend() == "cpu"  # where XLA computes bfloat16 by way of float32, at half the speed
     compute = ComputeConfig(dtype=args.dtype or ("float32" if on_cpu else "bfloat16"))
     model, config, own = load_model(args.model, compute=compute, step=args.step)
-    _status(f"{args.model}: {config.num_layers} layers of {config.embed_dim}, context {config.max_seq_len}, {compute.dtype}")
+    shape = f"{config.num_layers} layers of {config.embed_dim}, context {config.max_seq_len}, {compute.dtype}"
+    _status(f"{args.model}: {shape}")
     return TextGenerator(model, tokenizer or own, spm=args.spm, truncate=args.truncate)
 
 

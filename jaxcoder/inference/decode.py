@@ -1,7 +1,7 @@
 """From prompts of token ids to new token ids: prefill once, then steps against the key/value cache.
 
-Shapes: B rows, S prompt length, T cache slots, V vocabulary. Everything compiled is compiled for padded shapes: B, S and
-T are powers of two (or the model's limit), so there are few programs, and a prompt that is a token longer runs one that
+Shapes: B rows, S prompt length, T cache slots, V vocabulary. All programs are compiled for padded shapes: B, S and T
+are powers of two (or the model's limit), so there are few of them, and a prompt that is a token longer runs one that
 exists. Rows are padded on the right; what they hold behind their end is written over before it is read. The cache
 starts small and doubles when the longest row reaches its end, so that a step costs what its context costs. Several
 steps run per call of a program, which ends early when all rows are done.
@@ -23,7 +23,7 @@ from jaxcoder.models.gpt_bigcode import GPTBigCode, KVCache
 from jaxcoder.sharding.ops import reshard
 
 STEPS_PER_CALL = 16
-"""Most steps of one call: enough to hide the host's work, few enough that little is thrown away behind a stop string."""
+"""Most steps of one call: enough to hide the host's work, few enough that little is wasted behind a stop string."""
 SMALLEST_PROMPT = 16
 SMALLEST_CACHE = 128
 ROOM = 256
@@ -70,7 +70,7 @@ def generate_tokens(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     end_ids: Collection[int] = (),
     valid_ids: np.ndarray | None = None,
-    watch: Callable[[int, list[int]], bool] | None = None,
+    watch: Callable[[int, list[int]], int | None] | None = None,
     max_batch_size: int = MAX_BATCH_SIZE,
     steps_per_call: int = STEPS_PER_CALL,
 ) -> list[NewTokens]:
@@ -81,7 +81,7 @@ def generate_tokens(
         sampling: one for all, or one per prompt.
         end_ids: tokens that finish a row (they are the last of its result).
         valid_ids: bool (V,), the ids that may be chosen; None means all.
-        watch: called with a prompt's index and its newest tokens; True finishes it (the tokens are kept).
+        watch: called with a prompt's index and its newest tokens; a number finishes it and keeps that many of them.
         max_batch_size: most prompts that run together; the result does not depend on it beyond rounding.
         steps_per_call: most tokens between two calls of `watch`.
     Raises:
@@ -104,8 +104,9 @@ def generate_tokens(
         news = decoding.newest
         while True:
             for place, row in enumerate(rows):
-                if watch is not None and news[place] and watch(row, news[place]):
-                    decoding.stop(place)
+                kept = watch(row, news[place]) if watch is not None and news[place] else None
+                if kept is not None:
+                    decoding.stop(place, unwanted=len(news[place]) - kept)
             if decoding.finished:
                 break
             news = decoding.advance(steps_per_call)
@@ -124,8 +125,8 @@ def check_prompts(model: GPTBigCode, prompts: Sequence[Sequence[int]], max_new_t
             raise ConfigError("A prompt has no tokens: begin with the end-of-text token to start a document.")
         if len(prompt) >= limit:
             raise ConfigError(
-                f"The prompt has {len(prompt)} tokens and the model's context is {limit}, of which at least one must be "
-                "left for the answer: shorten the prompt, or let it be cut (`truncate`, on the command line --truncate)."
+                f"The prompt has {len(prompt)} tokens and the model's context is {limit}, of which at least one must "
+                "be left for the answer: shorten the prompt, or let it be cut (--truncate; in Python, truncate=True)."
             )
 
 
@@ -188,10 +189,14 @@ class Decoding:
             )
         return self._collect(*chosen)
 
-    def stop(self, row: int) -> None:
-        """Finishes a row: its text has reached a stop string."""
+    def stop(self, row: int, unwanted: int = 0) -> None:
+        """Finishes a row, whose text has reached a stop string, and takes its last `unwanted` tokens back."""
         self._live[row] = False
-        self._results[row] = replace(self._results[row], finish_reason="stop")
+        result = self._results[row]
+        kept = len(result.tokens) - unwanted
+        self._results[row] = NewTokens(
+            tokens=result.tokens[:kept], log_probs=result.log_probs[:kept], finish_reason="stop"
+        )
 
     def result(self, row: int) -> NewTokens:
         """What a row has so far."""

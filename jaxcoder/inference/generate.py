@@ -109,7 +109,7 @@ class TextGenerator:
         encoded = [self._encode(prompt, max_new_tokens) for prompt in prompts]
         texts = [TextAssembler(self._tokenizer, stop) for _ in prompts]
 
-        def watch(row: int, tokens: list[int]) -> bool:
+        def watch(row: int, tokens: list[int]) -> int | None:
             return self._read(texts[row], tokens)
 
         generated = generate_tokens(
@@ -153,7 +153,7 @@ class TextGenerator:
         )
         newest = decoding.newest[0]
         while True:
-            if self._read(text, newest):
+            if self._read(text, newest) is not None:
                 decoding.stop(0)
             if decoding.finished:
                 break
@@ -173,9 +173,13 @@ class TextGenerator:
         most = limit - min(max_new_tokens, limit // 2) if self._truncate else None
         return encode_prompt(self._tokenizer, prompt, spm=self._spm, most=most)
 
-    def _read(self, text: TextAssembler, tokens: list[int]) -> bool:
-        """Adds tokens to a text; whether a stop string was met. A special token is never part of it."""
-        return any([text.push(token) for token in tokens if not self._tokenizer.is_special(token)])
+    def _read(self, text: TextAssembler, tokens: list[int]) -> int | None:
+        """Adds tokens to a text; how many it took to meet a stop string, None if none was met."""
+        for count, token in enumerate(tokens, 1):
+            # A special token ends the answer and is no part of its text.
+            if not self._tokenizer.is_special(token) and text.push(token):
+                return count
+        return None
 
     def _completion(self, prompt: list[int], text: TextAssembler, new: NewTokens) -> Completion:
         text.finish(complete=new.finish_reason == "stop")

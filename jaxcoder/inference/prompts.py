@@ -51,8 +51,8 @@ def require_fim(tokenizer: Tokenizer) -> FimIds:
     """The ids of the FIM tokens; DataError if there are none."""
     if tokenizer.fim is None:
         raise DataError(
-            "The tokenizer has no fill-in-the-middle tokens (<fim_prefix> and its kin), so this model cannot fill gaps: "
-            "leave the suffix out to complete the prefix, or use a model that was trained to infill."
+            "The tokenizer has no fill-in-the-middle tokens (<fim_prefix> and its kin), so this model cannot fill "
+            "gaps: leave the suffix out to complete the prefix, or use a model that was trained to infill."
         )
     return tokenizer.fim
 

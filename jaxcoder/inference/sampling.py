@@ -45,14 +45,14 @@ class Sampling:
 
 GREEDY = Sampling()
 SMALLEST = np.float32(1e-6)
-"""Temperatures and top-p below this are taken as this much, where they already mean greedy: they divide, or multiply."""
+"""Less temperature or top-p than this counts as this much, which already means greedy and is safe in fp32."""
 
 
 _ALL = np.iinfo(np.int32).max  # top_k: more than any vocabulary has
 
 
 class RowSampling(NamedTuple):
-    """The samplings of a batch as arrays: keys uint32 (B, 2), temperature fp32 (B,), top_p fp32 (B,), top_k int32 (B,)."""
+    """The samplings of a batch: keys uint32 (B, 2), temperature and top_p fp32 (B,), top_k int32 (B,)."""
 
     keys: np.ndarray
     temperature: np.ndarray

@@ -1,4 +1,4 @@
-"""From tokens to text, one at a time: characters are never cut in two, and nothing is shown that a stop string may take back.
+"""From tokens to text, one by one: no character is cut in two, nothing is shown that a stop string may take back.
 
 Stop strings are looked for in the text, not in the tokens. Of several, the one that is complete first counts, so the
 result does not depend on where the tokens' boundaries fall.

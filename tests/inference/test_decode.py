@@ -90,9 +90,12 @@ def test_rows_end_at_their_own_end_token(model, prompts, greedy):
 
 
 def test_watch_ends_a_row_and_the_others_go_on(model, prompts, greedy):
-    ended = generate_tokens(model, prompts, max_new_tokens=24, watch=lambda row, tokens: row == 1)
-    assert ended[1].finish_reason == "stop" and ended[1].tokens == greedy[1].tokens[: len(ended[1].tokens)]
-    assert len(ended[1].tokens) < 24
+    def watch(row, tokens):  # The first token comes alone, then 16 at once.
+        return 3 if row == 1 and len(tokens) > 1 else None
+
+    ended = generate_tokens(model, prompts, max_new_tokens=24, watch=watch)
+    assert ended[1].finish_reason == "stop" and ended[1].tokens == greedy[1].tokens[:4]
+    assert len(ended[1].log_probs) == 4
     assert [new.tokens for row, new in enumerate(ended) if row != 1] == [
         new.tokens for row, new in enumerate(greedy) if row != 1
     ]

@@ -72,7 +72,9 @@ def test_greedy_and_sampled_rows_in_one_batch():
     assert (chosen[:, 0] == 1).all() and len(set(chosen[:, 1])) == 3
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 1e-40}, {"temperature": 1e-9}, {"temperature": 1e30}, {"top_p": 1e-60}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-40}, {"temperature": 1e-9}, {"temperature": 1e30}, {"top_p": 1e-60}]
+)
 def test_extreme_settings_choose_something_possible(settings):
     logits = jnp.asarray([-np.inf, 300.0, 2.0, -400.0, -np.inf])
     frequencies = draw(logits, count=50, **{"temperature": 1.0, **settings})
