@@ -79,13 +79,16 @@ class Checkpointer:
     ) -> bool:
         """Starts to save `arrays` as `step` if that is due, or forced; whether it did.
 
-        Returns when the arrays may be donated. `metadata` is plain JSON. Raises CheckpointError if this save cannot
-        begin or the one before has failed; what was whole before stays whole.
+        Returns when the arrays may be donated. `metadata` is plain JSON. A step that is there, finished and not found
+        damaged, is left as it is: writing it again would put it at risk for nothing. Raises CheckpointError if this
+        save cannot begin or the one before has failed; what was whole before stays whole.
         """
         if not force and not self.is_due(step):
             return False
         self.wait()
         path = self.directory / str(step)
+        if bool(_of_process_0(step not in self._bad and has_manifest(path))):
+            return False
         manifest = Manifest(
             step=step,
             model=self.run.model,
@@ -128,8 +131,9 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
+        if exc_type is not KeyboardInterrupt:  # which means: at once
+            self.close()
 
     # --- restoring ---------------------------------------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ class Checkpointer:
         return [step for step in steps_in(self.directory) if has_manifest(self.directory / str(step))]
 
     def latest_step(self) -> int | None:
-        """The newest step that is whole, checked byte for byte; every one skipped is warned of. None if there is none."""
+        """The newest step that is whole, checked byte for byte, or None; every one skipped is warned of."""
         step = -1
         if jax.process_index() == 0:
             newest = newest_whole(self.directory, self.warn)

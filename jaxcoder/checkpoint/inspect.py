@@ -82,23 +82,16 @@ def rows(manifest: Manifest) -> list[Row]:
 
 
 def readable(num_bytes: int) -> str:
-    """"1.2 GB": decimal units, as disks are sold."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            break
-        num_bytes /= 1000
-    else:
-        unit = "TB"
-    return f"{num_bytes:.4g} {unit}"
+    """A size in decimal units, as disks are sold: "1.234 GB"."""
+    power = min((len(str(num_bytes)) - 1) // 3, 4)
+    return f"{num_bytes / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _siblings(directory: epath.Path) -> str:
     others = [step for step in steps_in(directory.parent) if str(step) != directory.name]
     if not directory.name.isdecimal() or not others:
         return ""
-    named = [
-        f"{step:,}" if has_manifest(directory.parent / str(step)) else f"{step:,} (unfinished)" for step in others
-    ]
+    named = [f"{step:,}" if has_manifest(directory.parent / str(step)) else f"{step:,} (unfinished)" for step in others]
     return f"   (beside it: {', '.join(named)})"
 
 

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from etils import epath
@@ -84,7 +84,7 @@ def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
         "format": FORMAT,
         "version": VERSION,
         "step": manifest.step,
-        "written_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "written_by": f"jaxcoder {jaxcoder.__version__}",
         "mesh": dict(manifest.mesh),
         "model": json.loads(to_json(manifest.model)),
@@ -152,7 +152,7 @@ def find_damage(
             return f"{name} has {path.stat().length:,} bytes and was written with {info.size:,}"
     with ThreadPoolExecutor() as pool:
         measured = pool.map(lambda name: _measure(directory / name), manifest.files)
-        for (name, info), found in zip(manifest.files.items(), measured):
+        for (name, info), found in zip(manifest.files.items(), measured, strict=True):
             if found != info:
                 return f"{name} was altered: its checksum is {found.crc32} and was {info.crc32}"
             progress(info.size)

@@ -56,9 +56,7 @@ def unflatten_model(abstract_model: Model, arrays: MutableMapping[str, Any], pre
     return assemble_model(abstract_model, lambda name, target: arrays.pop(name), prefix)
 
 
-def assemble_model(
-    abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = ""
-) -> Model:
+def assemble_model(abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = "") -> Model:
     """Like `unflatten_model`, with every array asked for when it is needed: `fetch(name, target)`.
 
     `target` has the shape, dtype and concrete sharding that the array will get; what is fetched may be a numpy array.

@@ -43,7 +43,9 @@ def read_hf_config(directory: Path) -> ModelConfig:
         raise ConversionError(f"{path} cannot be read as JSON ({error}): fetch or save the file again.") from error
     if not isinstance(keys, dict) or keys.get("model_type") != MODEL_TYPE:
         found = repr(keys.get("model_type")) if isinstance(keys, dict) else "no object"
-        raise ConversionError(f"{path} has model_type {found}: only {MODEL_TYPE!r} (SantaCoder, StarCoder) is supported.")
+        raise ConversionError(
+            f"{path} has model_type {found}: only {MODEL_TYPE!r} (SantaCoder, StarCoder) is supported."
+        )
     for key, value in _ONLY.items():
         if key in keys and keys[key] != value:
             raise ConversionError(

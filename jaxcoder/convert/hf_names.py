@@ -44,7 +44,10 @@ _BLOCK = (
     Entry("mlp.c_proj.weight", "D F", {"mlp/down/kernel": "F D"}),
     Entry("mlp.c_proj.bias", "D", {"mlp/down/bias": "D"}),
 )
-_BEFORE = (Entry(EMBEDDING, "V D", {"params/wte": "V D"}), Entry("transformer.wpe.weight", "P D", {"params/wpe": "P D"}))
+_BEFORE = (
+    Entry(EMBEDDING, "V D", {"params/wte": "V D"}),
+    Entry("transformer.wpe.weight", "P D", {"params/wpe": "P D"}),
+)
 _AFTER = (
     Entry("transformer.ln_f.weight", "D", {"params/ln_f/scale": "D"}),
     Entry("transformer.ln_f.bias", "D", {"params/ln_f/bias": "D"}),

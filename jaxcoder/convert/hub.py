@@ -15,7 +15,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def fetch(hub_id: str) -> Path:
-    """The directory with the model's files, fetched or in the hub's cache. ConversionError says why it is not to be had.
+    """The directory with the model's files, fetched or in the hub's cache; ConversionError if they cannot be had.
 
     Safetensors where the model has them, else pytorch_model.bin; never both.
     """

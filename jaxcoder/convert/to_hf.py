@@ -82,7 +82,9 @@ def _check(checkpoint: Path, manifest: Manifest) -> None:
     """The table below must find every weight of the checkpoint, and leave none over."""
     config = manifest.model
     expected = {
-        name: ArrayInfo(shape(dims, config), "float32") for entry in entries(config) for name, dims in entry.ours.items()
+        name: ArrayInfo(shape(dims, config), "float32")
+        for entry in entries(config)
+        for name, dims in entry.ours.items()
     }
     saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
     check_arrays(expected, saved, f"the checkpoint {checkpoint}")

@@ -127,7 +127,7 @@ def _checked(name: str, tensor: _Strided, archive: zipfile.ZipFile, path: Path) 
         held = archive.getinfo(tensor.storage.member).file_size // dtype.itemsize
     except KeyError:
         raise ConversionError(f"{path} lacks the bytes of {name}: fetch it again.") from None
-    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides)) + 1
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)) + 1
     needed = tensor.offset + reach if math.prod(tensor.shape) else 0
     if needed > held or math.prod(tensor.shape) > held:
         raise ConversionError(f"{path} gives {name} the shape {tensor.shape} and holds only {held:,} of its numbers.")

@@ -64,9 +64,7 @@ def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> G
         )
 
 
-def _from_checkpoint(
-    directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None
-) -> GPTBigCode:
+def _from_checkpoint(directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None) -> GPTBigCode:
     saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
     with _scope(mesh):
         model = abstract_model(manifest.model, compute)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from pathlib import Path
 
 import jax
@@ -42,9 +41,7 @@ def values(seed: int, model=None) -> dict[str, jax.Array]:
     """A flat state of the model's shapes, all random."""
     rng = np.random.default_rng(seed)
     shapes = flatten_model(model or jax.eval_shape(init), "params/") | {"step": jax.ShapeDtypeStruct((), jnp.int32)}
-    return {
-        name: jnp.asarray((rng.normal(size=leaf.shape) * 9).astype(leaf.dtype)) for name, leaf in shapes.items()
-    }
+    return {name: jnp.asarray((rng.normal(size=leaf.shape) * 9).astype(leaf.dtype)) for name, leaf in shapes.items()}
 
 
 def abstract(arrays):
@@ -126,6 +123,16 @@ def test_retention(tmp_path):
         checkpointer.save(13, arrays, {}, force=True)
         checkpointer.wait()
         assert checkpointer.steps() == [4, 8, 12, 13]
+
+
+def test_a_finished_step_is_not_written_again(tmp_path):
+    with open_checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.save(1, {"params/wte": jnp.ones((2, 2))}, {})
+        manifest = tmp_path / "checkpoints/1/manifest.json"
+        checkpointer.wait()
+        before = manifest.stat().st_mtime_ns
+        assert not checkpointer.save(1, {"params/wte": jnp.ones((2, 2))}, {}, force=True)
+        assert manifest.stat().st_mtime_ns == before
 
 
 def test_saves_when_time_has_passed(tmp_path):
@@ -292,10 +299,14 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
         checkpointer = open_checkpointer(tmp_path, warn=lambda text: None)
         last = checkpointer.latest_step()
         assert last in (seen - 1, seen)
-        assert [path.name for path in (tmp_path / "checkpoints").iterdir() if not (path / "manifest.json").exists()] == []
-        restored = checkpointer.restore(last, {"params/0": jax.ShapeDtypeStruct((256, 1024), jnp.float32)} | {
-            f"params/{i}": jax.ShapeDtypeStruct((256, 1024), jnp.float32) for i in range(1, 8)
-        })
+        assert [
+            path.name for path in (tmp_path / "checkpoints").iterdir() if not (path / "manifest.json").exists()
+        ] == []
+        restored = checkpointer.restore(
+            last,
+            {"params/0": jax.ShapeDtypeStruct((256, 1024), jnp.float32)}
+            | {f"params/{i}": jax.ShapeDtypeStruct((256, 1024), jnp.float32) for i in range(1, 8)},
+        )
         assert all(float(array.min()) == float(array.max()) == last for array in restored.values())
         shutil.rmtree(tmp_path / "checkpoints")
 

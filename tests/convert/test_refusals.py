@@ -6,7 +6,9 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -83,7 +85,10 @@ WRONG_CONFIGS = [
     ({"n_embd": None}, "n_embd null"),
     ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing"),
     ({"vocab_size": 96}, "transformer.wte.weight is [97, 24] where config.json means [96, 24]"),
-    ({"multi_query": False, "num_key_value_heads": 3}, "attn.c_attn.weight is [40, 24] where config.json means [72, 24]"),
+    (
+        {"multi_query": False, "num_key_value_heads": 3},
+        "attn.c_attn.weight is [40, 24] where config.json means [72, 24]",
+    ),
     ({"multi_query": "yes"}, "multi_query"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
     ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon"),
@@ -205,7 +210,7 @@ def test_directories_that_hold_no_model(tmp_path, directory):
     assert not (tmp_path / "out").exists()
 
 
-# --- pickles -----------------------------------------------------------------------------------------------------------
+# --- pickles ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_stored_tensor():
@@ -217,7 +222,7 @@ def test_every_kind_of_stored_tensor():
         np.testing.assert_array_equal(tensors[name].read().astype(np.float32), expected[name], err_msg=name)
 
 
-def write_bin(path: Path, pickled: bytes, storages: dict[str, bytes] = {}) -> None:
+def write_bin(path: Path, pickled: bytes, storages: Mapping[str, bytes] = MappingProxyType({})) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/byteorder", "little")

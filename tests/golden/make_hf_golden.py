@@ -5,7 +5,8 @@ Run by hand in an environment with torch 2.13 and transformers 5 (nothing in the
     python tests/golden/make_hf_golden.py
 
 Writes tests/golden/hf/{mqa,mha}/: config.json and model.safetensors as `save_pretrained` wrote them, and outputs.npz
-(ids, logits; prompt and the 24 tokens greedily after it). Every tensor is random, biases and norms too: a swapped bias or a wrong q, k, v order cannot hide.
+(ids, logits; prompt and the 24 tokens greedily after it). Every tensor is random, biases and norms too: a swapped bias
+or a wrong q, k, v order cannot hide.
 Also tests/golden/torch_tensors.bin, the ways in which `torch.save` stores tensors, with their values in an .npz.
 """
 

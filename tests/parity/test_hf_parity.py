@@ -72,7 +72,9 @@ def test_logits_and_the_way_back(case, tmp_path):
     assert_close(forward(again, outputs["ids"]), outputs["logits"])
     original = directory.parent / "safetensors" if case.startswith("mqa ") else directory
     same_tensors(original / "model.safetensors", tmp_path / "theirs" / "model.safetensors")
-    same_meaning(json.loads((directory / "config.json").read_text()), json.loads((tmp_path / "theirs/config.json").read_text()))
+    same_meaning(
+        json.loads((directory / "config.json").read_text()), json.loads((tmp_path / "theirs/config.json").read_text())
+    )
 
 
 def same_tensors(left: Path, right: Path) -> None:
