@@ -125,15 +125,30 @@ def _fields(values: dict) -> str:
 
 def _table(table: list[Row]) -> Iterator[str]:
     lines = [("arrays", "number", "shape", "dtype", "bytes")]
-    for row in table:
-        size = row.count * math.prod(row.info.shape) * _itemsize(row.info.dtype)
+    shown = list(table)
+    for prefix in ("optimizer/mu/", "optimizer/nu/"):
+        moments = _under(prefix, table)
+        if moments and _relative(prefix, moments) == _relative("params/", _under("params/", table)):
+            shown = [row for row in shown if row not in moments]
+            number, size = sum(row.count for row in moments), sum(map(_size, moments))
+            lines.append((f"{prefix}*", str(number), "as params/", moments[0].info.dtype, readable(size)))
+    for row in shown:
         shape = "x".join(map(str, row.info.shape)) or "scalar"
-        lines.append((row.name, str(row.count), shape, row.info.dtype, readable(size)))
+        lines.append((row.name, str(row.count), shape, row.info.dtype, readable(_size(row))))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     for line in lines:
         cells = (line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3].ljust(widths[3]))
         yield "  ".join((*cells, line[4].rjust(widths[4])))
 
 
-def _itemsize(dtype: str) -> int:
-    return 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
+def _under(prefix: str, table: list[Row]) -> list[Row]:
+    return [row for row in table if row.name.startswith(prefix)]
+
+
+def _relative(prefix: str, table: list[Row]) -> set[tuple[str, ArrayInfo]]:
+    return {(row.name.removeprefix(prefix), row.info) for row in table}
+
+
+def _size(row: Row) -> int:
+    itemsize = 2 if row.info.dtype == "bfloat16" else np.dtype(row.info.dtype).itemsize
+    return row.count * math.prod(row.info.shape) * itemsize
