@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
 from jaxcoder.errors import ConfigError
 from jaxcoder.inference import decode
-from jaxcoder.inference.decode import Decoding, generate_tokens, in_compute_dtype, padded
+from jaxcoder.inference.decode import Decoding, generate_tokens, in_compute_dtype, padded, padded_batch
 from jaxcoder.inference.sampling import GREEDY, Sampling
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.sharding.mesh import make_mesh
@@ -138,16 +138,20 @@ def test_the_number_of_compilations_is_bounded(monkeypatch):
     model = GPTBigCode(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
     before = decode._prefill._cache_size(), decode._steps._cache_size()
     for length in (1, 2, 7, 15, 16, 17, 20, 31, 32, 33, 39):
-        for batch in (1, 2, 3, 4) if length == 17 else (1,):
-            for new in generate_tokens(model, [[1] * length] * batch, max_new_tokens=64):
-                assert len(new.tokens) == 40 - length
+        for new in generate_tokens(model, [[1] * length], max_new_tokens=64):
+            assert len(new.tokens) == 40 - length
     prefill, steps = decode._prefill._cache_size() - before[0], decode._steps._cache_size() - before[1]
-    # Prompts of 16, 32 and 40 alone, and of 32 in batches of 2 and 4; caches of 16, 32, 40 alone, of 32, 40 in batches.
-    assert prefill <= 5 and steps <= 7
+    assert prefill <= 3 and steps <= 3  # prompts and caches of 16, 32 and 40
 
 
 def test_padded_sizes():
     assert [padded(size, 16, 100) for size in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
+    assert [padded_batch(rows, None, None) for rows in (1, 2, 3, 4, 5, 32)] == [1, 2, 4, 4, 8, 32]
+
+
+def test_prompts_of_like_length_run_together(monkeypatch):
+    monkeypatch.setattr(decode, "MAX_PREFILL_TOKENS", 128)
+    assert decode._batches([5, 60, 1, 30, 9, 33, 2], 4, 64) == [[2, 6, 0, 4], [3, 5], [1]]
 
 
 def test_a_step_writes_the_cache_in_place(model, config):
