@@ -12,7 +12,7 @@ from pathlib import Path
 
 _TRAIN_EPILOG = """\
 The vocabulary counts the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
-model does better with fewer: the quickstart takes 8192. More text than 64 MB hardly changes the result, so of larger
+model does better with fewer: the quickstart takes 4096. More text than 64 MB hardly changes the result, so of larger
 inputs an even sample is read, always the same one; --max-megabytes changes that. 8192 tokens from 20 MB take about 5
 seconds, 49152 from 64 MB about 17.
 

@@ -3,7 +3,7 @@
     <dir>/corpus/      train.parquet and held_out.parquet
     <dir>/tokenizer/   byte-level BPE
     <dir>/store/       token stores of both
-    <dir>/run/         config, metrics, checkpoints
+    <dir>/checkpoints/ with config.json and metrics.jsonl beside: <dir> is the training run's directory too
     <dir>/hf/          the weights in PyTorch format
     <dir>/loss.png     the loss curve
     <dir>/report.json  what is shown at the end
@@ -67,10 +67,6 @@ class Paths:
     def held_out_store(self) -> Path:
         return self.root / "store" / "held_out"
 
-    @property
-    def run(self) -> Path:
-        return self.root / "run"
-
 
 def quickstart(
     output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress, say: Say
@@ -105,7 +101,8 @@ def quickstart(
     from jaxcoder.recipes.quickstart_report import make_report, show_report
     from jaxcoder.train.loop import train
 
-    result = train(fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size))
+    config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
+    result = train(config, directory_is_shared=True)
     report = make_report(paths, result.eval_metrics, progress)
     show_report(paths, report, say)
     return report
@@ -163,7 +160,7 @@ def fitted(config: RunConfig, paths: Paths, *, num_steps: int, vocab_size: int) 
         config,
         num_steps=num_steps,
         global_batch_size=batch,
-        output_dir=str(paths.run),
+        output_dir=str(paths.root),
         model=replace(config.model, vocab_size=vocab_size),
         compute=replace(config.compute, dtype="float32" if is_cpu else "bfloat16"),
         data=replace(config.data, store=str(paths.train_store), eval_store=str(paths.held_out_store)),

@@ -34,7 +34,7 @@ def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progre
     """Evaluates, converts, draws; everything that `show_report` prints, as plain JSON."""
     documents = list(read_documents(paths.held_out_documents))
     progress.start("Evaluating", None, "")
-    model, _, tokenizer = load_model(paths.run)
+    model, _, tokenizer = load_model(paths.root)
     generator = TextGenerator(model, tokenizer, truncate=True)
     gaps = single_line_gaps(documents, count=NUM_GAPS, seed=0)
     scores = infill_scores(generator, gaps)
@@ -42,10 +42,10 @@ def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progre
     infills = generator.infill(INFILLS, max_new_tokens=24)
     progress.finish()
 
-    directory = RunDirectory(str(paths.run))
+    directory = RunDirectory(str(paths.root))
     curve = draw_curve(directory.metrics_file, paths.root / "loss.png", title="jaxcoder quickstart")
     hf = paths.root / "hf"
-    to_hf(paths.run, hf, overwrite=True, progress=progress)
+    to_hf(paths.root, hf, overwrite=True, progress=progress)
     report = {
         "held_out": eval_metrics | {"xz_bits_per_byte": xz_bits_per_byte(documents), "files": len(documents)},
         "infill": {
@@ -95,10 +95,10 @@ def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> Non
     say(f"PyTorch format  {report['pytorch']}")
     say(f"report          {paths.root / 'report.json'}")
     say("\n" + " go on with ".center(width, "-"))
-    say(f"{program} complete {paths.run} --prefix 'def read_file(' ")
-    say(f"{program} complete {report['pytorch']} --prefix 'def add(a, b):\n    return ' --suffix '\n'")
-    say(f"{program} checkpoint inspect {paths.run}")
-    say(f"{program} train quickstart --data {paths.train_store} --num-steps 5000 --output-dir {paths.root / 'longer'}")
+    say(f"{program} complete {paths.root} --prefix 'def read_file('")
+    say(f"{program} complete {report['pytorch']} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
+    say(f"{program} checkpoint inspect {paths.root}")
+    say(f"{program} train quickstart --data {paths.train_store} --num-steps 5000 --output-dir {paths.root}-longer")
 
 
 def write_json(path: Path, content: dict) -> None:

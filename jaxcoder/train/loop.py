@@ -43,9 +43,10 @@ class TrainResult:
     """eval_loss, eval_bits_per_byte, eval_tokens after the last step; empty without a held-out store."""
 
 
-def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResult:
+def train(config: RunConfig, *, accept_config_change: bool = False, directory_is_shared: bool = False) -> TrainResult:
     """Trains to `config.num_steps`, continuing from the newest good checkpoint in the run's directory.
 
+    directory_is_shared: the run's directory may hold other things too (a recipe's).
     Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C.
     """
     validate(config, len(jax.devices()))
@@ -53,7 +54,7 @@ def train(config: RunConfig, *, accept_config_change: bool = False) -> TrainResu
     mesh = make_mesh(config.mesh)
     stream, eval_stream, tokenizer = open_streams(config)
     directory = RunDirectory.of(config)
-    directory.claim(config, accept_config_change=accept_config_change)
+    directory.claim(config, accept_config_change=accept_config_change, is_shared=directory_is_shared)
 
     with contextlib.ExitStack() as stack:
         line = stack.enter_context(TrainingLine(config.num_steps))

@@ -28,8 +28,8 @@ class RunDirectory:
     def of(cls, config: RunConfig) -> "RunDirectory":
         return cls(config.output_dir or f"runs/{config.name}")
 
-    def claim(self, config: RunConfig, *, accept_config_change: bool = False) -> None:
-        """Writes the config, or compares it with the one that is there.
+    def claim(self, config: RunConfig, *, accept_config_change: bool = False, is_shared: bool = False) -> None:
+        """Writes the config, or compares it with the one that is there. `is_shared`: other files may lie beside it.
 
         Raises ConfigError when the directory holds something else, or a run of another configuration (unless that is
         accepted: then the new one replaces it).
@@ -38,7 +38,7 @@ class RunDirectory:
         if not filesystem.exists(path):
             parent = filesystem._parent(path)
             strangers = [name for name in _names(filesystem, parent) if not name.startswith(".")]
-            if strangers:
+            if strangers and not is_shared:
                 raise ConfigError(
                     f"the output directory `{self.path}` holds other things ({', '.join(strangers[:3])}) and no run: "
                     "give an empty or new one with --output-dir."

@@ -1,0 +1,50 @@
+"""The README's commands, executed as they stand, in order, with `jaxcoder` being this checkout's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def block(heading: str, language: str) -> str:
+    """The first fenced block of a language under a heading (or bold word)."""
+    return re.search(rf"```{language}\n(.*?)```", README.split(heading, 1)[1], re.S)[1]
+
+
+def test_step_by_step(tmp_path):
+    program = tmp_path / "jaxcoder"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m jaxcoder.cli.main "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "XLA_FLAGS": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+
+    def run(script: str, *command: str) -> None:
+        finished = subprocess.run(
+            [*command, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    run(block("## The same, step by step", "bash"), "sh", "-ec")
+    run(block("**Completion.**", "python"), sys.executable, "-c")
+    run("jaxcoder train smoke --data synthetic", "sh", "-ec")
+    assert "jaxcoder train smoke --data synthetic" in README
+
+
+def test_the_two_commands_are_one_line_each():
+    commands = [block("## Try it", "bash"), block("<!-- test command -->", "bash")]
+    for command in commands:
+        assert command.count("\n") == 1 and command.startswith("python3 -m venv .venv && ")
+
+
+def test_the_table_of_configurations_is_true():
+    from jaxcoder.config.load import load_run
+    from jaxcoder.models.flops import num_parameters
+
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) \| ([\d,]+) \| (\d+) \| ([\d,]+) \|$", README, re.M)
+    assert len(rows) == 7
+    for name, *numbers in rows:
+        model = load_run(name).model
+        expected = [num_parameters(model), model.num_layers, model.embed_dim, model.num_heads, model.max_seq_len]
+        assert [int(number.replace(",", "")) for number in numbers] == expected, name
