@@ -33,13 +33,16 @@ INFILLS = (
 def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progress) -> dict[str, object]:
     """Evaluates, converts, draws; everything that `show_report` prints, as plain JSON."""
     documents = list(read_documents(paths.held_out_documents))
-    progress.start("Evaluating", None, "")
     model, _, tokenizer = load_model(paths.root)
     generator = TextGenerator(model, tokenizer, truncate=True)
     gaps = single_line_gaps(documents, count=NUM_GAPS, seed=0)
+    progress.start("Completing and infilling", len(gaps) + len(PROMPTS) + len(INFILLS), "prompts")
     scores = infill_scores(generator, gaps)
+    progress.advance(len(gaps))
     completions = generator.complete(PROMPTS, max_new_tokens=48)
+    progress.advance(len(PROMPTS))
     infills = generator.infill(INFILLS, max_new_tokens=24)
+    progress.advance(len(INFILLS))
     progress.finish()
 
     directory = RunDirectory(str(paths.root))
