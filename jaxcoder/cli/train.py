@@ -27,11 +27,11 @@ def run(args: argparse.Namespace) -> int | None:
     from dataclasses import replace
 
     from jaxcoder import runtime
-    from jaxcoder.config.load import load_run
+    from jaxcoder.config.load import load_run, with_store
 
     config = load_run(args.config, args.overrides)
     if args.data is not None:
-        config = replace(config, data=replace(config.data, store=args.data))
+        config = with_store(config, args.data)
     if args.steps is not None:
         warmup = min(config.optimizer.warmup_steps, max(args.steps // 10, 0))
         config = replace(config, num_steps=args.steps, optimizer=replace(config.optimizer, warmup_steps=warmup))

@@ -3,21 +3,25 @@
 from jaxcoder.config.schema import (
     CheckpointConfig,
     ComputeConfig,
+    Corpus,
     DataConfig,
     EvalConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
+    Stage,
 )
 
 __all__ = [
     "CheckpointConfig",
     "ComputeConfig",
+    "Corpus",
     "DataConfig",
     "EvalConfig",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "Stage",
 ]

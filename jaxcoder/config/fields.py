@@ -1,6 +1,7 @@
 """The fields of the config dataclasses, walked by their type hints: what loading, validating and reading share."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -15,8 +16,13 @@ def hints(cls: type) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
 
 
+def item_type(hint: Any) -> Any:
+    """The type of the items of a `tuple[X, ...]`, None for other hints."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else None
+
+
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type hint) of every leaf field: ("model.num_layers", int)."""
+    """(dotted name, type hint) of every leaf field: ("model.num_layers", int). A tuple is one leaf."""
     for name, hint in hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield from walk(hint, f"{prefix}{name}.")
@@ -25,13 +31,36 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every leaf field of a config."""
+    """(dotted name, value) of every leaf field of a config; dataclasses in a tuple are numbered: "data.corpora.0.store"."""
     for name in hints(type(config)):
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             yield from leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
+            for number, item in enumerate(value):
+                yield from leaves(item, f"{prefix}{name}.{number}.")
         else:
             yield prefix + name, value
+
+
+def options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type hint) of every field that the command line can set in `config`: those of `leaves`."""
+    for name, hint in hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from options(value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(item_type(hint)):
+            for number, item in enumerate(value):
+                yield from options(item, f"{prefix}{name}.{number}.")
+        else:
+            yield prefix + name, hint
+
+
+def is_finite(value: Any) -> bool:
+    """False for NaN and infinities, alone or in a tuple."""
+    if isinstance(value, tuple):
+        return all(map(is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def accepts(hint: Any, value: Any) -> bool:
@@ -41,6 +70,8 @@ def accepts(hint: Any, value: Any) -> bool:
         return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
     if origin in (Union, types.UnionType):
         return any(accepts(option, value) for option in typing.get_args(hint))
+    if origin is tuple:
+        return isinstance(value, tuple) and all(accepts(item_type(hint), item) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
@@ -50,6 +81,8 @@ def accepts(hint: Any, value: Any) -> bool:
 
 def normal(hint: Any, value: Any) -> Any:
     """The value, as a float where the field is one: 1 and 1.0 are the same config."""
+    if typing.get_origin(hint) is tuple:
+        return tuple(normal(item_type(hint), item) for item in value)
     options = typing.get_args(hint) or (hint,)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return float(value) if is_whole and float in options and int not in options else value
@@ -62,6 +95,8 @@ def describe(hint: Any) -> str:
         return " or ".join(f'"{option}"' for option in typing.get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(describe(option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return f"a tuple, each item {describe(item_type(hint))}"
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "None"}
     return names.get(hint, f"a {hint.__name__}")
 
@@ -75,4 +110,7 @@ def type_problems(config: Any, prefix: str = "") -> list[str]:
             problems.append(f"{prefix}{name} is {value!r}, but has to be {describe(hint)}.")
         elif dataclasses.is_dataclass(hint):
             problems += type_problems(value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(item_type(hint)):
+            for number, item in enumerate(value):
+                problems += type_problems(item, f"{prefix}{name}.{number}.")
     return problems

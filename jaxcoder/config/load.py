@@ -5,6 +5,7 @@ Python function without required parameters that returns a full RunConfig. Overr
 """
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.util
@@ -46,7 +47,7 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str], prog: str = "ja
     """`config` with single fields replaced; errors and "--help" as in `load_run`."""
     if not overrides:
         return config
-    _check_options(overrides, prog)
+    _check_options(overrides, prog, config)
     import tyro
 
     said = io.StringIO()
@@ -57,6 +58,12 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str], prog: str = "ja
         if stop.code in (0, None):
             raise
         raise ConfigError(f"{_first_paragraph(said.getvalue())} See `{prog} --help`.") from None
+
+
+def with_store(config: RunConfig, store: str) -> RunConfig:
+    """`config` reading `store` alone, in place of its store or its mixture."""
+    stages = tuple(dataclasses.replace(stage, weights=()) for stage in config.data.stages)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, store=store, corpora=(), stages=stages))
 
 
 # --- finding the function --------------------------------------------------------------------------------------------
@@ -170,10 +177,11 @@ def _said(error: Exception) -> str:
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
-def _check_options(overrides: Sequence[str], prog: str) -> None:
+def _check_options(overrides: Sequence[str], prog: str, config: RunConfig) -> None:
     """Refuses unknown fields, values of a wrong type and values that follow no field, in better words than tyro's."""
-    options = _options()
+    options = _options(config)
     waiting: str | None = None  # the option whose value comes next
+    several: str | None = None  # the option that takes any number of values and has one
     for argument in overrides:
         if waiting and argument.startswith("--"):
             break
@@ -182,6 +190,11 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
         if argument.startswith("--"):
             name, equals, value = argument[2:].partition("=")
             option = name.replace("_", "-")
+            if option in ("data.corpora", "data.stages"):
+                raise ConfigError(
+                    f"`--{name}` is a list: write it in the run's Python function; what stands there can be changed as "
+                    f"`--{option}.0.{'weight' if option == 'data.corpora' else 'from-sample'}`."
+                )
             if option not in options:
                 near = _nearest_option(option, options)
                 raise ConfigError(f"there is no field `--{name}`{near}. See `{prog} --help`.")
@@ -191,10 +204,11 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
                 raise ConfigError(f"`--{name}` is a switch: write it, or `{opposite}`, without {value!r}.")
             if equals:
                 _check_value(option, value, options[option])
-            waiting = None if is_switch or equals else option
-        elif waiting:
-            _check_value(waiting, argument, options[waiting])
-            waiting = None
+            waiting, several = None if is_switch or equals else option, None
+        elif waiting or several:
+            several = waiting or several
+            _check_value(several, argument, options[several])
+            waiting, several = None, several if fields.item_type(options[several]) else None
         else:
             raise ConfigError(f"{_stray(argument, options)} See `{prog} --help`.")
     if waiting:
@@ -202,7 +216,8 @@ def _check_options(overrides: Sequence[str], prog: str) -> None:
 
 
 def _check_value(option: str, text: str, hint: Any) -> None:
-    if not any(_parses(choice, text) for choice in typing.get_args(hint) or (hint,)):
+    one = fields.item_type(hint) or hint
+    if not any(_parses(choice, text) for choice in typing.get_args(one) or (one,)):
         raise ConfigError(f"`--{option}` is {text!r}, but has to be {fields.describe(hint)}.")
 
 
@@ -219,10 +234,10 @@ def _parses(choice: Any, text: str) -> bool:
     return choice is str or text == ("None" if choice is NoneType else choice)
 
 
-def _options() -> dict[str, Any]:
+def _options(config: RunConfig) -> dict[str, Any]:
     """Every option without its dashes -> its type hint. A switch has a "no-" form."""
     options = {}
-    for name, hint in fields.walk(RunConfig):
+    for name, hint in fields.options(config):
         option = name.replace("_", "-")
         options[option] = hint
         if hint is bool:

@@ -54,17 +54,57 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One corpus of a mixture."""
+
+    store: str
+    """Directory of its token store."""
+    weight: float | None = None
+    """Share of the samples, relative to the weights of the other corpora. None for all means by number of tokens."""
+    max_epochs: float | None = None
+    """Cap: it is read at most this often (0.25 is a quarter of it); the others then take its share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What holds from a sample on, until the next stage begins."""
+
+    from_sample: int
+    """Samples consumed before it; the first stage begins at 0. A step that has begun is finished as it began."""
+    weights: tuple[float, ...] = ()
+    """A weight for each of data.corpora; () means their own."""
+    global_batch_size: int | None = None
+    """Windows per optimizer step; None means the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What the model reads."""
 
     store: str = ""
     """Directory of the token store made by `jaxcoder data build` (local, gs:// or s3://), or "synthetic"."""
+    corpora: tuple[Corpus, ...] = ()
+    """Several stores instead of one, with weights and caps. Their order is part of what a seed means: append."""
+    stages: tuple[Stage, ...] = ()
+    """Weights and batch sizes that change on the way, by samples consumed; () is one stage for the whole run."""
     eval_store: str | None = None
     """Token store of held-out documents; None turns held-out evaluation off."""
     fim_rate: float = 0.5
     """Share of the pieces of a window that are turned into fill-in-the-middle."""
     fim_spm_rate: float = 0.5
     """Share of those in SPM order (suffix first); the others are in PSM order."""
+    fim_clean_up: bool = False
+    """As trained: text loses blanks before it is cut, as in " ." and " n't" (a decoder's clean-up of spaces)."""
+    fim_sentinels_as_text: bool = False
+    """As trained: special tokens become text, so that cuts divide them, and text that spells one becomes special."""
+    fim_replace_incomplete: bool = False
+    """As trained: a character that the window's edge cuts in two becomes U+FFFD. Off, its tokens stay as they are."""
+    fim_drop_empty_pieces: bool = False
+    """As trained: an empty piece vanishes with its end token."""
+    fim_transform_empty_tail: bool = False
+    """As trained: an empty piece behind the last end token may become three FIM tokens with nothing between."""
+    pad_in_loss: bool = False
+    """As trained: the padding that FIM leaves at the right end of a window counts in the loss."""
     document_mask: bool = False
     """False as StarCoder trained: attention and positions run across the documents of a window."""
 

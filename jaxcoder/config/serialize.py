@@ -10,10 +10,22 @@ import json
 from typing import Any, TypeVar
 
 from jaxcoder.config import fields
-from jaxcoder.config.schema import ModelConfig, RunConfig
+from jaxcoder.config.schema import DataConfig, ModelConfig, RunConfig
 from jaxcoder.errors import ConfigError
 
 Config = TypeVar("Config", RunConfig, ModelConfig)
+
+_ADDED: dict[tuple[type, str], Any] = {
+    (DataConfig, "corpora"): [],
+    (DataConfig, "stages"): [],
+    (DataConfig, "fim_clean_up"): False,
+    (DataConfig, "fim_sentinels_as_text"): False,
+    (DataConfig, "fim_replace_incomplete"): False,
+    (DataConfig, "fim_drop_empty_pieces"): False,
+    (DataConfig, "fim_transform_empty_tail"): False,
+    (DataConfig, "pad_in_loss"): False,
+}
+"""Fields that files of older versions lack, with the JSON value of what those versions did."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -21,7 +33,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     plain = {}
     for name, hint in fields.hints(type(config)).items():
         value = getattr(config, name)
-        plain[name] = to_dict(value) if dataclasses.is_dataclass(value) else fields.normal(hint, value)
+        if dataclasses.is_dataclass(value):
+            plain[name] = to_dict(value)
+        elif dataclasses.is_dataclass(fields.item_type(hint)):
+            plain[name] = [to_dict(item) for item in value]
+        elif fields.item_type(hint) is not None:
+            plain[name] = list(fields.normal(hint, value))
+        else:
+            plain[name] = fields.normal(hint, value)
     return plain
 
 
@@ -30,7 +49,7 @@ def to_json(config: RunConfig | ModelConfig) -> str:
     try:
         return json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
     except ValueError as error:
-        culprits = [name for name, value in fields.leaves(config) if isinstance(value, float) and value - value != 0]
+        culprits = [name for name, value in fields.leaves(config) if not fields.is_finite(value)]
         raise ConfigError(f"{', '.join(culprits)} is not a finite number: give one.") from error
 
 
@@ -57,6 +76,7 @@ def _from_plain(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
         return None
     hints = fields.hints(cls)
     before = len(problems)
+    plain = {name: default for (owner, name), default in _ADDED.items() if owner is cls} | plain
     problems += [f"{prefix}{name} is missing" for name in hints if name not in plain]
     problems += [f"{prefix}{name} is unknown" for name in plain if name not in hints]
     values = {}
@@ -66,6 +86,12 @@ def _from_plain(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
         value = plain[name]
         if dataclasses.is_dataclass(hint):
             values[name] = _from_plain(hint, value, f"{prefix}{name}.", problems)
+        elif isinstance(value, list) and dataclasses.is_dataclass(item := fields.item_type(hint)):
+            values[name] = tuple(
+                _from_plain(item, entry, f"{prefix}{name}.{number}.", problems) for number, entry in enumerate(value)
+            )
+        elif isinstance(value, list) and fields.item_type(hint) is not None and fields.accepts(hint, tuple(value)):
+            values[name] = fields.normal(hint, tuple(value))
         elif fields.accepts(hint, value):
             values[name] = fields.normal(hint, value)
         else:

@@ -5,7 +5,7 @@ Every problem names the field, its value and the way out. `resolve_mesh` fills i
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxcoder.config import fields
 from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -40,7 +40,7 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
 
 def _finite(config: RunConfig) -> Iterator[str]:
     for name, value in fields.leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
+        if not fields.is_finite(value):
             yield f"{name} is {value}: give a finite number."
 
 
@@ -86,6 +86,60 @@ def _data(data: DataConfig) -> Iterator[str]:
         rate = getattr(data, name)
         if not 0 <= rate <= 1:
             yield f"data.{name} is {rate}: a share lies between 0 and 1."
+    yield from _corpora(data)
+    yield from _stages(data)
+
+
+def _corpora(data: DataConfig) -> Iterator[str]:
+    if data.store and data.corpora:
+        yield f"data.store is {data.store!r} and data.corpora has {len(data.corpora)} stores: give one or the other."
+    for number, corpus in enumerate(data.corpora):
+        if not corpus.store:
+            yield f'data.corpora.{number}.store is "": give the directory of a token store.'
+        if corpus.max_epochs is not None and corpus.max_epochs <= 0:
+            yield f"data.corpora.{number}.max_epochs is {corpus.max_epochs}: it has to be larger than 0."
+    weights = [corpus.weight for corpus in data.corpora]
+    if None in weights and any(weight is not None for weight in weights):
+        yield "data.corpora has a weight for some stores and None for others: give one to each, or to none."
+    elif None not in weights:
+        yield from _weights("data.corpora.{}.weight", weights)
+
+
+def _stages(data: DataConfig) -> Iterator[str]:
+    starts = [stage.from_sample for stage in data.stages]
+    if starts and starts[0] != 0:
+        yield f"data.stages.0.from_sample is {starts[0]}: the first stage begins at 0."
+    for number, (before, start) in enumerate(zip(starts, starts[1:], strict=False), 1):
+        if start <= before:
+            yield f"data.stages.{number}.from_sample is {start}, but the stage before it begins at {before}: sort them."
+    for number, stage in enumerate(data.stages):
+        if stage.weights and len(stage.weights) != len(data.corpora):
+            yield (
+                f"data.stages.{number}.weights has {len(stage.weights)} weights for {len(data.corpora)} data.corpora: "
+                "give one for each, or () for their own."
+            )
+        elif stage.weights:
+            yield from _weights(f"data.stages.{number}.weights[{{}}]", stage.weights)
+        if stage.global_batch_size is not None and stage.global_batch_size <= 0:
+            yield f"data.stages.{number}.global_batch_size is {stage.global_batch_size}: it has to be larger than 0."
+
+
+def _weights(name: str, weights: Sequence[float]) -> Iterator[str]:
+    """Problems of the weights of one mixture; `name` has a place for the number of one."""
+    for number, weight in enumerate(weights):
+        if weight < 0:
+            yield f"{name.format(number)} is {weight}: a weight is 0 or larger."
+    if weights and not any(weights):
+        yield f"{name.format(f'0 to {len(weights) - 1}')} are all 0: nothing would be read, give one a larger weight."
+
+
+def batch_sizes(config: RunConfig) -> dict[str, int]:
+    """Every global batch size of a run by the name of its field."""
+    sizes = {"global_batch_size": config.global_batch_size}
+    for number, stage in enumerate(config.data.stages):
+        if stage.global_batch_size is not None:
+            sizes[f"data.stages.{number}.global_batch_size"] = stage.global_batch_size
+    return sizes
 
 
 def _optimizer(optimizer: OptimizerConfig, num_steps: int) -> Iterator[str]:
@@ -114,8 +168,9 @@ def _optimizer(optimizer: OptimizerConfig, num_steps: int) -> Iterator[str]:
 
 def _batch(config: RunConfig) -> Iterator[str]:
     micro = config.microbatch_size
-    if micro is not None and micro > 0 and config.global_batch_size % micro:
-        yield f"microbatch_size {micro} does not divide global_batch_size {config.global_batch_size}: use a divisor."
+    for name, size in batch_sizes(config).items():
+        if micro is not None and micro > 0 and size % micro:
+            yield f"microbatch_size {micro} does not divide {name} {size}: use a divisor."
 
 
 def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
@@ -149,7 +204,7 @@ def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
         ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
         ("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp),
-        ("global_batch_size", config.global_batch_size, "mesh.data x mesh.fsdp", batch_shards),
+        *((name, size, "mesh.data x mesh.fsdp", batch_shards) for name, size in batch_sizes(config).items()),
     ]
     if model.num_kv_heads not in (1, 0):  # a single one is replicated
         split.append(("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor))

@@ -1,13 +1,15 @@
 """load_run: finding runs by name and by file, overrides, and what every mistake is answered with."""
 
+import dataclasses
+import re
 import sys
 from types import ModuleType
 
 import pytest
 
-from jaxcoder.config import ModelConfig, RunConfig
+from jaxcoder.config import Corpus, DataConfig, ModelConfig, RunConfig, Stage
 from jaxcoder.config import load as load_module
-from jaxcoder.config.load import apply_overrides, available_runs, load_run
+from jaxcoder.config.load import apply_overrides, available_runs, load_run, with_store
 from jaxcoder.config.serialize import diff
 from jaxcoder.errors import ConfigError
 
@@ -178,8 +180,26 @@ def test_wrong_overrides_are_one_sentence(overrides, expected, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_overrides_of_a_mixture():
+    data = DataConfig(corpora=(Corpus(store="a"), Corpus(store="b")), stages=(Stage(from_sample=0),))
+    mixed = dataclasses.replace(RUN, data=data)
+    changed = apply_overrides(
+        mixed, "--data.corpora.1.max-epochs 2 --data.stages.0.weights 1 0.5 --num-steps 5".split()
+    )
+    assert changed.data.corpora[1].max_epochs == 2 and changed.data.stages[0].weights == (1, 0.5)
+    for overrides, expected in (
+        ("--data.corpora.2.weight 1", "there is no field `--data.corpora.2.weight`"),
+        ("--data.corpora a,b", "`--data.corpora` is a list: write it in the run's Python function"),
+        ("--data.stages.0.weights 1 x", "`--data.stages.0.weights` is 'x', but has to be a tuple, each item a number"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(expected)):
+            apply_overrides(mixed, overrides.split())
+    alone = with_store(mixed, "c").data
+    assert (alone.store, alone.corpora, alone.stages) == ("c", (), (Stage(from_sample=0),))
+
+
 def test_what_tyro_alone_refuses_is_a_sentence_too(monkeypatch):
-    monkeypatch.setattr(load_module, "_check_options", lambda overrides, prog: None)
+    monkeypatch.setattr(load_module, "_check_options", lambda overrides, prog, config: None)
     with pytest.raises(
         ConfigError, match=r"^Error parsing --num-steps: invalid literal.*'five'\. See `jaxcoder train NAME"
     ):

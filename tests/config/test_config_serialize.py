@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcoder.config import ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config import Corpus, DataConfig, ModelConfig, OptimizerConfig, RunConfig, Stage
 from jaxcoder.config.serialize import diff, fingerprint, from_json, model_fingerprint, to_dict, to_json
 from jaxcoder.errors import ConfigError
 
@@ -30,8 +30,50 @@ def test_golden():
     golden knowingly, with a way to read the older files."""
     assert to_json(RUN) == GOLDEN.read_text()
     assert from_json(GOLDEN.read_text()) == RUN
-    assert fingerprint(RUN) == "9068407193f2f256"
+    assert fingerprint(RUN) == "06c6611915ee0d7e"
     assert model_fingerprint(RUN.model) == "f605472006fdca20"
+
+
+def test_files_of_older_versions_are_read():
+    """run_1.json was written before there were mixtures and stages."""
+    assert from_json((GOLDEN.parent / "run_1.json").read_text()) == RUN
+
+
+MIXED = dataclasses.replace(
+    RUN,
+    data=DataConfig(
+        corpora=(Corpus(store="a", weight=1), Corpus(store="b", weight=0.5, max_epochs=2)),
+        stages=(Stage(from_sample=0), Stage(from_sample=640, weights=(0, 1), global_batch_size=32)),
+    ),
+)
+
+
+def test_mixtures_round_trip():
+    again = from_json(to_json(MIXED))
+    assert again == MIXED and again.data.stages[1].weights == (0.0, 1.0) and fingerprint(again) == fingerprint(MIXED)
+    heavier = dataclasses.replace(MIXED.data.corpora[1], weight=2.0)
+    changed = dataclasses.replace(MIXED, data=dataclasses.replace(MIXED.data, corpora=(MIXED.data.corpora[0], heavier)))
+    assert diff(MIXED, changed) == ["data.corpora.1.weight: 0.5 -> 2.0"]
+    assert fingerprint(changed) != fingerprint(MIXED)
+    assert diff(RUN, MIXED)[:2] == ["data.corpora: () -> (absent)", "data.stages: () -> (absent)"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda data: data.update(corpora=3), "data.corpora is 3, but has to be a tuple"),
+        (lambda data: data["corpora"][1].pop("store"), "data.corpora.1.store is missing"),
+        (lambda data: data["corpora"].append("c"), "data.corpora.2 is 'c', but has to be an object"),
+        (lambda data: data["stages"][1].update(weights=["x"]), "data.stages.1.weights is"),
+        (lambda data: data["stages"][1].update(until=3), "data.stages.1.until is unknown"),
+    ],
+)
+def test_strict_reading_of_mixtures(edit, expected):
+    plain = to_dict(MIXED)
+    edit(plain["data"])
+    with pytest.raises(ConfigError) as caught:
+        from_json(json.dumps(plain))
+    assert expected in str(caught.value)
 
 
 def test_model_alone():

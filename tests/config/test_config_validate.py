@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcoder.config import MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config import Corpus, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, Stage
 from jaxcoder.config.fields import hints, leaves, walk
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.errors import ConfigError
@@ -87,6 +87,42 @@ def test_a_good_run_passes(num_devices):
 )
 def test_each_problem_is_named(name, value, expected):
     assert expected in problems(changed(name, value))
+
+
+TWO = (Corpus(store="a", weight=1.0), Corpus(store="b", weight=3.0))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (dict(store="s", corpora=TWO), "data.store is 's' and data.corpora has 2 stores: give one or the other"),
+        (dict(corpora=(Corpus(store=""),)), 'data.corpora.0.store is ""'),
+        (dict(corpora=(Corpus(store="a", weight=-1.0),)), "data.corpora.0.weight is -1.0: a weight is 0 or larger"),
+        (dict(corpora=(Corpus(store="a", weight=math.nan),)), "data.corpora.0.weight is nan: give a finite number"),
+        (dict(corpora=(Corpus(store="a", weight=0.0),)), "are all 0: nothing would be read"),
+        (dict(corpora=(*TWO, Corpus(store="c"))), "a weight for some stores and None for others"),
+        (dict(corpora=(Corpus(store="a", max_epochs=0.0),)), "data.corpora.0.max_epochs is 0.0"),
+        (dict(corpora=(Corpus(store="a", max_epochs=math.inf),)), "data.corpora.0.max_epochs is inf"),
+        (dict(stages=(Stage(from_sample=3),)), "data.stages.0.from_sample is 3: the first stage begins at 0"),
+        (dict(stages=(Stage(from_sample=0), Stage(from_sample=0))), "data.stages.1.from_sample is 0, but the stage"),
+        (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0,)),)), "has 1 weights for 2 data.corpora"),
+        (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0, -2.0)),)), "data.stages.0.weights[1] is -2.0"),
+        (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(0.0, 0.0)),)), "weights[0 to 1] are all 0"),
+        (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0, math.nan)),)), "data.stages.0.weights is (1.0, nan)"),
+        (dict(stages=(Stage(from_sample=0, global_batch_size=0),)), "data.stages.0.global_batch_size is 0"),
+        (dict(stages=(Stage(from_sample=0, global_batch_size=4),)), "does not divide data.stages.0.global_batch_size 4"),
+        (dict(stages=(Stage(from_sample=0, global_batch_size=20),)), "20 is not a multiple of mesh.data x mesh.fsdp"),
+        (dict(corpora=("a",)), "data.corpora is ('a',), but has to be a tuple, each item a Corpus"),
+        (dict(corpora=(Corpus(store=3),)), "data.corpora.0.store is 3, but has to be a text"),
+    ],
+)
+def test_each_problem_of_a_mixture_is_named(data, expected):
+    assert expected in problems(dataclasses.replace(GOOD, data=DataConfig(**data)))
+
+
+def test_a_good_mixture_passes():
+    stages = (Stage(from_sample=0), Stage(from_sample=1000, weights=(1.0, 0.0), global_batch_size=32))
+    validate(dataclasses.replace(GOOD, data=DataConfig(corpora=TWO, stages=stages)), 8)
 
 
 def test_sizes_that_do_not_divide_name_axis_and_sizes():
