@@ -12,13 +12,18 @@ from jaxcoder.errors import DataError
 
 @dataclass(frozen=True)
 class Part:
-    """Ordinary `text`, or the special token named `special` (StarCoder's spelling); never both."""
+    """Ordinary `text`, or the special token named `special` (StarCoder's spelling); never both.
+
+    ids: the ids of the text, where something else than its text decides them (it was encoded elsewhere, in other
+    pieces). They count for the tokenizer that they belong to; any other refuses them.
+    """
 
     text: str = ""
     special: str | None = None
+    ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if self.special is not None and self.text:
+        if self.special is not None and (self.text or self.ids is not None):
             raise DataError(
                 f"A document part is either text or a special token, but one has both ({self.special!r} and "
                 f"{self.text[:20]!r}): split it into two parts."

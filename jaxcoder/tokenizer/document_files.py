@@ -1,7 +1,7 @@
 """Documents in files: parquet, JSON lines, or a directory of both.
 
 A row has `parts: list<struct<special: string, text: string>>`, or plain `content: string` for one text part, and
-`repo_name`, `path`, `lang` where known. Local paths, `gs://` and `s3://` are read alike, through fsspec.
+`repo_name`, `path`, `lang` where known. A text part may bring its `ids: list<int32>`. Local paths, `gs://` and `s3://` are read alike, through fsspec.
 """
 
 import json
@@ -38,18 +38,21 @@ def document_files(paths: Paths) -> list[str]:
     return [file for path in paths for file in _files_of(os.fspath(path))]
 
 
-def write_documents(documents: Iterable[Document], path: str | os.PathLike, *, plain: bool = False) -> int:
+def write_documents(
+    documents: Iterable[Document], path: str | os.PathLike, *, plain: bool = False, with_ids: bool = False
+) -> int:
     """Write documents to one local `.parquet` or `.jsonl` file, atomically; returns how many.
 
-    Plain files have the column `content` and take documents of text only; the others have `parts`. The same documents
-    give the same bytes. Raises DataError for another suffix, a special part in a plain file, or a failing disk.
+    Plain files have the column `content` and take documents of text only; the others have `parts`, whose ids are
+    written `with_ids` only. The same documents give the same bytes. Raises DataError for another suffix, a special part in a plain file, ids that would be
+    lost, or a failing disk.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"Cannot write documents to {path}: name a file that ends in .parquet or .jsonl.")
     write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     with replacing(path) as temporary:
-        return write((_row(document, plain, path) for document in documents), temporary, plain)
+        return write((_row(document, plain, with_ids, path) for document in documents), temporary, plain, with_ids)
 
 
 def _files_of(path: str) -> list[str]:
@@ -133,20 +136,33 @@ def _document(row: object, where: str) -> Document:
     parts = row["parts"]
     if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
         raise DataError(f"{where}: `parts` must be a list of objects with a string as `special` or as `text`.")
-    return Document(tuple(Part(well_formed(part.get("text") or ""), part.get("special")) for part in parts), **origin)
+    return Document(tuple(map(_part, parts)), **origin)
+
+
+def _part(part: dict) -> Part:
+    ids = part.get("ids")
+    return Part(well_formed(part.get("text") or ""), part.get("special"), ids if ids is None else tuple(ids))
 
 
 def _is_part(part: object) -> bool:
     if not isinstance(part, dict):
         return False
-    special, text = part.get("special"), part.get("text")
+    special, text, ids = part.get("special"), part.get("text"), part.get("ids")
+    if ids is not None and not (isinstance(text, str) and isinstance(ids, list) and all(type(i) is int for i in ids)):
+        return False
     return (isinstance(special, str) and not text) or (special is None and isinstance(text, str))
 
 
-def _row(document: Document, plain: bool, path: Path) -> dict:
+def _row(document: Document, plain: bool, with_ids: bool, path: Path) -> dict:
     origin = {field: well_formed(getattr(document, field)) for field in ORIGIN_FIELDS}
+    if not with_ids and any(part.ids is not None for part in document.parts):
+        raise DataError(
+            f"Cannot write {document.path or 'a document'} with the ids that it brings to {path}: write it with_ids."
+        )
     if not plain:
         parts = [{"special": part.special, "text": well_formed(part.text)} for part in document.parts]
+        if with_ids:
+            parts = [row | {"ids": part.ids} for row, part in zip(parts, document.parts, strict=True)]
         return {"parts": parts, **origin}
     if any(part.special is not None for part in document.parts):
         raise DataError(
@@ -156,11 +172,12 @@ def _row(document: Document, plain: bool, path: Path) -> dict:
     return {"content": well_formed(document.text), **origin}
 
 
-def _write_parquet(rows: Iterator[dict], path: Path, plain: bool) -> int:
+def _write_parquet(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    part = pa.struct([("special", pa.string()), ("text", pa.string())])
+    ids = [("ids", pa.list_(pa.int32()))] if with_ids else []
+    part = pa.struct([("special", pa.string()), ("text", pa.string()), *ids])
     body = ("content", pa.large_string()) if plain else ("parts", pa.list_(part))
     schema = pa.schema([body, *((field, pa.string()) for field in ORIGIN_FIELDS)])
     count = 0
@@ -171,7 +188,7 @@ def _write_parquet(rows: Iterator[dict], path: Path, plain: bool) -> int:
     return count
 
 
-def _write_jsonl(rows: Iterator[dict], path: Path, plain: bool) -> int:
+def _write_jsonl(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool) -> int:
     count = 0
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for row in rows:

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxcoder.errors import DataError
 from jaxcoder.tokenizer import encoders
-from jaxcoder.tokenizer.document import Document, well_formed
+from jaxcoder.tokenizer.document import Document, Part, well_formed
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
     FIM_MIDDLE,
@@ -135,11 +135,14 @@ class Tokenizer:
         return self._encode(well_formed(text))
 
     def encode_document(self, document: Document) -> list[int]:
-        """Ids of all parts in order, without an end token. DataError for an unknown special or an end token inside."""
+        """Ids of all parts in order, without an end token.
+
+        DataError for an unknown special, an end token inside, or ids that are not this tokenizer's for their text.
+        """
         ids: list[int] = []
         text: list[str] = []
         for part in document.parts:
-            if part.special is None:
+            if part.special is None and part.ids is None:
                 text.append(part.text)  # neighbours are encoded as one text, however it was cut
                 continue
             if part.special == END_OF_TEXT:
@@ -148,9 +151,18 @@ class Tokenizer:
                     "token stands between documents: make two documents of it."
                 )
             ids += self.encode("".join(text))
-            ids.append(self.special_id(part.special))
+            ids += self._fixed_ids(part, document) if part.special is None else [self.special_id(part.special)]
             text = []
         return ids + self.encode("".join(text))
+
+    def _fixed_ids(self, part: Part, document: Document) -> tuple[int, ...]:
+        """The ids that a part brings, known to stand for its text here. DataError if they do not."""
+        if not self.special_ids.isdisjoint(part.ids) or self.decode(part.ids) != part.text:
+            raise DataError(
+                f"The document {document.path or part.text[:30]!r} brings ids that do not stand for its text in "
+                f"{self._origin}: use the tokenizer that it was encoded with, or documents of text."
+            )
+        return part.ids
 
     def decode_bytes(self, ids: Iterable[int], *, show_specials: bool = True) -> bytes:
         """The exact bytes of the ids; special tokens as their names or, on request, not at all.
