@@ -12,6 +12,7 @@ from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.inference.generate import TextGenerator
 from jaxcoder.inference.infill_metrics import infill_scores, single_line_gaps
 from jaxcoder.inference.load import load_model
+from jaxcoder.inference.sampling import Sampling
 from jaxcoder.observability.curve import draw_curve
 from jaxcoder.protocols import Progress
 from jaxcoder.runtime import command_name
@@ -26,7 +27,7 @@ NUM_GAPS = 64
 PROMPTS = ("def main(", "import os\nimport sys\n\n\nclass ")
 INFILLS = (
     ("def add(a, b):\n    return ", "\n\n\ndef subtract(a, b):\n    return a - b\n"),
-    ("import os\n\n\ndef read(path):\n    with open(", ") as file:\n        return file.read()\n"),
+    ("def read(path):\n    with open(", ") as file:\n        return file.read()\n"),
 )
 
 
@@ -34,14 +35,16 @@ def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progre
     """Evaluates, converts, draws; everything that `show_report` prints, as plain JSON."""
     documents = list(read_documents(paths.held_out_documents))
     model, _, tokenizer = load_model(paths.root)
-    generator = TextGenerator(model, tokenizer, truncate=True)
+    # Suffix first: prefix and middle then stand side by side, which so small a model needs.
+    generator = TextGenerator(model, tokenizer, truncate=True, spm=True)
+    likely = Sampling(temperature=0.5, top_p=0.9)
     gaps = single_line_gaps(documents, count=NUM_GAPS, seed=0)
     progress.start("Completing and infilling", len(gaps) + len(PROMPTS) + len(INFILLS), "prompts")
     scores = infill_scores(generator, gaps)
     progress.advance(len(gaps))
-    completions = generator.complete(PROMPTS, max_new_tokens=48)
+    completions = generator.complete(PROMPTS, max_new_tokens=48, sampling=likely)
     progress.advance(len(PROMPTS))
-    infills = generator.infill(INFILLS, max_new_tokens=24)
+    infills = generator.infill(INFILLS, max_new_tokens=24, stop=("\n",), sampling=likely)
     progress.advance(len(INFILLS))
     progress.finish()
 
