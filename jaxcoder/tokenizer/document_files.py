@@ -1,7 +1,8 @@
 """Documents in files: parquet, JSON lines, or a directory of both.
 
 A row has `parts: list<struct<special: string, text: string>>`, or plain `content: string` for one text part, and
-`repo_name`, `path`, `lang` where known. A text part may bring its `ids: list<int32>`. Local paths, `gs://` and `s3://` are read alike, through fsspec.
+`repo_name`, `path`, `lang` where known. A text part may bring its `ids: list<int32>`. Local paths, `gs://` and `s3://`
+are read alike, through fsspec.
 """
 
 import json
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxcoder.errors import DataError
+from jaxcoder.tokenizer.addresses import access_errors, open_address
 from jaxcoder.tokenizer.atomic import replacing
 from jaxcoder.tokenizer.document import Document, Part, well_formed
 
@@ -28,7 +30,7 @@ def read_documents(paths: Paths) -> Iterator[Document]:
     for file in document_files(paths):
         rows = _parquet_rows(file) if file.endswith(".parquet") else _json_rows(file)
         for where, row in rows:
-            yield _document(row, f"{file}, {where}")
+            yield document_of_row(row, f"{file}, {where}")
 
 
 def document_files(paths: Paths) -> list[str]:
@@ -56,18 +58,14 @@ def write_documents(
 
 
 def _files_of(path: str) -> list[str]:
-    import fsspec
-
-    try:
-        fs, root = fsspec.url_to_fs(path)
+    fs, root = open_address(path)
+    with access_errors(path):
         if not fs.exists(root):
             raise DataError(f"There are no documents at {path}: it does not exist; check the spelling.")
         if not fs.isdir(root):
             files = [root]
         else:
             files = sorted(file for file in fs.find(root) if file.endswith(SUFFIXES))
-    except (ImportError, ValueError, OSError) as error:
-        raise DataError(f"Cannot read {path} ({error}): check the path and the access to it.") from error
     if not files:
         raise DataError(f"The directory {path} holds no documents: give one with {', '.join(SUFFIXES)} files.")
     if not files[0].endswith(SUFFIXES):
@@ -123,7 +121,8 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{file} cannot be read ({error}): write it anew.") from error
 
 
-def _document(row: object, where: str) -> Document:
+def document_of_row(row: object, where: str) -> Document:
+    """A row of a file as a document; `where` names it in errors. DataError if it is none."""
     if not isinstance(row, dict) or ("parts" not in row and "content" not in row):
         raise DataError(f"{where} has no `parts` or `content`: each row must hold one of them.")
     origin = {field: row.get(field) or "" for field in ORIGIN_FIELDS}

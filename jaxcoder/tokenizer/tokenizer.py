@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxcoder.errors import DataError
 from jaxcoder.tokenizer import encoders
+from jaxcoder.tokenizer.addresses import access_errors, open_address
 from jaxcoder.tokenizer.document import Document, Part, well_formed
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
@@ -74,16 +75,15 @@ class Tokenizer:
 
         Raises DataError if it is missing or unusable.
         """
-        import fsspec
-
         location = os.fspath(path)
         try:
-            fs, file = fsspec.url_to_fs(location)
-            if fs.isdir(file):
-                location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
-            content = fs.cat_file(file)
-        except (OSError, ImportError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            fs, file = open_address(location)
+            with access_errors(location):
+                if fs.isdir(file):
+                    location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
+                content = fs.cat_file(file)
+        except DataError as error:
+            reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__) or "it cannot be opened"
             raise DataError(
                 f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
                 "holds one, such as `jaxcoder tokenizer train` writes."

@@ -1,0 +1,363 @@
+"""Shard tasks over files: the engine under the corpus, the tokenizer and the token store.
+
+A pipeline is a list of stages, a stage a list of tasks, and a task a function of files: `fn(inputs, output)` reads the
+files `inputs` and writes the local file `output`; the small dict that it returns is its summary. All data between tasks
+are files, so the engine does one thing: it maps tasks, each at least once, over a pool of processes on this machine
+(`ProcessPool`) or over a Ray cluster (`RayCluster`).
+
+Tasks are idempotent. The output is written as `<marker>.tmp.<pid>` and moved to its name, or put into the object store,
+which is as atomic; then the marker is written, which holds the summary. A task whose marker and output are there is
+finished: whatever was killed, running the same stage again does the rest. For the bytes to be the same for any number
+of workers and after any kill, an output must depend on nothing but the task: no clock, no process id, one thread.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+from jaxcoder.errors import DataError, JaxcoderError, MissingExtraError
+from jaxcoder.protocols import SILENT, Progress
+
+MAX_RETRIES = 3
+_MOST_FAILURES = 8  # a stage with this many poison inputs is given up: the trouble is elsewhere
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard of work. Paths are local or addresses (gs://, s3://); `size` is its share of the progress.
+
+    fn: a picklable function (inputs, output) -> summary of JSON values; `output` is a local Path, whole files only.
+    marker: where the summary is kept once the output is there. Names depend on the task alone.
+    """
+
+    fn: Callable[[tuple[str, ...], Path], dict]
+    inputs: tuple[str, ...]
+    output: str
+    marker: str
+    size: float = 1.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a task has no summary. `fatal`: a sentence for the user, which no retry would change."""
+
+    reason: str
+    details: str = ""
+    fatal: bool = False
+    worker_died: bool = False
+
+
+class Mapper(Protocol):
+    """Runs tasks somewhere; yields (index, summary or failure) as they end. May stop early: the rest is mapped again."""
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
+        """Run every task once; if workers died, perhaps only some of them."""
+
+    def close(self) -> None:
+        """Stop the workers."""
+
+
+# A stage --------------------------------------------------------------------------------------------------------------
+
+
+def run_stage(
+    tasks: Sequence[Task],
+    mapper: Mapper,
+    *,
+    what: str,
+    unit: str,
+    progress: Progress = SILENT,
+    summarize: Callable[[list[dict]], str] = lambda summaries: "",
+    max_retries: int = MAX_RETRIES,
+) -> list[dict]:
+    """Run the tasks that are not finished; returns the summaries of all, in order.
+
+    `what`, `unit` and what `summarize` makes of the summaries are for the progress.
+
+    A task that fails, or whose worker dies, is tried again up to `max_retries` times while the others go on. Raises
+    DataError, naming the inputs, if some still failed; at once for an error that is the user's to mend.
+    """
+    progress.start(what, sum(task.size for task in tasks), unit)
+    stage = _Stage(tasks, max_retries)
+    for index in stage.summaries:
+        progress.advance(tasks[index].size)
+    groups = [stage.unfinished()]
+    while groups and len(stage.poison) < _MOST_FAILURES:
+        group = groups.pop(0)
+        suspects, rest, retries = stage.run(group, mapper, progress)
+        # When a worker dies, all that was under way is lost with it. Whose fault it was shows when each runs alone.
+        groups = [[index] for index in suspects] + [rest] * bool(rest) + groups + [[index] for index in retries]
+    if stage.unfinished():
+        raise stage.error(what)
+    summaries = [stage.summaries[index] for index in range(len(tasks))]
+    progress.finish(summarize(summaries))
+    return summaries
+
+
+class _Stage:
+    """What became of the tasks so far. Tasks are known by their index."""
+
+    def __init__(self, tasks: Sequence[Task], max_retries: int):
+        self._tasks, self._max_retries = tasks, max_retries
+        self.summaries = _finished(tasks)
+        self.poison: dict[int, Failure] = {}  # given up
+        self._attempts = [0] * len(tasks)
+
+    def unfinished(self) -> list[int]:
+        return [index for index in range(len(self._tasks)) if index not in self.summaries]
+
+    def run(self, group: list[int], mapper: Mapper, progress: Progress) -> tuple[list[int], list[int], list[int]]:
+        """Map the tasks of the group; returns those to try alone, those that were not reached, those to try again."""
+        failed: dict[int, Failure] = {}
+        for place, outcome in mapper.map([self._tasks[index] for index in group]):
+            index = group[place]
+            if not isinstance(outcome, Failure):
+                self.summaries[index] = outcome
+                progress.advance(self._tasks[index].size)
+            elif outcome.fatal:
+                raise DataError(outcome.reason) from _Details(outcome.details)
+            else:
+                failed[index] = outcome
+        suspects = [index for index, failure in failed.items() if failure.worker_died]
+        for index, failure in failed.items():
+            if not failure.worker_died or len(suspects) == 1:
+                self._attempts[index] += 1
+            if self._attempts[index] > self._max_retries:
+                self.poison[index] = failure
+        rest = [index for index in group if index not in failed and index not in self.summaries]
+        again = [index for index in failed if index not in self.poison]
+        return [i for i in again if i in suspects], rest, [i for i in again if i not in suspects]
+
+    def error(self, what: str) -> DataError:
+        failures = list(self.poison.items())
+        named = "; ".join(f"{self._tasks[index].inputs[-1]}: {failure.reason}" for index, failure in failures[:3])
+        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+        error = DataError(
+            f"{what} failed after {self._max_retries} retries on {named}{more}. What was finished is kept: mend or "
+            "remove that input (or give it more memory) and run again."
+        )
+        error.__cause__ = _Details("\n".join(failure.details for _, failure in failures[:3]))
+        return error
+
+
+class _Details(Exception):
+    """The traceback of a worker, shown by `--debug`."""
+
+
+def _finished(tasks: Sequence[Task]) -> dict[int, dict]:
+    """Summaries of the tasks that are done: the marker is there, and the output as long as it says."""
+    if not tasks:
+        return {}
+    fs, _ = _file_system(tasks[0].marker)
+    fs.invalidate_cache()
+    paths = [_file_system(path)[1] for task in tasks for path in (task.marker, task.output)]
+    sizes = {}
+    for folder in sorted({path.rsplit("/", 1)[0] for path in paths}):
+        if fs.exists(folder):
+            sizes |= {path: entry["size"] for path, entry in fs.find(folder, maxdepth=1, detail=True).items()}
+    found = {index: paths[2 * index] for index in range(len(tasks)) if paths[2 * index] in sizes}
+    contents = fs.cat(list(found.values()), on_error="omit") if found else {}
+    summaries = {}
+    for index, path in found.items():
+        summary = _parse(contents.get(path, b""))
+        if sizes.get(paths[2 * index + 1]) == summary["bytes"]:
+            summaries[index] = summary
+    return summaries
+
+
+def _parse(marker: bytes) -> dict:
+    try:
+        return json.loads(marker)
+    except ValueError:
+        return {"bytes": None}  # a machine that lost power may leave an empty file
+
+
+# One task -------------------------------------------------------------------------------------------------------------
+
+
+def run_task(task: Task) -> dict:
+    """Do the task unless it is done; returns its summary, with the size of the output as `bytes`."""
+    fs, output = _file_system(task.output)
+    _, marker = _file_system(task.marker)
+    if fs.exists(marker) and fs.exists(output):
+        summary = _parse(fs.cat_file(marker))
+        if summary["bytes"] == fs.size(output):
+            return summary
+    local = _is_local(fs)
+    name = f"{marker.rsplit('/', 1)[-1]}.tmp.{os.getpid()}"
+    temporary = Path(marker).with_name(name) if local else Path(tempfile.gettempdir(), name)
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        summary = task.fn(task.inputs, temporary)
+        summary["bytes"] = temporary.stat().st_size
+        if local:
+            _replace(temporary, Path(output))
+            temporary.write_text(json.dumps(summary))
+            _replace(temporary, Path(marker))
+        else:
+            fs.put_file(str(temporary), output)
+            fs.pipe_file(marker, json.dumps(summary).encode())
+    finally:
+        temporary.unlink(missing_ok=True)
+    return summary
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, path)
+
+
+def _attempt(task: Task) -> dict | Failure:
+    """`run_task` in a worker: failures come back as text, because not every exception survives pickling."""
+    try:
+        return run_task(task)
+    except JaxcoderError as error:
+        return Failure(str(error), traceback.format_exc(), fatal=True)
+    except Exception as error:
+        details = traceback.format_exc()
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            reason = f"Cannot write {task.output} ({os.strerror(error.errno)}): free some space and run again."
+            return Failure(reason, details, fatal=True)
+        return Failure(f"{type(error).__name__}: {error}".rstrip(": "), details)
+
+
+def _file_system(path: str):
+    import fsspec
+
+    return fsspec.url_to_fs(path)
+
+
+def _is_local(fs) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
+# Where tasks run ------------------------------------------------------------------------------------------------------
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ProcessPool:
+    """`num_workers` processes of this machine (all cores by default); with 1, the tasks run in this very process.
+
+    Workers start from a fresh interpreter (forkserver: never a fork of a process that has threads), live until
+    `close`, and end by themselves as soon as this process is gone. A script that uses more than one worker needs the
+    usual `if __name__ == "__main__":`.
+    """
+
+    def __init__(self, num_workers: int | None = None):
+        self.num_workers = num_workers or available_cores()
+        self._pool: ProcessPoolExecutor | None = None
+        self._alive = None
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
+        if self.num_workers == 1:
+            yield from ((index, _attempt(task)) for index, task in enumerate(tasks))
+            return
+        todo = iter(enumerate(tasks))
+        running: dict[Future, int] = {}
+        died = Failure("the worker process died (was it short of memory?)", worker_died=True)
+        while True:
+            # No more than run at once: a task that waits in the pool would be lost with a worker, and suspected.
+            for index, task in islice(todo, self.num_workers - len(running)):
+                running[self._submit(task)] = index
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                try:
+                    yield index, future.result()
+                except BrokenProcessPool:
+                    yield index, died
+                    for lost in wait(running).done:
+                        yield running[lost], died if lost.exception() else lost.result()
+                    self.close()
+                    return
+
+    def _submit(self, task: Task) -> Future:
+        for _ in range(2):
+            if self._pool is None:
+                self._start()
+            with contextlib.suppress(BrokenProcessPool):  # an idle worker was killed
+                return self._pool.submit(_attempt, task)
+            self.close()
+        raise DataError("Worker processes die as soon as they start: run with one worker (`--workers 1`) to see why.")
+
+    def _start(self) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("forkserver")
+        watched, self._alive = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (watched,))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._alive.close()
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+
+
+def _start_worker(watched) -> None:
+    """Make a worker end with its owner: nothing else tells it that the owner was killed, and it would wait for ever."""
+    import signal
+    import threading
+
+    def watch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            watched.recv()  # nothing is ever sent; returns when the owner closes its end, or dies
+        os._exit(1)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C goes to the owner, which closes the pool
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class RayCluster:
+    """A Ray cluster as mapper: Ray places the tasks, retries those of lost nodes and scales; paths travel, never data.
+
+    `address` joins a running cluster (default: RAY_ADDRESS, else a cluster of this machine alone). Every node needs the
+    same versions of Python and jaxcoder, and a file system or object store that all of them see.
+    """
+
+    def __init__(self, address: str | None = None, *, wave: int = 1024):
+        try:
+            import ray
+        except ImportError:
+            raise MissingExtraError("Running tasks on a Ray cluster", "cluster") from None
+        if not ray.is_initialized():
+            path = os.pathsep.join(filter(None, sys.path))
+            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
+        self._ray, self._wave = ray, wave
+
+    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
+        attempt = self._ray.remote(max_retries=MAX_RETRIES)(_attempt)
+        todo, running = iter(enumerate(tasks)), {}
+        while True:
+            running |= {attempt.remote(task): index for index, task in islice(todo, self._wave - len(running))}
+            if not running:
+                return
+            for done in self._ray.wait(list(running), num_returns=1)[0]:
+                index = running.pop(done)
+                try:
+                    yield index, self._ray.get(done)
+                except self._ray.exceptions.RayError as error:  # the worker died, MAX_RETRIES times and once more
+                    yield index, Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
