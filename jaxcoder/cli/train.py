@@ -19,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="STORE", help="token store to train on, or `synthetic` (short for --data.store)")
     parser.add_argument("--steps", type=int, metavar="N", help="short for --num-steps, with a warm-up that fits")
     parser.add_argument(
+        "--variant",
+        choices=("mended", "as_trained"),
+        help="set every switch for a defect of StarCoder's training: mended (the default of each), or as it was trained",
+    )
+    parser.add_argument(
         "--accept-config-change", action="store_true", help="continue a run although its configuration has changed"
     )
 
@@ -29,7 +34,7 @@ def run(args: argparse.Namespace) -> int | None:
     from jaxcoder import runtime
     from jaxcoder.config.load import load_run, with_store
 
-    config = load_run(args.config, args.overrides)
+    config = load_run(args.config, args.overrides, args.variant)
     if args.data is not None:
         config = with_store(config, args.data)
     if args.steps is not None:

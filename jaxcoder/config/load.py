@@ -22,20 +22,25 @@ from typing import Any, Literal
 
 from jaxcoder.config import fields
 from jaxcoder.config.schema import RunConfig
+from jaxcoder.config.variant import Variant, with_variant
 from jaxcoder.errors import ConfigError
 
 RunFunction = Callable[[], RunConfig]
 
 
-def load_run(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(name_or_path: str, overrides: Sequence[str] = (), variant: Variant | None = None) -> RunConfig:
     """The run called `name_or_path`, with `overrides` such as ["--num-steps", "500", "--data.store", "runs/store"].
 
+    A variant sets the switches for the original's defects (`variant.py`); overrides come after it.
     "--help" among the overrides prints every field with its present value and exits (SystemExit).
     Raises ConfigError for a name, file or function that is not there, a function that fails, an unknown field (the
     nearest is suggested) and a value of the wrong type. The values are checked against each other by `validate`.
     """
     function = _function_in_file(name_or_path) if _is_path(name_or_path) else _function_by_name(name_or_path)
-    return apply_overrides(_call(function, name_or_path), overrides, prog=f"jaxcoder train {name_or_path}")
+    config = _call(function, name_or_path)
+    if variant is not None:
+        config = with_variant(config, variant)
+    return apply_overrides(config, overrides, prog=f"jaxcoder train {name_or_path}")
 
 
 def available_runs() -> dict[str, str]:

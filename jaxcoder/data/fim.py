@@ -1,4 +1,4 @@
-"""Fill-in-the-middle on a finished window of tokens, as StarCoder trained it, with the original's defects mended.
+"""Fill-in-the-middle on a finished window of tokens: the rules and the draws, as StarCoder trained it.
 
 A window is a stretch of the token stream; its *pieces* lie between its end-of-text tokens (the first and the last may
 be parts of documents). Each piece that is not empty is, with probability `fim_rate`, cut at two places drawn uniformly
@@ -9,17 +9,24 @@ among its characters, and its prefix, middle and suffix are encoded apart:
 
 Then the window is cut, or padded with <fim_pad>, at its right end to the length it had.
 
+The draws are in `draw_fim`, the cuts in `FimDraw.cuts`. How a piece is cut at two characters and encoded again is in
+`fim_ids.py` (from the ids it has, re-encoding a few bytes) and `fim_text.py` (as text, whole): both give the same ids.
+
 Where this differs from the original (Megatron-LM fork of the BigCode project, `gpt_dataset.py`): draws belong to
-(seed, sample, piece) instead of to the order of access; text is decoded exactly, without a clean-up of blanks; special
+(seed, sample, piece) instead of to the order of access. Text is decoded exactly, without a clean-up of blanks; special
 tokens inside a piece are kept as they are and no cut divides them; a character that the window's edge cuts in two stays
-as its own tokens instead of becoming U+FFFD; an empty piece keeps its end token and is never transformed.
+as its own tokens instead of becoming U+FFFD; an empty piece keeps its end token and is never transformed. Each of these
+has a switch in DataConfig that brings the original's behaviour back.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from jaxcoder.data.randomness import Purpose, happens, random_words, scaled
+from jaxcoder.config.schema import DataConfig
+from jaxcoder.data import fim_ids, fim_text
+from jaxcoder.data.randomness import Purpose, happens, scaled, words_by_part
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.tokenizer import FimIds, Tokenizer
 
@@ -34,42 +41,93 @@ class FimDraw(NamedTuple):
 
     def cuts(self, num_characters: int) -> tuple[int, int]:
         """Two places in 0..num_characters, both ends included, drawn independently and sorted."""
-        first, second = sorted(scaled(word, num_characters + 1) for word in (self.cut_a, self.cut_b))
-        return first, second
+        a, b = scaled(self.cut_a, num_characters + 1), scaled(self.cut_b, num_characters + 1)
+        return (a, b) if a <= b else (b, a)
 
 
-def draw_fim(seed: int, sample: int, piece: int) -> FimDraw:
-    """The draw of piece number `piece` (empty ones count) of the window of sample `sample`: a pure function."""
-    return FimDraw(*random_words(seed, Purpose.FIM, sample, part=piece).tolist())
+def draw_fim(seed: int, sample: int) -> Callable[[int], FimDraw]:
+    """The draw of each piece, by its number (empty ones count), of the window of sample `sample`: a pure function."""
+    words = words_by_part(seed, Purpose.FIM, sample)
+    return lambda piece: FimDraw._make(words(piece))
 
 
-def apply_fim(
-    window: np.ndarray, *, seed: int, sample: int, fim_rate: float, fim_spm_rate: float, tokenizer: Tokenizer
-) -> np.ndarray:
-    """Transform one window. Takes and returns int32 [length]; the length does not change.
+class Fim:
+    """The transformation for one tokenizer and one set of rules. Made once: it holds tables. Safe in several threads.
 
     Raises ConfigError if the rate is above 0 and the tokenizer has no FIM tokens.
     """
-    if fim_rate == 0:
-        return window
-    fim = require_fim(tokenizer)
-    length = len(window)
-    ends = np.flatnonzero(window == tokenizer.eos_id).tolist()
-    pieces = zip([0] + [end + 1 for end in ends], ends + [length], strict=True)
 
-    output: list[np.ndarray] = []
-    written = 0
-    for number, (start, stop) in enumerate(pieces):
-        if written >= length:  # the rest would be cut off
-            break
-        draw = draw_fim(seed, sample, number)
-        piece, end_token = window[start:stop], window[stop : stop + 1]  # the last piece has no end token
-        if len(piece) and happens(draw.transform, fim_rate):
-            piece = np.array(_transform(piece.tolist(), draw, fim_spm_rate, fim, tokenizer), np.int32)
-        output += [piece, end_token]
-        written += len(piece) + len(end_token)
-    result = np.concatenate(output)[:length]
-    return np.pad(result, (0, length - len(result)), constant_values=fim.pad)
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig):
+        self._config = config
+        if config.fim_rate > 0:
+            self._ids = require_fim(tokenizer)
+            self._end_id = tokenizer.eos_id
+            self._cut = _make_cutter(tokenizer, config)
+
+    def __call__(self, window: np.ndarray, *, seed: int, sample: int) -> np.ndarray:
+        """Transform one window. Takes and returns int32 [length]; the length does not change.
+
+        Raises DataError for an id that the tokenizer does not have.
+        """
+        if self._config.fim_rate == 0:
+            return window
+        result = np.full(len(window), self._ids.pad, np.int32)
+        written = 0
+        for stretch in self._stretches(window, draw_fim(seed, sample)):
+            size = min(len(stretch), len(window) - written)
+            result[written : written + size] = stretch[:size]
+            written += size
+            if written == len(window):  # the rest would be cut off
+                break
+        return result
+
+    def _stretches(self, window: np.ndarray, draw_of: Callable[[int], FimDraw]) -> Iterator[fim_text.Ids]:
+        """The transformed window, stretch by stretch, neither cut nor padded."""
+        config = self._config
+        start, ends = 0, np.flatnonzero(window == self._end_id).tolist()
+        for number, stop in enumerate([*ends, len(window)]):
+            is_empty, is_tail = start == stop, stop == len(window)  # the tail has no end token
+            draw = draw_of(number)
+            may_transform = not is_empty or (is_tail and config.fim_transform_empty_tail)
+            if is_empty and not is_tail and config.fim_drop_empty_pieces:
+                pass
+            elif may_transform and happens(draw.transform, config.fim_rate):
+                piece = fim_text.Piece(window[start:stop], begins_whole=start > 0, ends_whole=not is_tail)
+                parts = self._cut(piece, draw.cuts)
+                yield from _arrange(parts, self._ids, spm=happens(draw.order, config.fim_spm_rate))
+                yield window[stop : stop + 1]
+            else:
+                yield window[start : stop + 1]
+            start = stop + 1
+
+
+def _arrange(parts: fim_text.Parts, fim: FimIds, *, spm: bool) -> Iterator[fim_text.Ids]:
+    """The parts between their sentinels; neighbouring lists are made one, because writing each has a price."""
+    prefix, middle, suffix = parts
+    if spm:
+        stretches = [[fim.prefix, fim.suffix], *suffix, [fim.middle], *prefix, *middle]
+    else:
+        stretches = [[fim.prefix], *prefix, [fim.suffix], *suffix, [fim.middle], *middle]
+    pending: list[int] = []
+    for stretch in stretches:
+        if isinstance(stretch, list):
+            pending += stretch
+        elif len(stretch):
+            yield pending
+            yield stretch
+            pending = []
+    yield pending
+
+
+def _make_cutter(tokenizer: Tokenizer, config: DataConfig) -> fim_text.Cut:
+    whole = fim_text.TextCutter(
+        tokenizer,
+        clean_up=config.fim_clean_up,
+        sentinels_as_text=config.fim_sentinels_as_text,
+        replace_incomplete=config.fim_replace_incomplete,
+    )
+    keeps_text = not (config.fim_clean_up or config.fim_sentinels_as_text or config.fim_replace_incomplete)
+    return fim_ids.IdsCutter(tokenizer, whole) if keeps_text and fim_ids.serves(tokenizer) else whole
 
 
 def require_fim(tokenizer: Tokenizer) -> FimIds:
@@ -80,87 +138,3 @@ def require_fim(tokenizer: Tokenizer) -> FimIds:
             "set it so, or train a tokenizer that has them."
         )
     return tokenizer.fim
-
-
-def _transform(ids: list[int], draw: FimDraw, spm_rate: float, fim: FimIds, tokenizer: Tokenizer) -> list[int]:
-    segments, tail = _segments(ids, tokenizer)
-    cuts = draw.cuts(sum(len(segment) for segment in segments if isinstance(segment, str)))
-    prefix, middle, suffix = _cut(segments, *cuts, tokenizer)
-    suffix += tail
-    if happens(draw.order, spm_rate):
-        return [fim.prefix, fim.suffix, *suffix, fim.middle, *prefix, *middle]
-    return [fim.prefix, *prefix, fim.suffix, *suffix, fim.middle, *middle]
-
-
-Segment = str | list[int]
-"""Text, in whose characters cuts fall, or ids that carry no characters and stay together."""
-
-
-def _segments(ids: list[int], tokenizer: Tokenizer) -> tuple[list[Segment], list[int]]:
-    """A piece as segments, and apart from them the ids of an incomplete character at its very end."""
-    if tokenizer.special_ids.isdisjoint(ids):
-        segments = _text_segments(ids, tokenizer)
-    else:
-        segments, start = [], 0
-        for place, token in enumerate(ids):
-            if token in tokenizer.special_ids:
-                segments += [*_text_segments(ids[start:place], tokenizer), [token]]
-                start = place + 1
-        segments += _text_segments(ids[start:], tokenizer)
-    # What stands last is never before a cut, so an incomplete last character must leave the segments here;
-    # an incomplete first one is never after a cut and may stay.
-    last_is_fragment = isinstance(segments[-1], list) and ids[-1] not in tokenizer.special_ids
-    return segments, segments.pop() if last_is_fragment and len(segments) > 1 else []
-
-
-def _text_segments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Ids without specials as segments: one text, unless some characters in them are incomplete."""
-    if not ids:
-        return []
-    try:
-        return [tokenizer.decode_bytes(ids).decode()]
-    except UnicodeDecodeError:
-        return _separate_fragments(ids, tokenizer)
-
-
-def _separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Text and untouchable ids in turn: ids that share a character stay together, text if they spell it whole."""
-    clusters: list[tuple[bytes, list[int]]] = []
-    for token in ids:
-        content = tokenizer.decode_bytes([token])
-        continues = bool(content) and 0x80 <= content[0] < 0xC0  # begins inside a UTF-8 character
-        if clusters and continues:
-            before, members = clusters[-1]
-            clusters[-1] = before + content, [*members, token]
-        else:
-            clusters.append((content, [token]))
-    segments: list[Segment] = []
-    for content, members in clusters:
-        try:
-            segment: Segment = content.decode()
-        except UnicodeDecodeError:
-            segment = members
-        if segments and type(segments[-1]) is type(segment):
-            segments[-1] = segments[-1] + segment
-        else:
-            segments.append(segment)
-    return segments
-
-
-def _cut(segments: list[Segment], first: int, second: int, tokenizer: Tokenizer) -> tuple[list[int], ...]:
-    """Prefix, middle and suffix ids for cuts before the characters number `first` and `second`.
-
-    A cut that falls exactly where ids without characters stand goes after them.
-    """
-    prefix, middle, suffix = [], [], []
-    place = 0  # characters before this segment
-    for segment in segments:
-        if isinstance(segment, list):
-            (prefix if place <= first else middle if place <= second else suffix).extend(segment)
-            continue
-        a, b = max(first - place, 0), max(second - place, 0)
-        for ids, text in ((prefix, segment[:a]), (middle, segment[a:b]), (suffix, segment[b:])):
-            if text:
-                ids.extend(tokenizer.encode(text))
-        place += len(segment)
-    return prefix, middle, suffix

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """One host's share of a global batch.
 
     inputs, targets: int32 [B, S], targets one token later.
-    loss_mask: float32 [B, S], 0 where the target is padding, else 1.
+    loss_mask: float32 [B, S], 0 where the target is padding (unless data.pad_in_loss), else 1.
     positions: int32 [B, S], rows of the position table; from 0 again in each document with `document_mask`.
     segment_ids: int32 [B, S], 1, 2, ... for the documents of a window and 0 for padding; None without `document_mask`.
     """
@@ -38,14 +38,17 @@ class Batch(NamedTuple):
     segment_ids: np.ndarray | None
 
 
-def make_batch(windows: np.ndarray, *, end_id: int | None, pad_id: int | None, document_mask: bool) -> Batch:
+def make_batch(
+    windows: np.ndarray, *, end_id: int | None, pad_id: int | None, document_mask: bool, pad_in_loss: bool = False
+) -> Batch:
     """A batch from windows, int32 [B, S + 1]. Padding is the run of `pad_id` at a window's right end, if any.
 
-    An end token belongs to the document that it ends; a piece that FIM rearranged is one document.
+    An end token belongs to the document that it ends; a piece that FIM rearranged is one document. With `pad_in_loss`
+    padding counts in the loss, as it did when StarCoder was trained.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
     is_pad = _trailing(windows == pad_id) if pad_id is not None else np.zeros(windows.shape, bool)
-    loss_mask = (~is_pad[:, 1:]).astype(np.float32)
+    loss_mask = (~is_pad[:, 1:] | pad_in_loss).astype(np.float32)
     places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
     if not document_mask:
         return Batch(inputs, targets, loss_mask, places, None)
@@ -95,6 +98,7 @@ class Batches:
             end_id=self._stream.end_id,
             pad_id=self._stream.pad_id,
             document_mask=self._stream.document_mask,
+            pad_in_loss=self._stream.pad_in_loss,
         )
 
     def __enter__(self) -> "Batches":

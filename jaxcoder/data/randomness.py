@@ -6,6 +6,7 @@ distributions built on them are not).
 Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011): Philox4x64-10.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
@@ -31,6 +32,20 @@ def random_words(seed: int, purpose: Purpose, index: int, *, part: int = 0, coun
     `index` is a sample or an epoch, `part` something inside it (a piece); both are 0 or more and below 2**63.
     """
     return np.random.Philox(key=seed, counter=[0, purpose, part, index]).random_raw(count)
+
+
+def words_by_part(seed: int, purpose: Purpose, index: int) -> Callable[[int], list[int]]:
+    """`random_words` of (seed, purpose, index, part) for many parts: part -> four words, at a fraction of the cost."""
+    generator = np.random.Philox(key=seed, counter=[0, purpose, 0, index])
+    state = generator.state  # setting it is several times as fast as making a generator
+    counter = state["state"]["counter"]
+
+    def words(part: int) -> list[int]:
+        counter[2] = part
+        generator.state = state
+        return generator.random_raw(4).tolist()
+
+    return words
 
 
 def check_seed(seed: int) -> int:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxcoder.config.schema import DataConfig, ModelConfig
-from jaxcoder.data.fim import apply_fim, require_fim
+from jaxcoder.data.fim import Fim
 from jaxcoder.data.order import Permutation
 from jaxcoder.data.randomness import Purpose, check_seed, random_words, scaled
 from jaxcoder.data.store import TokenStore
@@ -32,6 +32,7 @@ class WindowStream(Protocol):
     end_id: int | None
     pad_id: int | None
     document_mask: bool
+    pad_in_loss: bool
     token_bytes: np.ndarray | None
 
     def sample(self, index: int) -> np.ndarray:
@@ -63,8 +64,7 @@ class SampleStream:
         for field, rate in (("fim_rate", config.fim_rate), ("fim_spm_rate", config.fim_spm_rate)):
             if not 0 <= rate <= 1:
                 raise ConfigError(f"data.{field} is {rate}, but it is a share: give a number from 0 to 1.")
-        if config.fim_rate > 0:
-            require_fim(tokenizer)
+        self._fim = Fim(tokenizer, config)
         if store.num_tokens < seq_len + 1:
             raise DataError(
                 f"The token store {store.path} has {store.num_tokens} tokens, fewer than one window of {seq_len} + 1: "
@@ -78,6 +78,7 @@ class SampleStream:
         self.end_id: int | None = tokenizer.eos_id
         self.pad_id: int | None = tokenizer.fim.pad if tokenizer.fim else None
         self.document_mask = config.document_mask
+        self.pad_in_loss = config.pad_in_loss
         self.token_bytes: np.ndarray | None = store.token_bytes
         # A shift may not cost a store of less than two windows its only one.
         self._num_shifts = min(seq_len, store.num_tokens - seq_len)
@@ -103,14 +104,7 @@ class SampleStream:
 
     def sample(self, index: int) -> np.ndarray:
         """Sample `index`, int32 [seq_len + 1], padded at its right end where FIM made it shorter."""
-        return apply_fim(
-            self.raw_window(index),
-            seed=self.seed,
-            sample=index,
-            fim_rate=self.config.fim_rate,
-            fim_spm_rate=self.config.fim_spm_rate,
-            tokenizer=self.tokenizer,
-        )
+        return self._fim(self.raw_window(index), seed=self.seed, sample=index)
 
     def _epoch(self, epoch: int) -> tuple[Permutation, int]:
         """Order and shift of an epoch; the shift of the first is 0, so that a short run misses the least."""
@@ -133,6 +127,7 @@ class SyntheticStream:
         self.end_id: int | None = None
         self.pad_id: int | None = None
         self.document_mask = False
+        self.pad_in_loss = False
         self.token_bytes: np.ndarray | None = None
 
     def sample(self, index: int) -> np.ndarray:

@@ -4,6 +4,8 @@ Shapes: B global batch, S sequence.
 """
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -26,28 +28,43 @@ def open_streams(config: RunConfig) -> tuple[WindowStream, SampleStream | None, 
 
     Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared.
     """
-    if not config.data.store:
-        raise ConfigError(
-            "data.store is not set: give `--data.store DIR`, a token store made by `jaxcoder data build`, "
-            "or `--data synthetic` to try the machine."
-        )
     if config.data.store == SYNTHETIC:
         return synthetic_stream(config.model, config.seed), None, None
-    store = TokenStore.open(config.data.store)
-    store.check_vocabulary(config.model.vocab_size)
-    tokenizer = store.tokenizer()
-    stream = SampleStream(store, tokenizer, config.data, seq_len=config.model.max_seq_len, seed=config.seed)
+    stream = open_stream(config)
     if config.data.eval_store is None:
-        return stream, None, tokenizer
-    plain = replace(config.data, fim_rate=0.0)
+        return stream, None, stream.tokenizer
+    plain = replace(config.data, store=config.data.eval_store, fim_rate=0.0, corpora=(), stages=())
     eval_store = TokenStore.open(config.data.eval_store)
-    return stream, SampleStream(eval_store, tokenizer, plain, seq_len=config.model.max_seq_len, seed=0), tokenizer
+    held_out = SampleStream(eval_store, stream.tokenizer, plain, seq_len=config.model.max_seq_len, seed=0)
+    return stream, held_out, stream.tokenizer
+
+
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): which contiguous part of a global batch, of how many equal ones, this process places.
+
+    Processes that hold the same rows (their devices differ in `tensor` alone) read the same part.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    indices = _row_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
+    rows = sorted({row for index in indices for row in range(*index[0].indices(shards))})
+    count, rest = divmod(shards, len(rows))
+    if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
+        raise ConfigError(
+            f"process {jax.process_index()} holds the rows {rows} of {shards} shards of the batch, which are no "
+            "contiguous equal part: order the mesh so that the devices of a process are neighbours in data x fsdp."
+        )
+    return rows[0] // len(rows), count
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A global batch on the devices, its rows split over `data` and `fsdp`; returns before the copy is done."""
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    """A process's share of a global batch on its devices, rows split over `data` and `fsdp`; returns before the copy
+    is done."""
+    sharding = _row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
 
 
 def text_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
@@ -62,22 +79,25 @@ def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int)
         count = min(batch_size, num_windows - first)
         windows = np.stack([stream.sample(min(first + row, num_windows - 1)) for row in range(batch_size)])
         batch = make_batch(
-            windows, end_id=stream.end_id, pad_id=stream.pad_id, document_mask=stream.document_mask
+            windows,
+            end_id=stream.end_id,
+            pad_id=stream.pad_id,
+            document_mask=stream.document_mask,
+            pad_in_loss=stream.pad_in_loss,
         )
         yield batch._replace(loss_mask=batch.loss_mask * (np.arange(batch_size) < count)[:, None].astype(np.float32))
 
 
 @contextlib.contextmanager
-def one_ahead(batches: Iterator[Batch], mesh: Mesh) -> Iterator[Iterator[tuple[Batch, Batch]]]:
-    """(on the host, on the devices) of each batch, the next one already being copied while one is used."""
+def placed_ahead(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Iterator[tuple[Batch, Batch]]]:
+    """(on the host, on the devices) of each batch; the next `ahead` are already being copied while one is used."""
 
     def generate():
-        ahead = None
+        placed = deque((batch, place(batch, mesh)) for batch in itertools.islice(batches, ahead))
         for batch in batches:
-            following = batch, place(batch, mesh)
-            if ahead is not None:
-                yield ahead
-            ahead = following
+            placed.append((batch, place(batch, mesh)))
+            yield placed.popleft()
+        yield from placed
 
     generator = generate()
     try:

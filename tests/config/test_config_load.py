@@ -1,6 +1,7 @@
 """load_run: finding runs by name and by file, overrides, and what every mistake is answered with."""
 
 import dataclasses
+import inspect
 import re
 import sys
 from types import ModuleType
@@ -11,6 +12,7 @@ from jaxcoder.config import Corpus, DataConfig, ModelConfig, RunConfig, Stage
 from jaxcoder.config import load as load_module
 from jaxcoder.config.load import apply_overrides, available_runs, load_run, with_store
 from jaxcoder.config.serialize import diff
+from jaxcoder.config.variant import SWITCHES
 from jaxcoder.errors import ConfigError
 
 FILE = '''
@@ -212,3 +214,14 @@ def test_help_prints_the_fields(capsys):
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert "--optimizer.peak-learning-rate" in said and "Windows per optimizer step" in said
+
+
+def test_a_variant_sets_every_switch_and_overrides_come_after_it(file):
+    path = file(FILE)
+    mended = load_run(path, variant="mended").data
+    trained = load_run(path, ["--data.no-pad-in-loss"], variant="as_trained").data
+    assert mended == load_run(path).data  # mended is the default
+    changed = {name for name in SWITCHES if getattr(mended, name) != getattr(trained, name)}
+    assert changed == set(SWITCHES) - {"pad_in_loss"} and not trained.pad_in_loss
+    documented = re.findall(r'(\w+): bool = False\n    """As trained:', inspect.getsource(DataConfig))
+    assert set(documented) == set(SWITCHES)

@@ -3,6 +3,7 @@
 The checks here read the output only; they share no code with the implementation.
 """
 
+import functools
 import random
 from itertools import product
 
@@ -12,18 +13,22 @@ from conftest import HOSTILE, SPECIALS, hostile_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcoder.data.fim import apply_fim, draw_fim
+from jaxcoder.config.schema import DataConfig
+from jaxcoder.data.fim import Fim, draw_fim
+from jaxcoder.data.randomness import Purpose, random_words
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.document import Document, Part
 
 
 def fim(tokenizer, window, *, sample=0, seed=1, fim_rate=1.0, fim_spm_rate=0.5):
     window = np.array(window, np.int32)
-    result = apply_fim(
-        window, seed=seed, sample=sample, fim_rate=fim_rate, fim_spm_rate=fim_spm_rate, tokenizer=tokenizer
-    )
+    transform = _made(tokenizer, DataConfig(fim_rate=fim_rate, fim_spm_rate=fim_spm_rate))
+    result = transform(window, seed=seed, sample=sample)
     assert result.dtype == np.int32 and result.shape == window.shape
     return result.tolist()
+
+
+_made = functools.cache(Fim)
 
 
 def atoms(tokenizer, ids):
@@ -182,17 +187,16 @@ def test_empty_pieces_keep_their_end_tokens(tokenizer):
 
 
 def test_the_last_piece_gets_no_end_token_and_the_rest_is_padding(tokenizer):
-    # A window of single characters merges when it is encoded again, so it shrinks.
-    text = "if __name__ == '__main__':" * 8
-    letters = [token for character in text for token in tokenizer.encode(character)]
-    assert len(letters) > len(tokenizer.encode(text)) + 20
+    # Few tokens become fewer when they are encoded again; the clean-up of spaces makes it sure.
+    ids = tokenizer.encode(" !x ?y .z ,x" * 8)
+    shrinks = Fim(tokenizer, DataConfig(fim_rate=1.0, fim_clean_up=True))
     for sample in range(100):
-        result = fim(tokenizer, letters, sample=sample)
+        result = shrinks(np.array(ids, np.int32), seed=1, sample=sample).tolist()
         pads = result.count(tokenizer.fim.pad)
         assert pads > 0 and result[-pads:] == [tokenizer.fim.pad] * pads
         inside = result[:-pads]
         assert tokenizer.eos_id not in inside
-        assert len(tokenizer.decode_bytes(inside, show_specials=False)) == len(text)
+        assert len(tokenizer.decode_bytes(inside, show_specials=False)) == len("!x?y.z,x" * 8)
 
 
 def test_too_long_is_cut_at_the_right(tokenizer):
@@ -221,7 +225,8 @@ def test_rates_are_within_their_bounds(tokenizer, fim_rate, spm_rate):
 
 
 def test_the_four_words_of_a_draw_are_independent():
-    draws = np.array([draw_fim(1, sample, piece) for sample in range(300) for piece in range(60)], float) / 2**64
+    draws = np.array([draw_of(piece) for draw_of in (draw_fim(1, s) for s in range(300)) for piece in range(60)], float)
+    draws /= 2**64
     assert np.all(np.abs(draws.mean(axis=0) - 0.5) < 5 / np.sqrt(12 * len(draws)))
     correlation = np.corrcoef(draws.T)[np.triu_indices(4, 1)]
     assert np.all(np.abs(correlation) < 5 / np.sqrt(len(draws)))
@@ -236,7 +241,7 @@ def test_a_piece_is_a_function_of_seed_sample_and_number_alone(tokenizer):
     other = split(fim(tokenizer, [*tokenizer.encode("other"), end, *x, end, *room]), end)
     assert first[1] == other[1]
     assert first[0] != first[1] or fim(tokenizer, [*x, end, *room], sample=1) != fim(tokenizer, [*x, end, *room])
-    assert len({draw_fim(seed, sample, piece) for seed, sample, piece in product(range(5), repeat=3)}) == 125
+    assert len({draw_fim(seed, sample)(piece) for seed, sample, piece in product(range(5), repeat=3)}) == 125
 
 
 def test_rate_zero_returns_the_window_and_needs_no_fim_tokens(tokenizer):
@@ -246,7 +251,13 @@ def test_rate_zero_returns_the_window_and_needs_no_fim_tokens(tokenizer):
         fim = None
         eos_id = tokenizer.eos_id
 
-    same = apply_fim(window, seed=0, sample=0, fim_rate=0.0, fim_spm_rate=0.5, tokenizer=Without())
+    same = Fim(Without(), DataConfig(fim_rate=0.0))(window, seed=0, sample=0)
     assert np.array_equal(same, window)
     with pytest.raises(ConfigError, match="fim_rate must be 0"):
-        apply_fim(window, seed=0, sample=0, fim_rate=0.5, fim_spm_rate=0.5, tokenizer=Without())
+        Fim(Without(), DataConfig(fim_rate=0.5))
+
+
+def test_a_draw_is_the_words_of_its_place():
+    draw_of = draw_fim(7, 11)
+    for piece in (3, 0, 3, 2**40):  # in any order, again and again
+        assert list(draw_of(piece)) == random_words(7, Purpose.FIM, 11, part=piece).tolist()

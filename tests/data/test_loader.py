@@ -91,6 +91,8 @@ def test_without_document_mask():
     assert batch.loss_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]] and batch.loss_mask.dtype == np.float32
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4]] * 2 and batch.positions.dtype == np.int32
     assert batch.segment_ids is None
+    counted = make_batch(windows, end_id=END, pad_id=PAD, document_mask=False, pad_in_loss=True)
+    assert counted.loss_mask.all() and counted.loss_mask.dtype == np.float32
 
 
 def test_with_document_mask():
