@@ -38,8 +38,13 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     return MeshConfig(**{axis: num_devices // given if size == -1 else size for axis, size in sizes.items()})
 
 
-def _finite(config: RunConfig) -> Iterator[str]:
-    for name, value in fields.leaves(config):
+def data_problems(data: DataConfig) -> list[str]:
+    """Everything wrong with a DataConfig by itself, for those who read data without a run."""
+    return [*_finite(data, "data."), *_data(data)]
+
+
+def _finite(config: RunConfig | DataConfig, prefix: str = "") -> Iterator[str]:
+    for name, value in fields.leaves(config, prefix):
         if not fields.is_finite(value):
             yield f"{name} is {value}: give a finite number."
 

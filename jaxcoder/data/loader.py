@@ -2,22 +2,28 @@
 
 Row r of the global batch that follows n consumed samples is sample n + r; host h of H holds rows
 [h * B / H, (h + 1) * B / H). So a batch is the same for any number of hosts and threads and after any restart, and
-the state of the iteration is one number: the samples consumed.
+the state of the iteration is one number: the samples consumed. The stages of the config decide how many samples the
+next batch has (`schedule.py`).
 
 Shapes: B rows of this host, S = seq_len.
 Reference: https://google-grain.readthedocs.io (random access; its own iterator state is not used).
 """
 
 import threading
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxcoder.config.schema import Stage
+from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError
 
-_NUM_THREADS = 2  # tensorstore and tiktoken work outside the interpreter lock, the rest shares one core
+_NUM_THREADS = 1  # tensorstore has threads of its own; two of ours fight over the interpreter's lock and are slower
 _BATCHES_AHEAD = 2
+_ROWS_TOGETHER = 8  # read from the store at once, by one thread: half the cost of one after another
 _ENDLESS = 1 << 62
 _CLOSE_SECONDS = 30
 
@@ -47,51 +53,55 @@ def make_batch(
     padding counts in the loss, as it did when StarCoder was trained.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
-    is_pad = _trailing(windows == pad_id) if pad_id is not None else np.zeros(windows.shape, bool)
-    loss_mask = (~is_pad[:, 1:] | pad_in_loss).astype(np.float32)
+    filled = _filled(windows, pad_id)[:, None]
     places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
+    loss_mask = ((places < filled - 1) | pad_in_loss).astype(np.float32)
     if not document_mask:
         return Batch(inputs, targets, loss_mask, places, None)
-    is_end = inputs == end_id if end_id is not None else np.zeros(inputs.shape, bool)
-    begins = np.zeros_like(is_end)
-    begins[:, 1:] = is_end[:, :-1]
-    outside = is_pad[:, :-1]
+    begins = np.zeros(inputs.shape, bool)
+    if end_id is not None:
+        np.equal(inputs[:, :-1], end_id, out=begins[:, 1:])
+    outside = places >= filled
     segment_ids = np.where(outside, 0, 1 + np.cumsum(begins, axis=1, dtype=np.int32))
     first_places = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
     return Batch(inputs, targets, loss_mask, np.where(outside, 0, places - first_places), segment_ids)
 
 
-def _trailing(mask: np.ndarray) -> np.ndarray:
-    """True where the mask is true from there to the end of the row."""
-    return np.logical_and.accumulate(mask[:, ::-1], axis=1)[:, ::-1]
+def _filled(windows: np.ndarray, pad_id: int | None) -> np.ndarray:
+    """int32 [B]: how many tokens of each window stand before its padding."""
+    filled = np.full(len(windows), windows.shape[1], np.int32)
+    if pad_id is not None:
+        for row in np.flatnonzero(windows[:, -1] == pad_id):
+            content = np.flatnonzero(windows[row] != pad_id)
+            filled[row] = content[-1] + 1 if len(content) else 0
+    return filled
 
 
 class Batches:
     """An endless iterator of `Batch`, and a context manager that ends its threads. Made by `batches`."""
 
-    def __init__(self, stream: WindowStream, *, rows: "_Rows", num_threads: int):
+    def __init__(self, stream: WindowStream, *, groups: "_Groups", num_threads: int):
         import grain
 
-        self._rows = rows
-        self._num_batches = 0
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=_BATCHES_AHEAD * rows.per_host)
-        self._windows = iter(
-            grain.MapDataset.source(rows)
-            .to_iter_dataset(options)
-            .batch(rows.per_host, drop_remainder=True, batch_fn=np.stack)
-        )
         self._stream = stream
+        self._groups = groups
+        self._num_batches = 0
+        options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=_BATCHES_AHEAD * groups.most_per_batch
+        )
+        self._windows = iter(grain.MapDataset.source(groups).to_iter_dataset(options))
 
     @property
     def samples_consumed(self) -> int:
         """Samples of all hosts up to the last batch returned, those before the start included: the whole state."""
-        return self._rows.first_sample + self._num_batches * self._rows.global_batch_size
+        return self._groups.schedule.span(self._num_batches)[0]
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> Batch:
-        windows = next(self._windows)
+        count = self._groups.in_batch(self._num_batches)
+        windows = np.concatenate([next(self._windows) for _ in range(count)])
         self._num_batches += 1
         return make_batch(
             windows,
@@ -110,7 +120,7 @@ class Batches:
     def close(self) -> None:
         """End the threads and wait for them; a second call does nothing."""
         self._windows.close()  # lets go of the threads without waiting for what they are reading
-        for thread in self._rows.threads - {threading.current_thread()}:
+        for thread in self._groups.threads - {threading.current_thread()}:
             thread.join(_CLOSE_SECONDS)
 
 
@@ -119,39 +129,59 @@ def batches(
     *,
     global_batch_size: int,
     first_sample: int,
+    stages: Sequence[Stage] = (),
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = _NUM_THREADS,
 ) -> Batches:
     """Batches from sample `first_sample` on: use as `with batches(...) as source: for batch in source: ...`.
 
+    stages: where the global batch size changes, by samples consumed.
     Errors of the stream (a damaged store) come out of the iteration as they are. ConfigError if the hosts cannot share
-    the batch evenly.
+    a batch evenly.
     """
-    if global_batch_size < 1 or global_batch_size % process_count:
-        raise ConfigError(
-            f"global_batch_size {global_batch_size} cannot be shared evenly by {process_count} processes: make it a "
-            f"multiple of {process_count}."
-        )
-    rows = _Rows(stream, first_sample, global_batch_size, process_index, process_count)
-    return Batches(stream, rows=rows, num_threads=num_threads)
+    schedule = BatchSchedule(global_batch_size, stages, sample=first_sample)
+    for size in schedule.batch_sizes:
+        if size < 1 or size % process_count:
+            raise ConfigError(
+                f"global_batch_size {size} cannot be shared evenly by {process_count} processes: make it a multiple of "
+                f"{process_count}."
+            )
+    return Batches(stream, groups=_Groups(stream, schedule, process_index, process_count), num_threads=num_threads)
 
 
-class _Rows:
-    """The rows of one host in the order of its batches, as a random-access source for grain."""
+class _Groups:
+    """The rows of one host in the order of its batches, a few at a time, as a random-access source for grain."""
 
-    def __init__(self, stream: WindowStream, first_sample: int, global_batch_size: int, process_index: int, count: int):
+    def __init__(self, stream: WindowStream, schedule: BatchSchedule, process_index: int, process_count: int):
         self._stream = stream
-        self.first_sample = first_sample
-        self.global_batch_size = global_batch_size
-        self.per_host = global_batch_size // count
-        self._offset = first_sample + process_index * self.per_host
+        self.schedule = schedule
+        self._index, self._count = process_index, process_count
+        self._first_groups = [0]  # of each stretch of equal batches
+        for one, following in zip(schedule.stretches, schedule.stretches[1:], strict=False):
+            num_batches = following.first_batch - one.first_batch
+            self._first_groups.append(self._first_groups[-1] + num_batches * self._in_batch_of(one.batch_size))
+        self.most_per_batch = max(self._in_batch_of(size) for size in schedule.batch_sizes)
         self.threads: set[threading.Thread] = set()
+
+    def in_batch(self, batch: int) -> int:
+        """Groups that make this host's share of a batch."""
+        return self._in_batch_of(self.schedule.span(batch)[1])
+
+    def _in_batch_of(self, size: int) -> int:
+        return -(-(size // self._count) // _ROWS_TOGETHER)
 
     def __len__(self) -> int:
         return _ENDLESS
 
-    def __getitem__(self, row: int) -> np.ndarray:
+    def __getitem__(self, group: int) -> np.ndarray:
+        """int32 [rows, S + 1]: group number `group` of this host."""
         self.threads.add(threading.current_thread())
-        step, row_of_batch = divmod(int(row), self.per_host)
-        return self._stream.sample(self._offset + step * self.global_batch_size + row_of_batch)
+        group = int(group)
+        number = bisect_right(self._first_groups, group) - 1
+        stretch = self.schedule.stretches[number]
+        batches, group_of_batch = divmod(group - self._first_groups[number], self._in_batch_of(stretch.batch_size))
+        rows = stretch.batch_size // self._count
+        first = stretch.first_sample + batches * stretch.batch_size + self._index * rows
+        start = group_of_batch * _ROWS_TOGETHER
+        return np.stack(self._stream.samples(first + start, first + min(start + _ROWS_TOGETHER, rows)))

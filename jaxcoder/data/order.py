@@ -34,9 +34,9 @@ class Permutation:
         self._half_mask = (1 << self._half_bits) - 1
 
     @classmethod
-    def from_seed(cls, size: int, seed: int, purpose: Purpose, index: int) -> "Permutation":
-        """The permutation that belongs to (seed, purpose, index)."""
-        return cls(size, random_words(seed, purpose, index, count=NUM_ROUNDS).tolist())
+    def from_seed(cls, size: int, seed: int, purpose: Purpose, index: int, *, part: int = 0) -> "Permutation":
+        """The permutation that belongs to (seed, purpose, index, part)."""
+        return cls(size, random_words(seed, purpose, index, part=part, count=NUM_ROUNDS).tolist())
 
     def __call__(self, index: Index) -> Index:
         return self._walk(index, self._forward)

@@ -1,23 +1,26 @@
-"""The training stream: sample i is a window of token ids, a pure function of (seed, i).
+"""The training stream: sample i is a window of token ids, a pure function of (seed, i) and the config's stages.
 
-An epoch lays a grid of windows over the store: each holds seq_len + 1 tokens and begins seq_len after the one before,
-so that it shares one token with it and every token is a target once. The windows of an epoch come in the order of a
-keyed permutation; every epoch but the first shifts the grid, so that documents are cut elsewhere. Then
-fill-in-the-middle is applied to the window (`fim.py`, where its draws are made).
+    sample i  --mixture.py-->  (corpus, its j-th window)  --windows.py-->  tokens [a, b) of its store
+              --store.py-->    ids                        --fim.py-->      ids with fill-in-the-middle
+
+Every arrow but the last can be followed backwards, so a file can be traced to the steps that read it (`trace.py`).
 
 The original shuffles the documents anew in every epoch; here their order is fixed when the store is built.
 Reference: what StarCoder does is in the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from jaxcoder.config.schema import DataConfig, ModelConfig
+from jaxcoder.config.validate import data_problems
 from jaxcoder.data.fim import Fim
-from jaxcoder.data.order import Permutation
-from jaxcoder.data.randomness import Purpose, check_seed, random_words, scaled
+from jaxcoder.data.mixture import make_mixture
+from jaxcoder.data.randomness import Purpose, check_seed, random_words
 from jaxcoder.data.store import TokenStore
+from jaxcoder.data.windows import Place, Windows
 from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
@@ -38,39 +41,35 @@ class WindowStream(Protocol):
     def sample(self, index: int) -> np.ndarray:
         """Window number `index` (0 or more, without end), int32 [seq_len + 1]."""
 
-
-class Place(NamedTuple):
-    """Where a sample comes from: tokens [start, start + seq_len + 1) of the store, window number `window` of the
-    grid of epoch `epoch`."""
-
-    epoch: int
-    window: int
-    start: int
+    def samples(self, start: int, stop: int) -> list[np.ndarray]:
+        """The windows number start, ..., stop - 1: the same as one by one, but faster."""
 
 
 class SampleStream:
-    """The stream over one store. Safe to use from several threads.
+    """The stream over one store, or over the stores of `config.corpora` in their order. Safe to use from threads.
 
-    windows_per_epoch: samples with the same i // windows_per_epoch make an epoch. With shift s and W windows, the
-    tokens at [s + 1, s + W * seq_len] of the store are targets once each; the others, which lie at its two ends, are
-    fewer than 2 * seq_len and are not.
+    stores, windows: for each corpus, its store and the order of its windows.
+    mixture: which corpus gives sample i.
+    windows_per_epoch: windows of one pass over every corpus.
 
-    Raises DataError if the tokenizer is not the store's or the store is shorter than one window; ConfigError for rates
-    outside [0, 1], or FIM with a tokenizer that cannot express it.
+    Raises DataError if the tokenizer is not that of every store or a store is shorter than one window; ConfigError for
+    rates, weights, caps or stages that cannot work, or FIM with a tokenizer that cannot express it.
     """
 
-    def __init__(self, store: TokenStore, tokenizer: Tokenizer, config: DataConfig, *, seq_len: int, seed: int):
-        store.check_tokenizer(tokenizer)
-        for field, rate in (("fim_rate", config.fim_rate), ("fim_spm_rate", config.fim_spm_rate)):
-            if not 0 <= rate <= 1:
-                raise ConfigError(f"data.{field} is {rate}, but it is a share: give a number from 0 to 1.")
+    def __init__(
+        self,
+        stores: TokenStore | Sequence[TokenStore],
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        *,
+        seq_len: int,
+        seed: int,
+    ):
+        self.stores = list(stores) if isinstance(stores, Sequence) else [stores]
+        check_stores(self.stores, tokenizer, seq_len)
+        for problem in data_problems(config):
+            raise ConfigError(problem)
         self._fim = Fim(tokenizer, config)
-        if store.num_tokens < seq_len + 1:
-            raise DataError(
-                f"The token store {store.path} has {store.num_tokens} tokens, fewer than one window of {seq_len} + 1: "
-                "give it more documents, or set model.max_seq_len lower."
-            )
-        self.store = store
         self.tokenizer = tokenizer
         self.config = config
         self.seq_len = seq_len
@@ -79,42 +78,56 @@ class SampleStream:
         self.pad_id: int | None = tokenizer.fim.pad if tokenizer.fim else None
         self.document_mask = config.document_mask
         self.pad_in_loss = config.pad_in_loss
-        self.token_bytes: np.ndarray | None = store.token_bytes
-        # A shift may not cost a store of less than two windows its only one.
-        self._num_shifts = min(seq_len, store.num_tokens - seq_len)
-        self.windows_per_epoch = (store.num_tokens - self._num_shifts) // seq_len
-        self._epochs: dict[int, tuple[Permutation, int]] = {}
+        self.token_bytes: np.ndarray | None = self.stores[0].token_bytes
+        self.windows = [
+            Windows(store.num_tokens, seq_len=seq_len, seed=seed, corpus=number)
+            for number, store in enumerate(self.stores)
+        ]
+        sizes = [windows.windows_per_epoch for windows in self.windows]
+        self.windows_per_epoch = sum(sizes)
+        self.mixture = make_mixture(config, sizes, [store.num_tokens for store in self.stores])
 
     def locate(self, index: int) -> Place:
-        """Where sample `index` comes from."""
-        epoch, turn = divmod(index, self.windows_per_epoch)
-        order, shift = self._epoch(epoch)
-        window = order(turn)
-        return Place(epoch, window, shift + window * self.seq_len)
+        """Where sample `index` comes from. ConfigError if the caps do not allow that many."""
+        corpus, number = self.mixture.source(index)
+        return self.windows[corpus].locate(number)
 
-    def index_of(self, epoch: int, window: int) -> int:
-        """The sample that is window number `window` of the grid of `epoch`: the inverse of `locate`."""
-        order, _ = self._epoch(epoch)
-        return epoch * self.windows_per_epoch + order.inverse(window)
+    def index_of(self, epoch: int, window: int, corpus: int = 0) -> int | None:
+        """The sample that is a window of the grid of an epoch: the inverse of `locate`; None if it never comes."""
+        return self.mixture.index_of(corpus, self.windows[corpus].number_of(epoch, window))
 
     def raw_window(self, index: int) -> np.ndarray:
         """Sample `index` before FIM: int32 [seq_len + 1]. DataError if the store is damaged there."""
-        start = self.locate(index).start
-        return self.store.read(start, start + self.seq_len + 1)
+        place = self.locate(index)
+        return self.stores[place.corpus].read(place.start, place.start + self.seq_len + 1)
 
     def sample(self, index: int) -> np.ndarray:
         """Sample `index`, int32 [seq_len + 1], padded at its right end where FIM made it shorter."""
         return self._fim(self.raw_window(index), seed=self.seed, sample=index)
 
-    def _epoch(self, epoch: int) -> tuple[Permutation, int]:
-        """Order and shift of an epoch; the shift of the first is 0, so that a short run misses the least."""
-        known = self._epochs.get(epoch)
-        if known is None:
-            order = Permutation.from_seed(self.windows_per_epoch, self.seed, Purpose.WINDOW_ORDER, epoch)
-            word = random_words(self.seed, Purpose.GRID_SHIFT, epoch)[0]
-            known = (order, scaled(word, self._num_shifts) if epoch else 0)
-            self._epochs = {epoch: known}  # one is enough: samples are asked for in order
-        return known
+    def samples(self, start: int, stop: int) -> list[np.ndarray]:
+        """The samples number start, ..., stop - 1, each as `sample` gives it; all are read from the stores at once."""
+        places = [self.locate(index) for index in range(start, stop)]
+        reads = [self.stores[p.corpus].start_reading(p.start, p.start + self.seq_len + 1) for p in places]
+        return [self._fim(read(), seed=self.seed, sample=index) for index, read in enumerate(reads, start)]
+
+
+def check_stores(stores: Sequence[TokenStore], tokenizer: Tokenizer, seq_len: int) -> None:
+    """Raise DataError unless one tokenizer wrote all stores and each holds a window."""
+    for store in stores[1:]:
+        if store.tokenizer_fingerprint != stores[0].tokenizer_fingerprint:
+            raise DataError(
+                f"The token stores {stores[0].path} and {store.path} were written with different tokenizers "
+                f"(fingerprints {stores[0].tokenizer_fingerprint[:12]} and {store.tokenizer_fingerprint[:12]}), so one "
+                "model cannot read both: build one of them anew."
+            )
+    for store in stores:
+        store.check_tokenizer(tokenizer)
+        if store.num_tokens < seq_len + 1:
+            raise DataError(
+                f"The token store {store.path} has {store.num_tokens} tokens, fewer than one window of {seq_len} + 1: "
+                "give it more documents, or set model.max_seq_len lower."
+            )
 
 
 class SyntheticStream:
@@ -134,6 +147,10 @@ class SyntheticStream:
         """Window number `index`, int32 [seq_len + 1], a pure function of (seed, index)."""
         words = random_words(self.seed, Purpose.SYNTHETIC, index, count=self.seq_len + 1)
         return (words % np.uint64(self.vocab_size)).astype(np.int32)
+
+    def samples(self, start: int, stop: int) -> list[np.ndarray]:
+        """The windows number start, ..., stop - 1."""
+        return [self.sample(index) for index in range(start, stop)]
 
 
 def synthetic_stream(model: ModelConfig, seed: int) -> SyntheticStream:

@@ -15,12 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.loader import Batch, make_batch
+from jaxcoder.data.open import SYNTHETIC, open_stream
 from jaxcoder.data.store import TokenStore
 from jaxcoder.data.stream import SampleStream, WindowStream, synthetic_stream
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
-
-SYNTHETIC = "synthetic"
 
 
 def open_streams(config: RunConfig) -> tuple[WindowStream, SampleStream | None, Tokenizer | None]:

@@ -1,12 +1,13 @@
 """The training loop: claim the run's directory, restore or initialise, then step until done or asked to stop.
 
 One step: take the next batch (already on the devices) -> dispatch the jitted step -> read the metrics of the step
-before -> evaluate and save when due -> leave when a signal came. `step` counts completed optimizer steps; the position
-in the data is step * global_batch_size, nothing else is kept.
+before -> evaluate and save when due -> leave when a signal came. `step` counts completed optimizer steps, `samples` the
+windows that they consumed: the whole position in the data.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import RunConfig
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.loader import batches
+from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.errors import Interrupted
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.observability.console import TrainingLine
@@ -26,7 +28,7 @@ from jaxcoder.protocols import MetricWriter
 from jaxcoder.runtime import GracefulStop, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.evaluate import HeldOut
-from jaxcoder.train.inputs import one_ahead, open_streams, text_bytes
+from jaxcoder.train.inputs import host_share, open_streams, placed_ahead, text_bytes
 from jaxcoder.train.run_directory import RunDirectory
 from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
 from jaxcoder.train.step import make_train_step
@@ -72,20 +74,30 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         )
         line.say(describe(config, mesh))
 
-        state, step = restore_or_initialise(config, mesh, checkpointer)
+        state, step, samples = restore_or_initialise(config, mesh, checkpointer)
         writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
         log = StepLog(config, writer, line)
         held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
         eval_metrics: dict[str, float] = {}
-        train_step = make_train_step(config)
-        size = config.global_batch_size
-        source = stack.enter_context(batches(stream, global_batch_size=size, first_sample=step * size))
-        placed = stack.enter_context(one_ahead(source, mesh))
+        schedule = BatchSchedule.of(config.global_batch_size, config.data, batch=step, sample=samples)
+        train_steps = {size: make_train_step(sized(config, size)) for size in schedule.batch_sizes}
+        process_index, process_count = host_share(mesh)
+        source = stack.enter_context(
+            batches(
+                stream,
+                global_batch_size=config.global_batch_size,
+                stages=config.data.stages,
+                first_sample=samples,
+                process_index=process_index,
+                process_count=process_count,
+            )
+        )
+        placed = stack.enter_context(placed_ahead(itertools.islice(source, config.num_steps - step), mesh))
         if step:
             line.say(f"Continuing after step {step:,}.")
 
         def save() -> None:
-            checkpointer.save(step, flatten_state(state), {"samples": step * size}, force=True)
+            checkpointer.save(step, flatten_state(state), {"samples": samples}, force=True)
             log.pause()
 
         while step < config.num_steps:
@@ -101,9 +113,12 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
             asked = time.monotonic()
             batch, device_batch = next(placed)
             waited = time.monotonic() - asked
-            state, metrics = train_step(state, device_batch)
-            step += 1
-            log.record(step, metrics, text_bytes=text_bytes(batch, stream.token_bytes), data_wait=waited)
+            size = len(device_batch.inputs)
+            state, metrics = train_steps[size](state, device_batch)
+            step, samples = step + 1, samples + size
+            log.record(
+                step, metrics, samples=samples, text_bytes=text_bytes(batch, stream.token_bytes), data_wait=waited
+            )
             checkpointer.poll()
 
             is_last = step == config.num_steps
@@ -125,13 +140,19 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics)
 
 
-def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> tuple[TrainState, int]:
-    """The newest good checkpoint on this mesh, whatever mesh wrote it, or fresh weights; and its step."""
+def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> tuple[TrainState, int, int]:
+    """The newest good checkpoint on this mesh, whatever mesh wrote it, or fresh weights; its step and samples."""
     step = checkpointer.latest_step()
     if step is None:
-        return jax.jit(lambda: initial_state(config))(), 0
+        return jax.jit(lambda: initial_state(config))(), 0, 0
     abstract = abstract_state(config, mesh)
-    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step
+    samples = checkpointer.manifest(step).metadata["samples"]
+    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples
+
+
+def sized(config: RunConfig, global_batch_size: int) -> RunConfig:
+    """The config of the steps with this batch size."""
+    return dataclasses.replace(config, global_batch_size=global_batch_size)
 
 
 def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> MetricWriter:

@@ -15,6 +15,7 @@ from jaxcoder.protocols import MetricWriter
 class _Pending:
     step: int
     metrics: dict[str, jax.Array]
+    samples: int
     text_bytes: int | None
     data_wait: float
 
@@ -27,10 +28,17 @@ class StepLog:
         self._pending: _Pending | None = None
         self._last_time: float | None = None
 
-    def record(self, step: int, metrics: dict[str, jax.Array], *, text_bytes: int | None, data_wait: float) -> None:
-        """The step has been dispatched: its metrics are still being computed. data_wait: seconds without a batch."""
+    def record(
+        self, step: int, metrics: dict[str, jax.Array], *, samples: int, text_bytes: int | None, data_wait: float
+    ) -> None:
+        """The step has been dispatched: its metrics are still being computed.
+
+        samples: consumed by the run so far, this step included. data_wait: seconds without a batch.
+        """
         self.flush()
-        self._pending = _Pending(step=step, metrics=metrics, text_bytes=text_bytes, data_wait=data_wait)
+        self._pending = _Pending(
+            step=step, metrics=metrics, samples=samples, text_bytes=text_bytes, data_wait=data_wait
+        )
 
     def flush(self) -> None:
         """Waits for the pending step and writes it."""
@@ -47,6 +55,7 @@ class StepLog:
             values["tokens_per_second"] = values["tokens"] / max(values["step_time"], 1e-9)
         self._last_time = now
         values["data_wait"] = pending.data_wait
+        values["samples"] = pending.samples
         if pending.step % self._config.log_every_steps == 0 or pending.step == self._config.num_steps:
             self._writer.write(pending.step, values)
         self._line.update(

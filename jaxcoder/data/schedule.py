@@ -1,0 +1,62 @@
+"""Which samples make which batch, when the batch size may change from stage to stage.
+
+A batch takes its size from the stage in which its first sample lies, and is finished at that size even if the next
+stage begins inside it. Everything follows from one position, (batches before it, samples before it): at the start of a
+run (0, 0), after a restart what the checkpoint says, so that the sizes may also change by hand between restarts.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from jaxcoder.config.schema import DataConfig, Stage
+
+
+class Stretch(NamedTuple):
+    """Batches of one size: number `first_batch`, which begins at sample `first_sample`, and those that follow it."""
+
+    first_batch: int
+    first_sample: int
+    batch_size: int
+
+
+class BatchSchedule:
+    """Batches from a position on. `stretches`: those of equal sizes, in order; the last has no end."""
+
+    def __init__(self, global_batch_size: int, stages: Sequence[Stage] = (), *, batch: int = 0, sample: int = 0):
+        self.stretches: list[Stretch] = list(_stretches(global_batch_size, stages, batch, sample))
+        self._batches = [stretch.first_batch for stretch in self.stretches]
+        self._samples = [stretch.first_sample for stretch in self.stretches]
+
+    @classmethod
+    def of(cls, global_batch_size: int, data: DataConfig, *, batch: int = 0, sample: int = 0) -> "BatchSchedule":
+        """The schedule of a run's config."""
+        return cls(global_batch_size, data.stages, batch=batch, sample=sample)
+
+    def span(self, batch: int) -> tuple[int, int]:
+        """(first sample, size) of a batch, which is not before the position."""
+        stretch = self.stretches[max(bisect_right(self._batches, batch) - 1, 0)]
+        return stretch.first_sample + (batch - stretch.first_batch) * stretch.batch_size, stretch.batch_size
+
+    def batch_of(self, sample: int) -> tuple[int, int]:
+        """(batch, row) of a sample, which is not before the position."""
+        stretch = self.stretches[max(bisect_right(self._samples, sample) - 1, 0)]
+        batches, row = divmod(sample - stretch.first_sample, stretch.batch_size)
+        return stretch.first_batch + batches, row
+
+    @property
+    def batch_sizes(self) -> set[int]:
+        """Every size that occurs."""
+        return {stretch.batch_size for stretch in self.stretches}
+
+
+def _stretches(global_batch_size: int, stages: Sequence[Stage], batch: int, sample: int) -> Iterator[Stretch]:
+    stages = stages or [Stage(from_sample=0)]
+    for stage, end in zip(stages, [*(stage.from_sample for stage in stages[1:]), None], strict=True):
+        size = stage.global_batch_size or global_batch_size
+        if end is None:
+            yield Stretch(batch, sample, size)
+        elif sample < end:
+            count = -((sample - end) // size)
+            yield Stretch(batch, sample, size)
+            batch, sample = batch + count, sample + count * size

@@ -1,0 +1,75 @@
+"""The windows of one token store, epoch after epoch: a grid over its tokens, shifted and permuted anew in each epoch.
+
+Each window holds seq_len + 1 tokens and begins seq_len after the one before, so that it shares one token with it and
+every token is a target once an epoch. Every epoch but the first shifts the grid, so that documents are cut elsewhere.
+Both directions are arithmetic: where a window comes from, and when a place of the store is read.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxcoder.data.order import Permutation
+from jaxcoder.data.randomness import Purpose, random_words, scaled
+
+
+class Place(NamedTuple):
+    """Where a sample comes from: tokens [start, start + seq_len + 1) of the store of corpus number `corpus`, which are
+    window number `window` of the grid of epoch `epoch`."""
+
+    corpus: int
+    epoch: int
+    window: int
+    start: int
+
+
+class Windows:
+    """The windows of a store of `num_tokens` (more than seq_len) tokens, numbered from 0 without end.
+
+    windows_per_epoch: windows with the same number // windows_per_epoch make an epoch. With shift s and W windows, the
+    tokens at [s + 1, s + W * seq_len] of the store are targets once each; the others, which lie at its two ends, are
+    fewer than 2 * seq_len and are not.
+
+    corpus: number of the store in a mixture; each has an order of its own.
+    """
+
+    def __init__(self, num_tokens: int, *, seq_len: int, seed: int, corpus: int = 0):
+        self.num_tokens = num_tokens
+        self.seq_len = seq_len
+        self.seed = seed
+        self.corpus = corpus
+        # A shift may not cost a store of less than two windows its only one.
+        self._num_shifts = min(seq_len, num_tokens - seq_len)
+        self.windows_per_epoch = (num_tokens - self._num_shifts) // seq_len
+        self._epochs: dict[int, tuple[Permutation, int]] = {}
+
+    def locate(self, number: int) -> Place:
+        """Where window `number` lies."""
+        epoch, turn = divmod(number, self.windows_per_epoch)
+        order, shift = self._epoch(epoch)
+        window = order(turn)
+        return Place(self.corpus, epoch, window, shift + window * self.seq_len)
+
+    def number_of(self, epoch: int, window: int) -> int:
+        """The number of window `window` of the grid of `epoch`: the inverse of `locate`."""
+        order, _ = self._epoch(epoch)
+        return epoch * self.windows_per_epoch + order.inverse(window)
+
+    def holding(self, start: int, stop: int, epoch: int) -> Iterator[int]:
+        """The numbers of the windows of an epoch that hold a token of [start, stop), in the order of the store."""
+        _, shift = self._epoch(epoch)
+        first = max(0, -(-(start - shift - self.seq_len) // self.seq_len))
+        last = min(self.windows_per_epoch - 1, (stop - 1 - shift) // self.seq_len)
+        for window in range(first, last + 1):
+            yield self.number_of(epoch, window)
+
+    def _epoch(self, epoch: int) -> tuple[Permutation, int]:
+        """Order and shift of an epoch; the shift of the first is 0, so that a short run misses the least."""
+        known = self._epochs.get(epoch)
+        if known is None:
+            order = Permutation.from_seed(
+                self.windows_per_epoch, self.seed, Purpose.WINDOW_ORDER, epoch, part=self.corpus
+            )
+            word = random_words(self.seed, Purpose.GRID_SHIFT, epoch, part=self.corpus)[0]
+            known = (order, scaled(word, self._num_shifts) if epoch else 0)
+            self._epochs = {epoch: known}  # one is enough: windows are asked for in order
+        return known
