@@ -60,3 +60,43 @@ def _stretches(global_batch_size: int, stages: Sequence[Stage], batch: int, samp
             count = -((sample - end) // size)
             yield Stretch(batch, sample, size)
             batch, sample = batch + count, sample + count * size
+
+
+class StepHistory:
+    """Which samples each step of a run reads: as its log says where it says so, by the config's schedule elsewhere.
+
+    Step s (1 is the first) is the step that brings the number of completed steps to s.
+    logged: (step, samples consumed up to and with it) of a run's metrics, ascending; () for a run yet to come.
+    """
+
+    def __init__(self, global_batch_size: int, stages: Sequence[Stage], logged: Sequence[tuple[int, int]] = ()):
+        self._size, self._stages = global_batch_size, stages
+        known = [(0, 0), *logged]
+        self._steps = [step for step, _ in known]
+        self._samples = [samples for _, samples in known]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the log has; 0 if it has none."""
+        return self._steps[-1]
+
+    def span(self, step: int) -> tuple[int, int]:
+        """(first sample, size) of a step's batch."""
+        before = bisect_right(self._steps, step - 1) - 1
+        first, size = self._from(before).span(step - 1)
+        following = before + 1
+        if following < len(self._steps) and self._steps[following] == step:
+            size = self._samples[following] - first
+        return first, size
+
+    def step_of(self, sample: int) -> tuple[int, int]:
+        """(step, row) of a sample."""
+        before = bisect_right(self._samples, sample) - 1
+        following = before + 1
+        if following < len(self._steps) and self._steps[following] == self._steps[before] + 1:
+            return self._steps[following], sample - self._samples[before]
+        batch, row = self._from(before).batch_of(sample)
+        return batch + 1, row
+
+    def _from(self, known: int) -> BatchSchedule:
+        return BatchSchedule(self._size, self._stages, batch=self._steps[known], sample=self._samples[known])

@@ -5,10 +5,11 @@ every token is a target once an epoch. Every epoch but the first shifts the grid
 Both directions are arithmetic: where a window comes from, and when a place of the store is read.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
-from jaxcoder.data.order import Permutation
+import numpy as np
+
+from jaxcoder.data.order import Index, Permutation
 from jaxcoder.data.randomness import Purpose, random_words, scaled
 
 
@@ -49,18 +50,23 @@ class Windows:
         window = order(turn)
         return Place(self.corpus, epoch, window, shift + window * self.seq_len)
 
-    def number_of(self, epoch: int, window: int) -> int:
-        """The number of window `window` of the grid of `epoch`: the inverse of `locate`."""
+    def number_of(self, epoch: int, window: Index) -> Index:
+        """The number of window `window` (an int, or a uint64 array) of the grid of `epoch`: the inverse of `locate`."""
         order, _ = self._epoch(epoch)
-        return epoch * self.windows_per_epoch + order.inverse(window)
+        return order.inverse(window) + epoch * self.windows_per_epoch
 
-    def holding(self, start: int, stop: int, epoch: int) -> Iterator[int]:
-        """The numbers of the windows of an epoch that hold a token of [start, stop), in the order of the store."""
+    def holding(self, starts: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
+        """The numbers of the windows of an epoch that hold a token of one of the stretches [start, stop), each once.
+
+        starts, stops: int64 [n]. Returns uint64, in no order.
+        """
         _, shift = self._epoch(epoch)
-        first = max(0, -(-(start - shift - self.seq_len) // self.seq_len))
-        last = min(self.windows_per_epoch - 1, (stop - 1 - shift) // self.seq_len)
-        for window in range(first, last + 1):
-            yield self.number_of(epoch, window)
+        first = np.maximum(-((shift + self.seq_len - starts) // self.seq_len), 0)
+        last = np.minimum((stops - 1 - shift) // self.seq_len, self.windows_per_epoch - 1)
+        counts = np.maximum(last - first + 1, 0)
+        before = np.cumsum(counts) - counts
+        windows = np.repeat(first - before, counts) + np.arange(counts.sum())
+        return self.number_of(epoch, np.unique(windows).astype(np.uint64))
 
     def _epoch(self, epoch: int) -> tuple[Permutation, int]:
         """Order and shift of an epoch; the shift of the first is 0, so that a short run misses the least."""
