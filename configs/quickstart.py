@@ -25,12 +25,12 @@ def quickstart() -> RunConfig:
     return RunConfig(
         name="quickstart",
         model=model,
-        num_steps=2000,
+        num_steps=2400,
         global_batch_size=8,
         compute=ComputeConfig(dtype="float32", loss_chunk_size=4096),
         optimizer=OptimizerConfig(
             peak_learning_rate=6e-3, final_learning_rate=6e-4, warmup_steps=50, beta2=0.98, weight_decay=0.1
         ),
-        checkpoint=CheckpointConfig(save_every_steps=500, save_every_seconds=30.0, keep_last=2),
-        eval=EvalConfig(every_steps=500, num_windows=1024),
+        checkpoint=CheckpointConfig(save_every_steps=600, save_every_seconds=30.0, keep_last=2),
+        eval=EvalConfig(every_steps=600, num_windows=1024),
     )
