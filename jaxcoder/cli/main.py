@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer": ("jaxcoder.cli.tokenizer", "train a tokenizer, or try one"),
     "data": ("jaxcoder.cli.data", "documents into a token store, ready to train on"),
     "corpus": ("jaxcoder.cli.corpus", "source trees into filtered, deduplicated documents"),
+    "bench": ("jaxcoder.cli.bench", "measure, side by side, what is claimed"),
 }
 
 EXIT_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended

@@ -54,15 +54,16 @@ def draw_fim(seed: int, sample: int) -> Callable[[int], FimDraw]:
 class Fim:
     """The transformation for one tokenizer and one set of rules. Made once: it holds tables. Safe in several threads.
 
+    cut: how pieces are cut, to compare; None means the fastest way that gives the ids that the rules ask for.
     Raises ConfigError if the rate is above 0 and the tokenizer has no FIM tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, config: DataConfig):
+    def __init__(self, tokenizer: Tokenizer, config: DataConfig, cut: fim_text.Cut | None = None):
         self._config = config
         if config.fim_rate > 0:
             self._ids = require_fim(tokenizer)
             self._end_id = tokenizer.eos_id
-            self._cut = _make_cutter(tokenizer, config)
+            self._cut = cut or _make_cutter(tokenizer, config)
 
     def __call__(self, window: np.ndarray, *, seed: int, sample: int) -> np.ndarray:
         """Transform one window. Takes and returns int32 [length]; the length does not change.

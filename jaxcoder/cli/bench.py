@@ -1,0 +1,36 @@
+"""Measure, side by side, what the documentation claims; every figure of docs/performance.md comes from here.
+
+    jaxcoder bench fim                          fill-in-the-middle from cached ids, and the way of Megatron
+    jaxcoder bench fim --fim-rate 1             every piece is cut
+    jaxcoder bench encode --output encode.json  text to ids: tiktoken's path and the `tokenizers` library
+
+Medians of several runs in one process, in which the contestants take turns. Rates are per second of processor time,
+but a machine with other work to do still slows them down: compare rows of one table.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+
+BENCHMARKS: dict[str, tuple[str, str]] = {
+    "fim": ("jaxcoder.benchmarks.fim", "fill-in-the-middle on windows of token ids"),
+    "encode": ("jaxcoder.benchmarks.encode", "text to token ids"),
+}
+"""Name -> module with `add_arguments(parser)` and `run(args) -> Report`, and the one-line help."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    names = parser.add_subparsers(dest="name", metavar="BENCHMARK", required=True)
+    for name, (module, summary) in BENCHMARKS.items():
+        one = names.add_parser(name, help=summary)
+        importlib.import_module(module).add_arguments(one)
+        one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+
+
+def run(args: argparse.Namespace) -> int | None:
+    report = importlib.import_module(BENCHMARKS[args.name][0]).run(args)
+    print(report.text())
+    if args.output is not None:
+        report.write(args.output)
+        print(f"\nWrote {args.output}")
+    return None

@@ -1,0 +1,45 @@
+"""`jaxcoder bench`: the tables come out, with the machine and the versions, and the contestants agree on the ids."""
+
+import json
+
+import pytest
+
+from jaxcoder.benchmarks.measure import side_by_side, stdlib_sources
+from jaxcoder.cli.bench import BENCHMARKS
+from jaxcoder.cli.main import main
+
+SMALL = ["--code-megabytes", "0.4", "--vocab-size", "800", "--runs", "1"]
+
+
+@pytest.mark.parametrize(
+    "arguments, rows",
+    [(["fim", "--windows", "3", "--seq-len", "1024", *SMALL], 6), (["encode", "--megabytes", "0.1", *SMALL], 3)],
+)
+def test_a_benchmark_reports(arguments, rows, tmp_path, capsys):
+    output = tmp_path / "figures.json"
+    assert main(["bench", *arguments, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    figures = json.loads(output.read_text())
+    assert len(figures["rows"]) == rows and all(row["way"] in said for row in figures["rows"])
+    assert all(row["times"] > 0 for row in figures["rows"])
+    assert figures["environment"].keys() >= {"processor", "cores", "python", "jaxcoder", "tiktoken", "tokenizers"}
+    assert all(target in said for target in figures["targets"])
+
+
+def test_every_benchmark_has_a_line_in_the_help(capsys):
+    assert main(["bench", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said and summary in said for name, (_, summary) in BENCHMARKS.items())
+
+
+def test_medians_of_runs_in_turn():
+    calls = []
+    contestants = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = side_by_side(contestants, runs=3, least_seconds=0.0)
+    assert set(seconds) == {"a", "b"} and all(value >= 0 for value in seconds.values())
+    assert calls[4:] == ["a", "b"] * 3  # after each was called twice
+
+
+def test_real_code():
+    texts = stdlib_sources(500_000)
+    assert 500_000 <= sum(len(text.encode()) for text in texts) < 3_000_000 and any("def " in text for text in texts)
