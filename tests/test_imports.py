@@ -49,7 +49,7 @@ ALLOWED = {
 WITHOUT_JAX = ("tokenizer", "corpus", "config", "observability", "tasks", "data")
 JAX_FAMILY = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MAY_IMPORT_JAX = {"data/loader.py"}
-MAY_IMPORT_TENSORFLOW = {"data/seqio.py"}
+MAY_IMPORT_TENSORFLOW = {"data/seqio_tasks.py"}
 
 
 def modules() -> list[Path]:
