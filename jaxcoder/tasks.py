@@ -142,7 +142,7 @@ class _Stage:
 
     def error(self, what: str) -> DataError:
         failures = list(self.poison.items())
-        named = "; ".join(f"{self._tasks[index].inputs[-1]}: {failure.reason}" for index, failure in failures[:3])
+        named = "; ".join(f"{_last(self._tasks[index])}: {failure.reason}" for index, failure in failures[:3])
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
         error = DataError(
             f"{what} failed after {self._max_retries} retries on {named}{more}. What was finished is kept: mend or "
@@ -150,6 +150,11 @@ class _Stage:
         )
         error.__cause__ = _Details("\n".join(failure.details for _, failure in failures[:3]))
         return error
+
+
+def _last(task: Task) -> str:
+    """The input that tells tasks apart: what they share comes first."""
+    return (*task.inputs, task.output)[max(0, len(task.inputs) - 1)]
 
 
 class _Details(Exception):

@@ -1,43 +1,62 @@
-"""Documents -> token store, once, in a seeded random order.
+"""Documents -> token store, once, in a seeded random order: a build is four stages of shard tasks.
 
-Two passes, both over files, neither holding the corpus in memory:
+    inputs      the files of documents are hashed and cut into slices
+    encode      each slice is encoded and cut into buckets by the documents' keys       work/runs/
+    sort        each bucket is gathered from all slices and sorted by key               work/buckets/
+    write       each shard of the array is cut out of the buckets that it lies in       tokens/, documents.parquet
 
-1. encode: documents are read in order, a group of about 32 MB of text at a time; each is encoded, given its place in
-   the order (a keyed permutation of its number), and the group is written as one *run*, sorted by place.
-2. merge: the range of places is cut into stretches; of each run a stretch is one slice, so the slices of all runs,
-   sorted, are the next documents of the stream.
-
-The result is a function of the documents, the tokenizer and the seed alone: not of threads, nor of interruptions.
-A killed build goes on at the last finished run when started again. What identifies a build is written first
+No content of a corpus is in memory but one slice, one bucket or one shard in each worker. The result is a function of
+the documents, the tokenizer and the seed alone: not of the number of workers, the sizes of slices and buckets, or of
+interruptions. A killed build goes on at the tasks that were not finished. What identifies a build is written first
 (`work/build.json`), the manifest last, and the directory of another build is never touched.
+The scratch space below `work/` is about 3.5 bytes a token; it is removed at the end.
 """
 
+import contextlib
+import functools
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from jaxcoder.data import build_tasks
+from jaxcoder.data.build_tasks import Bucket, Encoding
 from jaxcoder.data.directory import Directory, fingerprint_file
-from jaxcoder.data.order import Permutation
-from jaxcoder.data.randomness import Purpose, check_seed
-from jaxcoder.data.store import FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, array_spec, parse_manifest
-from jaxcoder.errors import DataError
+from jaxcoder.data.input_slices import Slice, absolute, file_layout, plan_slices
+from jaxcoder.data.randomness import check_seed
+from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, parse_manifest
+from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.protocols import SILENT, Progress
+from jaxcoder.tasks import Mapper, ProcessPool, Task, available_cores, run_stage
 from jaxcoder.tokenizer.atomic import file_system_errors
-from jaxcoder.tokenizer.document import Document, well_formed
-from jaxcoder.tokenizer.document_files import ORIGIN_FIELDS, Paths, document_files, read_documents
+from jaxcoder.tokenizer.document_files import Paths, document_files
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
-_RUN_CHARACTERS = 32 << 20
-_STRETCH_TOKENS = 1 << 24
-_NUM_PLACES = 1 << 62  # documents are sorted by places in this range; a permutation gives no two the same
+MAX_DOCUMENT_BYTES = 64 << 20  # a worker needs some 50 times as much while it encodes such a document
+_BYTES_FOR_A_WORKER = 8 << 20  # less text than this is encoded before another process has started
 _BUILD = f"{WORK}/build.json"
+_INPUTS = f"{WORK}/inputs.json"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is cut, in bytes of text. Memory of a worker is about 3 times the larger one; no result depends on it.
+
+    There are at most 8192 of each, so slices and buckets grow with corpora beyond some hundred gigabytes.
+    """
+
+    slice_bytes: int = 32 << 20
+    bucket_bytes: int = 64 << 20
+
+    def for_corpus(self, total: int) -> "Sizes":
+        return Sizes(max(self.slice_bytes, total >> 13), max(self.bucket_bytes, total >> 13))
 
 
 def build_store(
@@ -47,17 +66,25 @@ def build_store(
     *,
     seed: int,
     progress: Progress = SILENT,
+    mapper: Mapper | None = None,
     shard_tokens: int = SHARD_TOKENS,
-    run_characters: int = _RUN_CHARACTERS,
+    max_document_bytes: int = MAX_DOCUMENT_BYTES,
+    sizes: Sizes = Sizes(),
 ) -> TokenStore:
     """Build the token store of `documents` (parquet, jsonl, directories of them) in `output_dir`; return it, open.
 
-    A finished store of the same build is returned at once, an unfinished one is completed. `run_characters` bounds the
-    memory of the first pass; `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds anything
-    else, if there are no documents, if one of them cannot be read, or if the disk is full.
+    All paths may be local, gs:// or s3://. A finished store of the same build is returned at once, an unfinished one is
+    completed. The work is done by `mapper`, by default a process on every core (in a script, more than one needs
+    `if __name__ == "__main__":`). `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds anything
+    else, if there are no documents, if one of them cannot be read or is larger than `max_document_bytes`, if the disk is
+    full, or if an object store cannot be reached.
     """
-    files = document_files(documents)
-    directory = Directory(output_dir)
+    if shard_tokens < 1 or shard_tokens % CHUNK_TOKENS:
+        raise ConfigError(f"shard_tokens is {shard_tokens}: choose a multiple of {CHUNK_TOKENS}.")
+    files = [absolute(file) for file in document_files(documents)]
+    directory = Directory(absolute(os.fspath(output_dir)))
+    present = _usable(directory)
+    inputs = _describe_inputs(files, directory, present, progress)
     settings = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -66,21 +93,73 @@ def build_store(
         "vocab_size": tokenizer.vocab_size,
         "dtype": "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
         "shard_tokens": shard_tokens,
-        "inputs": [fingerprint_file(file) for file in files],
+        "inputs": [entry["fingerprint"] for entry in inputs],
     }
-    if _claim(directory, {"settings": settings, "run_characters": run_characters}):
-        num_runs = _encode(files, tokenizer, directory, settings, run_characters, progress)
-        runs = _Runs(directory, num_runs)
+    layouts = [entry["layout"] for entry in inputs]
+    total = sum(layout["size"] for layout in layouts)
+    sizes = sizes.for_corpus(total)
+    if _claim(directory, present, {"settings": settings, "sizes": [sizes.slice_bytes, sizes.bucket_bytes]}):
+        directory.write(_INPUTS, _json(inputs))  # so that a resumed build need not hash them again
         _write_tokenizer(tokenizer, directory)
-        counts = _merge(runs, directory, settings, progress)
-        _write_manifest(directory, settings, counts)
+        slices = plan_slices(files, layouts, sizes.slice_bytes)
+        num_buckets = max(1, -(-total // sizes.bucket_bytes))
+        limits = (2 * sizes.slice_bytes, max_document_bytes)
+        encoding = Encoding(settings["seed"], settings["dtype"], num_buckets, tokenizer.fingerprint, *limits)
+        with _mapper(mapper, total) as workers:
+            stages = _Stages(directory, settings, workers, progress)
+            _write_manifest(directory, settings, *stages.run(slices, encoding))
     directory.remove(WORK)
     return TokenStore.open(directory.path)
 
 
-def _claim(directory: Directory, build: dict) -> bool:
-    """Whether anything is left to build. DataError if the directory holds something else than this build."""
+@contextlib.contextmanager
+def _mapper(mapper: Mapper | None, total_bytes: int) -> Iterator[Mapper]:
+    if mapper is not None:
+        yield mapper
+        return
+    with contextlib.closing(ProcessPool(min(available_cores(), 1 + total_bytes // _BYTES_FOR_A_WORKER))) as pool:
+        yield pool
+
+
+# Whose directory it is ------------------------------------------------------------------------------------------------
+
+
+def _usable(directory: Directory) -> dict[str, int]:
+    """Sizes of the files of the directory. DataError if they are something else than a store, finished or not."""
     present = directory.sizes()
+    if MANIFEST in present or _BUILD in present or all(name.startswith(f"{WORK}/") for name in present):
+        return present
+    raise DataError(
+        f"{directory.path} is not empty and holds no token store: choose another output directory, or empty it."
+    )
+
+
+def _describe_inputs(
+    files: list[str], directory: Directory, present: dict[str, int], progress: Progress
+) -> list[dict]:
+    """Fingerprint and layout of each file; those of an unfinished build are believed if the file looks unchanged."""
+    known = {}
+    if _INPUTS in present:
+        with contextlib.suppress(ValueError):  # cut short by a loss of power
+            known = {entry["file"]: entry for entry in json.loads(directory.read(_INPUTS))}
+
+    def describe(file: str) -> dict:
+        version = Directory(os.path.dirname(file)).version(os.path.basename(file))
+        entry = known.get(file)
+        if entry is None or entry["version"] != version:
+            entry = {"file": file, "version": version, "fingerprint": fingerprint_file(file), "layout": file_layout(file)}
+        progress.advance(1)
+        return entry
+
+    progress.start("Reading the inputs", len(files), "files")
+    with ThreadPoolExecutor(available_cores()) as pool:  # hashing lets go of the interpreter
+        described = list(pool.map(describe, files))
+    progress.finish()
+    return described
+
+
+def _claim(directory: Directory, present: dict[str, int], build: dict) -> bool:
+    """Whether anything is left to build. DataError if the directory holds another build."""
     if MANIFEST in present:
         manifest = parse_manifest(directory.read(MANIFEST), directory / MANIFEST)
         _refuse_other(directory, manifest["settings"], build["settings"])
@@ -88,14 +167,9 @@ def _claim(directory: Directory, build: dict) -> bool:
     if _BUILD in present:
         started = json.loads(directory.read(_BUILD))
         _refuse_other(directory, started["settings"], build["settings"])
-        if started != build:  # the runs are cut elsewhere
-            directory.remove(WORK)
-    elif any(not name.startswith(f"{WORK}/") for name in present):
-        raise DataError(
-            f"{directory.path} is not empty and holds no token store: choose another output directory, or empty it."
-        )
-    for name in {name.split("/", 1)[0] for name in present} - {WORK}:
-        directory.remove(name)  # the second pass, if it was under way, starts again
+        if started != build:  # the work is cut elsewhere
+            for name in {name.split("/", 1)[0] for name in present}:
+                directory.remove(name)
     directory.write(_BUILD, _json(build))
     return True
 
@@ -104,6 +178,7 @@ def _refuse_other(directory: Directory, theirs: dict, ours: dict) -> None:
     if theirs == ours:
         return
     words = {
+        "format_version": f"format version {theirs.get('format_version')}",
         "inputs": "other documents",
         "tokenizer_fingerprint": "another tokenizer",
         "seed": f"seed {theirs.get('seed')}",
@@ -116,209 +191,96 @@ def _refuse_other(directory: Directory, theirs: dict, ours: dict) -> None:
     )
 
 
-# The first pass -------------------------------------------------------------------------------------------------------
+# The stages -----------------------------------------------------------------------------------------------------------
 
 
-def _encode(
-    files: list[str],
-    tokenizer: Tokenizer,
-    directory: Directory,
-    settings: dict,
-    run_characters: int,
-    progress: Progress,
-) -> int:
-    """Write `work/run-00000.arrow` and so on, as far as they are not there; returns their number. DataError if none."""
-    finished = directory.sizes()
-    places = Permutation.from_seed(_NUM_PLACES, settings["seed"], Purpose.DOCUMENT_ORDER, 0)
-    progress.start("Encoding documents", _count_rows(files), "documents")
-    ordinal, num_runs, num_characters = 0, 0, 0
+class _Stages:
+    """The tasks of one build, in `directory`; names depend on nothing but the plan."""
 
-    def encode(document: Document) -> np.ndarray:
-        return np.array([*tokenizer.encode_document(document), tokenizer.eos_id], settings["dtype"])
+    def __init__(self, directory: Directory, settings: dict, workers: Mapper, progress: Progress):
+        self._directory, self._settings = directory, settings
+        self._workers, self._progress = workers, progress
 
-    # tiktoken and tokenizers let go of the interpreter while they encode, so threads use all cores
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for group in _groups(read_documents(files), run_characters):
-            name = _run_name(num_runs)
-            if name not in finished:
-                ids = list(pool.map(encode, group))
-                directory.write(name, _run(group, ids, ordinal, places))
-            ordinal += len(group)
-            num_runs += 1
-            num_characters += sum(len(document.text) for document in group)
-            progress.advance(len(group), f"{num_characters / 1e6:.0f} M characters")
-    progress.finish(f"{ordinal:,} documents encoded with {tokenizer.encoder_name}")
-    if ordinal == 0:
-        raise DataError(f"There are no documents in {', '.join(files)}: give files that hold some.")
-    return num_runs
+    def run(self, slices: Sequence[Slice], encoding: Encoding) -> tuple[dict, dict]:
+        """Runs all stages; returns the counts and the files of the store, for the manifest."""
+        runs, summaries = self._encode(slices, encoding)
+        counts = {f"num_{key}": sum(summary[key] for summary in summaries) for key in ("tokens", "documents")}
+        counts["text_bytes"] = sum(summary["text_bytes"] for summary in summaries)
+        if not counts["num_documents"]:
+            files = ", ".join(entry["name"] for entry in self._settings["inputs"])
+            raise DataError(f"There are no documents in {files}: give files that hold some.")
+        paths, buckets = self._sort(runs, summaries, encoding.num_buckets)
+        return counts, self._write(paths, buckets, counts["num_tokens"])
 
+    def _encode(self, slices: Sequence[Slice], encoding: Encoding) -> tuple[list[str], list[dict]]:
+        tokenizer = self._directory / "tokenizer/tokenizer.json"
+        tasks = [
+            self._task(
+                functools.partial(build_tasks.encode_slice, part=part, encoding=encoding),
+                (tokenizer, part.file), f"{WORK}/runs/{number:06d}", part.size,
+            )
+            for number, part in enumerate(slices)
+        ]  # fmt: skip
+        summaries = self._stage(tasks, "Encoding documents", "bytes", _encoded)
+        return [task.output for task in tasks], summaries
 
-def _groups(documents: Iterator[Document], run_characters: int) -> Iterator[list[Document]]:
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size >= run_characters:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    def _sort(self, runs: list[str], summaries: list[dict], num_buckets: int) -> tuple[list[str], list[Bucket]]:
+        indices = [build_tasks.read_index(run, s["index_at"], s["bytes"]) for run, s in zip(runs, summaries, strict=True)]
+        entries = np.concatenate(indices)
+        of_run = np.repeat(np.arange(len(runs)), [len(index) for index in indices])
+        order = np.argsort(entries["bucket"], kind="stable")
+        ends = np.searchsorted(entries["bucket"][order], np.arange(num_buckets + 1))
+        tasks = []
+        for number in range(num_buckets):
+            held = order[ends[number] : ends[number + 1]]
+            fn = functools.partial(build_tasks.sort_bucket, entries=entries[held], dtype=self._settings["dtype"])
+            inputs = tuple(runs[run] for run in of_run[held])
+            size = int(entries["tokens"][held].sum())
+            tasks.append(self._task(fn, inputs, f"{WORK}/buckets/{number:06d}", size))
+        sorted_ = self._stage(tasks, "Shuffling documents", "tokens")
+        buckets, first = [], 0
+        for summary in sorted_:
+            buckets.append(Bucket(first, **summary))
+            first += summary["tokens"]
+        return [task.output for task in tasks], buckets
 
-
-def _run(group: list[Document], ids: list[np.ndarray], ordinal: int, places: Permutation) -> bytes:
-    """One run as an Arrow file: a row a document, sorted by place; `ordinal` is the number of the first."""
-    import pyarrow as pa
-
-    place = places(np.arange(ordinal, ordinal + len(group), dtype=np.uint64))
-    order = np.argsort(place)
-    offsets = np.cumsum([0, *(len(ids[row]) for row in order)], dtype=np.int64)
-    tokens = np.concatenate([ids[row] for row in order])
-    documents = [group[row] for row in order]
-    table = pa.table(
-        {
-            "place": place[order],
-            "tokens": pa.LargeListArray.from_arrays(offsets, tokens),
-            "text_bytes": np.array([len(document.text.encode()) for document in documents], np.int64),
-            **{
-                field: pa.array([well_formed(getattr(document, field)) for document in documents], pa.string())
-                for field in ORIGIN_FIELDS
-            },
+    def _write(self, paths: list[str], buckets: list[Bucket], num_tokens: int) -> dict[str, dict]:
+        dtype, shard_tokens = self._settings["dtype"], self._settings["shard_tokens"]
+        array = {"num_tokens": num_tokens, "dtype": dtype, "shard_tokens": shard_tokens}
+        self._directory.write("tokens/zarr.json", build_tasks.array_metadata(**array))
+        table = functools.partial(build_tasks.write_table, buckets=buckets, dtype=dtype)
+        tasks = {"documents.parquet": self._task(table, tuple(paths), "documents.parquet", 0)}
+        firsts = np.array([bucket.first for bucket in buckets])
+        for number in range(-(-num_tokens // shard_tokens)):
+            start, stop = number * shard_tokens, min((number + 1) * shard_tokens, num_tokens)
+            held = slice(np.searchsorted(firsts, start, side="right") - 1, np.searchsorted(firsts, stop))
+            fn = functools.partial(build_tasks.write_shard, buckets=buckets[held], number=number, **array)
+            name = f"tokens/c/{number}"
+            tasks[name] = self._task(fn, tuple(paths[held]), name, stop - start)
+        summaries = self._stage(list(tasks.values()), "Writing the token store", "tokens")
+        return {
+            name: {"bytes": summary["bytes"], "sha256": summary["sha256"]}
+            for name, summary in zip(tasks, summaries, strict=True)
         }
-    )
-    sink = io.BytesIO()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue()
+
+    def _task(self, fn: Callable, inputs: tuple[str, ...], output: str, size: float) -> Task:
+        marker = f"{WORK}/done/{output.removeprefix(f'{WORK}/')}"
+        return Task(fn, inputs, self._directory / output, self._directory / marker, size)
+
+    def _stage(self, tasks: list[Task], what: str, unit: str, summarize: Callable = lambda _: "") -> list[dict]:
+        with file_system_errors(self._directory.path):
+            return run_stage(
+                tasks, self._workers, what=what, unit=unit, progress=self._progress, summarize=summarize
+            )
 
 
-def _run_name(number: int) -> str:
-    return f"{WORK}/run-{number:05d}.arrow"
+def _encoded(summaries: list[dict]) -> str:
+    documents, tokens, size = (sum(summary[key] for summary in summaries) for key in ("documents", "tokens", "text_bytes"))
+    by = summaries[0]["encoder"] if summaries else "nothing"
+    return f"{documents:,} documents of {size:,} bytes, {tokens:,} tokens ({size / max(tokens, 1):.2f} bytes each), by {by}"
 
 
-def _count_rows(files: list[str]) -> int | None:
-    """Documents to come, where that is known without reading them."""
-    import fsspec
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not all(file.endswith(".parquet") for file in files):
-        return None
-    total = 0
-    for file in files:
-        try:
-            with fsspec.open(file, "rb") as stream:
-                total += pq.ParquetFile(stream).metadata.num_rows
-        except (pa.ArrowException, OSError):
-            return None  # whoever reads the documents says it better
-    return total
-
-
-# The second pass ------------------------------------------------------------------------------------------------------
-
-
-class _Runs:
-    """The runs of the first pass, mapped into memory where the file system can."""
-
-    def __init__(self, directory: Directory, count: int):
-        self._tables = [self._open(directory, _run_name(number)) for number in range(count)]
-        self._places = [table["place"].to_numpy() for table in self._tables]
-        self.num_documents = sum(table.num_rows for table in self._tables)
-        self.num_tokens = sum(len(chunk.values) for table in self._tables for chunk in table["tokens"].chunks)
-        self.text_bytes = sum(int(table["text_bytes"].to_numpy().sum()) for table in self._tables)
-
-    @staticmethod
-    def _open(directory: Directory, name: str):
-        import pyarrow as pa
-
-        local = directory.local_file(name)
-        try:
-            source = pa.memory_map(str(local)) if local else pa.py_buffer(directory.read(name))
-            return pa.ipc.open_file(source).read_all()
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"The unfinished build in {directory.path} is damaged ({name}: {error}): delete the directory and "
-                "run again."
-            ) from error
-
-    def in_order(self) -> Iterator:
-        """Tables of documents that follow one another in the stream."""
-        import pyarrow as pa
-
-        count = -(-self.num_tokens // _STRETCH_TOKENS)
-        for number in range(count):
-            bounds = np.array([_NUM_PLACES * number // count, _NUM_PLACES * (number + 1) // count], np.uint64)
-            slices = []
-            for table, places in zip(self._tables, self._places, strict=True):
-                start, stop = np.searchsorted(places, bounds)
-                slices.append(table.slice(start, stop - start))
-            stretch = pa.concat_tables(slices).combine_chunks()
-            yield stretch.take(pa.array(np.argsort(stretch["place"].to_numpy())))
-
-
-def _merge(runs: _Runs, directory: Directory, settings: dict, progress: Progress) -> dict:
-    """Write the array of ids and the table of documents; returns the counts for the manifest."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    progress.start("Writing the token store", runs.num_tokens, "tokens")
-    writer = _ShardWriter(directory, runs.num_tokens, settings["dtype"], settings["shard_tokens"])
-    documents, start = [], 0
-    for table in runs.in_order():
-        lists = table["tokens"].combine_chunks()
-        ids = lists.flatten().to_numpy()
-        offsets = start + lists.offsets.to_numpy()[:-1] - lists.offsets[0].as_py()
-        documents.append(table.drop_columns(["place", "tokens"]).add_column(0, "start", pa.array(offsets)))
-        writer.append(ids)
-        start += len(ids)
-        progress.advance(len(ids))
-    writer.close()
-    sink = io.BytesIO()
-    pq.write_table(pa.concat_tables(documents), sink, compression="zstd")
-    directory.write("documents.parquet", sink.getvalue())
-    progress.finish(f"{runs.num_tokens:,} tokens of {runs.num_documents:,} documents in {directory.path}")
-    return {"num_tokens": runs.num_tokens, "num_documents": runs.num_documents, "text_bytes": runs.text_bytes}
-
-
-class _ShardWriter:
-    """Appends ids to the array, a whole shard at a time: each is compressed and written once."""
-
-    def __init__(self, directory: Directory, num_tokens: int, dtype: str, shard_tokens: int):
-        import tensorstore as ts
-
-        self._path = directory.path
-        self._pending: list[np.ndarray] = []
-        self._num_pending = self._written = 0
-        self._shard_tokens = shard_tokens
-        spec = array_spec(directory, num_tokens=num_tokens, dtype=dtype, shard_tokens=shard_tokens)
-        self._array = self._wait(ts.open(spec, create=True))
-
-    def append(self, ids: np.ndarray) -> None:
-        self._pending.append(ids)
-        self._num_pending += len(ids)
-        if self._num_pending >= self._shard_tokens:
-            self._flush(self._num_pending // self._shard_tokens * self._shard_tokens)
-
-    def close(self) -> None:
-        self._flush(self._num_pending)
-
-    def _flush(self, count: int) -> None:
-        ids = np.concatenate(self._pending) if self._pending else np.zeros(0, np.uint16)
-        for start in range(0, count, self._shard_tokens):
-            shard = ids[start : min(start + self._shard_tokens, count)]
-            self._wait(self._array[self._written : self._written + len(shard)].write(shard))
-            self._written += len(shard)
-        self._pending, self._num_pending = [ids[count:]], len(ids) - count
-
-    def _wait(self, future):
-        try:
-            return future.result()
-        except ValueError as error:
-            full = "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error)
-            reason = "No space left on device" if full else str(error)
-            raise DataError(
-                f"Cannot write the token store {self._path} ({reason}): free some space or choose another output "
-                "directory, and run again."
-            ) from error
+# What lies beside the array -------------------------------------------------------------------------------------------
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
@@ -336,14 +298,15 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
             directory.write(f"tokenizer/{file.name}", file.read_bytes())
 
 
-def _write_manifest(directory: Directory, settings: dict, counts: dict) -> None:
-    files = {
-        name: {"bytes": size, "sha256": directory.sha256(name)}
-        for name, size in directory.sizes().items()
-        if not name.startswith(f"{WORK}/")
-    }
-    directory.write(MANIFEST, _json({"settings": settings, **counts, "files": files}))
+def _write_manifest(directory: Directory, settings: dict, counts: dict, shards: dict[str, dict]) -> None:
+    """`shards` were hashed when they were written; the small files are hashed here."""
+    small = [name for name in directory.sizes() if name.startswith("tokenizer/")]
+    files = dict(shards)
+    for name in ("tokens/zarr.json", "token_bytes.npy", *small):
+        entry = fingerprint_file(directory / name)
+        files[name] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+    directory.write(MANIFEST, _json({"settings": settings, **counts, "files": dict(sorted(files.items()))}))
 
 
-def _json(content: dict) -> bytes:
+def _json(content: dict | list) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.atomic import file_system_errors, write_bytes
+from jaxcoder.tokenizer.addresses import access_errors, open_address
+from jaxcoder.tokenizer.atomic import write_bytes
 
 _BLOCK = 1 << 20
 
@@ -20,13 +21,8 @@ class Directory:
     """The directory `path` (local, gs://, s3://, ...), which need not exist yet. DataError for an unusable address."""
 
     def __init__(self, path: str | os.PathLike):
-        import fsspec
-
         self.path = os.fspath(path)
-        try:
-            self._fs, root = fsspec.url_to_fs(self.path)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"Cannot use the directory {self.path} ({error}): check its address.") from error
+        self._fs, root = open_address(self.path)
         self._root = root.rstrip("/")
         self.is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
 
@@ -38,11 +34,18 @@ class Directory:
         """The subdirectory `name` as a tensorstore key-value store."""
         if self.is_local:
             return {"driver": "file", "path": f"{os.path.abspath(self._root)}/{name}/"}
-        return self / f"{name}/"
+        client = getattr(self._fs, "s3", None)
+        if client is None:
+            return self / f"{name}/"
+        bucket, _, inside = f"{self._root}/{name}/".partition("/")
+        store = {"driver": "s3", "bucket": bucket, "path": inside}
+        if not client.meta.endpoint_url.endswith(".amazonaws.com"):  # an S3-compatible server, which fsspec was told of
+            store |= {"endpoint": client.meta.endpoint_url, "aws_region": client.meta.region_name or "us-east-1"}
+        return store
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file in the directory and below, by name; empty if the directory does not exist."""
-        with self._reading():
+        with access_errors(self.path):
             self._fs.invalidate_cache()
             if not self._fs.exists(self._root):
                 return {}
@@ -53,20 +56,22 @@ class Directory:
 
     def read(self, name: str) -> bytes:
         """The content of a file. DataError if it cannot be read."""
-        with self.opened(name) as file, self._reading():
+        with self.opened(name) as file, access_errors(self / name):
             return file.read()
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator:
         """The file `name`, open to read bytes."""
-        with self._reading():
+        with access_errors(self / name):
             file = self._fs.open(f"{self._root}/{name}", "rb")
         with file:
             yield file
 
-    def local_file(self, name: str) -> Path | None:
-        """The file's path where it can be memory-mapped, None on an object store."""
-        return Path(self._root, name) if self.is_local else None
+    def version(self, name: str) -> list:
+        """Size and time or tag of a file: something that changes when it does."""
+        with access_errors(self / name):
+            info = self._fs.info(f"{self._root}/{name}")
+        return [info["size"], str(next((info[key] for key in ("ETag", "etag", "mtime", "created") if key in info), ""))]
 
     def sha256(self, name: str) -> str:
         """Hash of a file's content, hexadecimal."""
@@ -77,33 +82,22 @@ class Directory:
         if self.is_local:
             write_bytes(Path(self._root, name), content)
         else:
-            with file_system_errors(self / name):
+            with access_errors(self / name, "write"):
                 self._fs.pipe_file(f"{self._root}/{name}", content)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a directory and all in it, if it is there."""
-        with file_system_errors(self / name):
+        with access_errors(self / name, "remove"):
             if self._fs.exists(f"{self._root}/{name}"):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise DataError(f"Cannot read {self.path} ({error}): check that it is complete and readable.") from error
 
 
 def fingerprint_file(path: str) -> dict:
     """Name, size and hash of one file; the directory it lies in does not matter. DataError if it cannot be read."""
-    import fsspec
-
+    fs, root = open_address(path)
     digest, size = hashlib.sha256(), 0
-    try:
-        with fsspec.open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-    except OSError as error:
-        raise DataError(f"Cannot read {path} ({error}): check that it is there and readable.") from error
+    with access_errors(path), fs.open(root, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
     return {"name": os.path.basename(path), "bytes": size, "sha256": digest.hexdigest()}

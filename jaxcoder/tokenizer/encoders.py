@@ -117,12 +117,11 @@ def _build(ranks: dict[bytes, int], reference: Encode) -> Encode:
         "jaxcoder", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks | stand_ins, special_tokens={}
     )
     stand_in_ids = frozenset(stand_ins.values())
-    whitespace = re.compile(r"\s+")
+    long_whitespace = re.compile(rf"(?<!\s)\s{{{_LONGEST_WHITESPACE + 1}}}")
 
     def encode(text: str) -> list[int]:
-        if len(text) > _LONGEST_WHITESPACE:
-            if any(match.end() - match.start() > _LONGEST_WHITESPACE for match in whitespace.finditer(text)):
-                return reference(text)
+        if len(text) > _LONGEST_WHITESPACE and long_whitespace.search(text):
+            return reference(text)
         ids = encoding.encode_ordinary(text)
         if stand_in_ids and not stand_in_ids.isdisjoint(ids):
             return reference(text)
