@@ -18,7 +18,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class Failure:
 class Mapper(Protocol):
     """Runs tasks somewhere; yields (index, summary or failure) as they end. May stop early: the rest is mapped again."""
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
-        """Run every task once; if workers died, perhaps only some of them."""
+    def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
+        """Run every task once; if workers died, perhaps only some of them. Closing the generator stops the work."""
 
     def close(self) -> None:
         """Stop the workers."""
@@ -121,15 +121,16 @@ class _Stage:
     def run(self, group: list[int], mapper: Mapper, progress: Progress) -> tuple[list[int], list[int], list[int]]:
         """Map the tasks of the group; returns those to try alone, those that were not reached, those to try again."""
         failed: dict[int, Failure] = {}
-        for place, outcome in mapper.map([self._tasks[index] for index in group]):
-            index = group[place]
-            if not isinstance(outcome, Failure):
-                self.summaries[index] = outcome
-                progress.advance(self._tasks[index].size)
-            elif outcome.fatal:
-                raise DataError(outcome.reason) from _Details(outcome.details)
-            else:
-                failed[index] = outcome
+        with contextlib.closing(mapper.map([self._tasks[index] for index in group])) as outcomes:
+            for place, outcome in outcomes:
+                index = group[place]
+                if not isinstance(outcome, Failure):
+                    self.summaries[index] = outcome
+                    progress.advance(self._tasks[index].size)
+                elif outcome.fatal:
+                    raise DataError(outcome.reason) from _Details(outcome.details)
+                else:
+                    failed[index] = outcome
         suspects = [index for index, failure in failed.items() if failure.worker_died]
         for index, failure in failed.items():
             if not failure.worker_died or len(suspects) == 1:
@@ -271,29 +272,32 @@ class ProcessPool:
         self._pool: ProcessPoolExecutor | None = None
         self._alive = None
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
+    def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
         if self.num_workers == 1:
             yield from ((index, _attempt(task)) for index, task in enumerate(tasks))
             return
         todo = iter(enumerate(tasks))
         running: dict[Future, int] = {}
         died = Failure("the worker process died (was it short of memory?)", worker_died=True)
-        while True:
-            # No more than run at once: a task that waits in the pool would be lost with a worker, and suspected.
-            for index, task in islice(todo, self.num_workers - len(running)):
-                running[self._submit(task)] = index
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                index = running.pop(future)
-                try:
-                    yield index, future.result()
-                except BrokenProcessPool:
-                    yield index, died
-                    for lost in wait(running).done:
-                        yield running[lost], died if lost.exception() else lost.result()
-                    self.close()
+        try:
+            while True:
+                # No more than run at once: a task that waits in the pool would be lost with a worker, and suspected.
+                for index, task in islice(todo, self.num_workers - len(running)):
+                    running[self._submit(task)] = index
+                if not running:
                     return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    try:
+                        outcome = future.result()
+                    except BrokenProcessPool:
+                        for lost in wait(running).done:
+                            yield running.pop(lost), died if lost.exception() else lost.result()
+                        self.close()
+                        return
+                    yield running.pop(future), outcome
+        finally:
+            if running:  # the stage was given up: nobody waits for what is under way
+                self.close()
 
     def _submit(self, task: Task) -> Future:
         for _ in range(2):
@@ -349,19 +353,24 @@ class RayCluster:
             ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
         self._ray, self._wave = ray, wave
 
-    def map(self, tasks: Sequence[Task]) -> Iterator[tuple[int, dict | Failure]]:
+    def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
         attempt = self._ray.remote(max_retries=MAX_RETRIES)(_attempt)
         todo, running = iter(enumerate(tasks)), {}
-        while True:
-            running |= {attempt.remote(task): index for index, task in islice(todo, self._wave - len(running))}
-            if not running:
-                return
-            for done in self._ray.wait(list(running), num_returns=1)[0]:
-                index = running.pop(done)
-                try:
-                    yield index, self._ray.get(done)
-                except self._ray.exceptions.RayError as error:  # the worker died, MAX_RETRIES times and once more
-                    yield index, Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            while True:
+                running |= {attempt.remote(task): index for index, task in islice(todo, self._wave - len(running))}
+                if not running:
+                    return
+                for done in self._ray.wait(list(running), num_returns=1)[0]:
+                    index = running.pop(done)
+                    try:
+                        outcome = self._ray.get(done)
+                    except self._ray.exceptions.RayError as error:  # it died, MAX_RETRIES times and once more
+                        outcome = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+                    yield index, outcome
+        finally:
+            for left in running:
+                self._ray.cancel(left)
 
     def close(self) -> None:
         self._ray.shutdown()
