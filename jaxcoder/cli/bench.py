@@ -3,6 +3,7 @@
     jaxcoder bench fim                          fill-in-the-middle from cached ids, and the way of Megatron
     jaxcoder bench fim --fim-rate 1             every piece is cut
     jaxcoder bench encode --output encode.json  text to ids: tiktoken's path and the `tokenizers` library
+    jaxcoder bench loader                       store to host batches, memory, and what accelerators eat
 
 Medians of several runs in one process, in which the contestants take turns. Rates are per second of processor time,
 but a machine with other work to do still slows them down: compare rows of one table.
@@ -15,6 +16,7 @@ from pathlib import Path
 BENCHMARKS: dict[str, tuple[str, str]] = {
     "fim": ("jaxcoder.benchmarks.fim", "fill-in-the-middle on windows of token ids"),
     "encode": ("jaxcoder.benchmarks.encode", "text to token ids"),
+    "loader": ("jaxcoder.benchmarks.loader", "the whole stream, from the store to host batches"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args) -> Report`, and the one-line help."""
 

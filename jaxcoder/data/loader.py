@@ -58,13 +58,25 @@ def make_batch(
     loss_mask = ((places < filled - 1) | pad_in_loss).astype(np.float32)
     if not document_mask:
         return Batch(inputs, targets, loss_mask, places, None)
-    begins = np.zeros(inputs.shape, bool)
-    if end_id is not None:
-        np.equal(inputs[:, :-1], end_id, out=begins[:, 1:])
-    outside = places >= filled
-    segment_ids = np.where(outside, 0, 1 + np.cumsum(begins, axis=1, dtype=np.int32))
-    first_places = np.maximum.accumulate(np.where(begins, places, 0), axis=1)
-    return Batch(inputs, targets, loss_mask, np.where(outside, 0, places - first_places), segment_ids)
+    segment_ids, positions = _segments(inputs, end_id)
+    for row in np.flatnonzero(filled[:, 0] < inputs.shape[1]):
+        segment_ids[row, filled[row, 0] :] = positions[row, filled[row, 0] :] = 0
+    return Batch(inputs, targets, loss_mask, positions, segment_ids)
+
+
+def _segments(inputs: np.ndarray, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """(number of the document in its row, from 1; place in the document, from 0) of every token, int32 [B, S]."""
+    num_rows, length = inputs.shape
+    is_end = np.zeros(inputs.shape, bool) if end_id is None else inputs == end_id
+    is_end[:, -1] = True  # a row ends with a document, or a part of one
+    stops = np.flatnonzero(is_end).astype(np.int32) + 1
+    starts = np.concatenate([[0], stops[:-1]]).astype(np.int32)
+    per_row = np.bincount((stops - 1) // length, minlength=num_rows)
+    first_of_row = np.repeat(np.cumsum(per_row) - per_row, per_row)
+    numbers = (np.arange(len(stops)) - first_of_row + 1).astype(np.int32)
+    lengths = stops - starts
+    places = np.arange(inputs.size, dtype=np.int32) - np.repeat(starts, lengths)
+    return np.repeat(numbers, lengths).reshape(inputs.shape), places.reshape(inputs.shape)
 
 
 def _filled(windows: np.ndarray, pad_id: int | None) -> np.ndarray:

@@ -1,0 +1,43 @@
+"""Memory of a process that streams from a store: `python -m jaxcoder.benchmarks.loader_memory STORE TOKENS SEQ_LEN`.
+
+Prints a JSON list of {"tokens", "megabytes"}: resident memory after the first batch and at ten more places, the last
+after TOKENS tokens. A process of its own, so that nothing else is in the figure.
+"""
+
+import json
+import sys
+
+BATCH_SIZE = 8
+
+
+def main(path: str, num_tokens: int, seq_len: int) -> None:
+    from jaxcoder.config.schema import DataConfig
+    from jaxcoder.data.loader import batches
+    from jaxcoder.data.store import TokenStore
+    from jaxcoder.data.stream import SampleStream
+
+    store = TokenStore.open(path)
+    stream = SampleStream(store, store.tokenizer(), DataConfig(), seq_len=seq_len, seed=1)
+    num_batches = max(num_tokens // (BATCH_SIZE * seq_len), 11)
+    figures = []
+    with batches(stream, global_batch_size=BATCH_SIZE, first_sample=0) as source:
+        for number, _ in zip(range(num_batches), source):
+            if number == 0 or (number + 1) % (num_batches // 10) == 0:
+                figures.append({"tokens": (number + 1) * BATCH_SIZE * seq_len, "megabytes": resident_megabytes()})
+    print(json.dumps(figures))
+
+
+def resident_megabytes() -> float:
+    """Memory of this process now (on Linux), or the most it ever had."""
+    try:
+        with open("/proc/self/status", encoding="utf-8") as lines:
+            return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / 1e6 if sys.platform == "darwin" else most / 1e3
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(float(sys.argv[2])), int(sys.argv[3]))
