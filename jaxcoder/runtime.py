@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -219,18 +220,33 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed."""
+    """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed.
+
+    Neither it nor Ctrl-C is lost: Python drops an exception that a handler raises inside a callback that cannot fail
+    (JAX has one on every garbage collection), and the signal is then sent once more.
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            previous_hook(unraisable)
+            return
+        number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # by then the callback is over
+        again.daemon = True
+        again.start()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, handle)
+    previous, previous_hook = signal.signal(signal.SIGTERM, handle), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = previous_hook
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
@@ -284,6 +300,47 @@ def _readable(amount: str) -> str:
     size = int(amount.removesuffix(" bytes"))
     unit = min((size.bit_length() - 1) // 10, 4)
     return f"{size / 1024**unit:.1f} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][unit]}"
+
+
+# --- one process at a time -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def held_alone(directory: str, *, lock: str = ".lock", patience: float = 3.0) -> Iterator[None]:
+    """Holds `directory` for this process inside the block; the lock ends with the process, however that ends.
+
+    Remote directories (gs://, s3://) and file systems without locks are not held. Waits `patience` seconds for a
+    process that is just ending, then raises JaxcoderError.
+    """
+    if "://" in directory:
+        yield
+        return
+    os.makedirs(directory, exist_ok=True)
+    with open(os.path.join(directory, lock), "a+") as file:
+        deadline = time.monotonic() + patience
+        while not _take(file.fileno()):
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise JaxcoderError(
+                    f"`{directory}` is in use by process {file.read().strip() or '(unknown)'}: "
+                    "wait until that has ended, or give another --output-dir."
+                )
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _take(file: int) -> bool:
+    """Whether this process has the lock of the open file, or the file system knows no locks."""
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
 
 
 # --- disk ------------------------------------------------------------------------------------------------------------

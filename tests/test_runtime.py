@@ -141,6 +141,44 @@ def test_stop_in_a_real_process():
     assert process.returncode == 143 and b"SIGTERM" in said
 
 
+@pytest.mark.parametrize("number, name", [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")])
+def test_a_signal_inside_a_callback_that_cannot_fail_is_not_lost(number, name):
+    """Python drops what a garbage-collection callback raises, and JAX has one."""
+    code = (
+        "import gc, os, time; from jaxcoder import runtime\n"
+        "def callback(phase, info):\n"
+        f"    gc.callbacks.clear(); os.kill(os.getpid(), {int(number)}); time.sleep(0)\n"
+        "try:\n"
+        "    with runtime.sigterm_raises():\n"
+        "        gc.callbacks.append(callback); gc.collect(); time.sleep(20)\n"
+        "except KeyboardInterrupt as error: print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr, done.returncode) == (name + "\n", "", 0)
+
+
+# --- one process at a time -------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_held_by_one_process(tmp_path):
+    code = (
+        "import sys, time; from jaxcoder.runtime import held_alone\n"
+        "with held_alone(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+    )
+    run = str(tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(JaxcoderError, match=f"`{run}` is in use by process {process.pid}: wait"):
+        with runtime.held_alone(run, patience=0.2):
+            pass
+    process.kill()
+    process.wait()
+    with runtime.held_alone(run), runtime.held_alone(run, lock=".another"):
+        pass
+    with runtime.held_alone("gs://bucket/run"):
+        pass
+
+
 # --- the command to type again ---------------------------------------------------------------------------------------
 
 

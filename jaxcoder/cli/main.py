@@ -19,6 +19,7 @@ from types import ModuleType
 import jaxcoder
 from jaxcoder import runtime
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
+from jaxcoder.observability.console import clear_live_lines
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),
@@ -58,6 +59,15 @@ class Parser(argparse.ArgumentParser):
             self.error(self._explain_unknown(unknown[0]))
         return namespace, unknown
 
+    def _get_value(self, action, text):
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError:
+            wanted = {int: "a whole number", float: "a number"}.get(action.type)
+            if wanted is None:
+                raise
+            self.error(f"{'/'.join(action.option_strings) or action.dest} is {text!r}, but has to be {wanted}")
+
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
@@ -92,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except (KeyboardInterrupt, Exception) as error:
+        clear_live_lines()
         explained = explain(error)
         if debug:
             import traceback
@@ -99,7 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exception(error)
         elif explained is None:
             raise
-        return 1 if explained is None else _report(explained)
+        if explained is None:
+            return 1
+        code = _report(explained)
+        if argv is None and isinstance(explained, Interrupted):
+            # The stop may have come in the middle of XLA's work: taking the interpreter down under its threads can
+            # crash, and a scheduler would see that instead of the exit code.
+            sys.stdout.flush()
+            os._exit(code)
+        return code
 
 
 def explain(error: BaseException) -> JaxcoderError | None:

@@ -17,6 +17,15 @@ PLAIN_INTERVAL = 10.0  # seconds between the lines of a log
 LIVE_INTERVAL = 0.1  # seconds between two drawings of a live line
 
 
+_drawn: "set[_Line]" = set()
+
+
+def clear_live_lines() -> None:
+    """Takes every live line off the screen and shows the cursor again: for an end that nobody foresaw."""
+    for line in list(_drawn):
+        line.clear()
+
+
 class _Line:
     """One line of text that changes: drawn in place on a terminal, printed now and then elsewhere."""
 
@@ -47,6 +56,7 @@ class _Line:
 
         live = Live(console=Console(file=self.stream), auto_refresh=False, transient=True)
         live.start()
+        _drawn.add(self)
         return live
 
     def say(self, text: str) -> None:
@@ -61,6 +71,7 @@ class _Line:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            _drawn.discard(self)
         self._next = 0.0
 
 

@@ -23,8 +23,9 @@ from jaxcoder.config import RunConfig
 from jaxcoder.config.load import load_run
 from jaxcoder.corpus.gather import CorpusSummary, gather
 from jaxcoder.data.build import build_store
-from jaxcoder.errors import ConfigError
+from jaxcoder.errors import ConfigError, Interrupted
 from jaxcoder.protocols import Progress
+from jaxcoder.runtime import held_alone, resume_command
 from jaxcoder.tokenizer.document_files import read_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
@@ -33,6 +34,7 @@ CORPUS_BYTES = 20_000_000
 """More than the model reads in its few minutes, and as much as the tokenizer needs."""
 HELD_OUT_FRACTION = 0.02
 SEED = 0
+LOCK = ".quickstart.lock"
 
 Say = Callable[[str], None]
 
@@ -81,11 +83,20 @@ def quickstart(
     paths = Paths(root=output_dir)
     config = load_run("quickstart")
     num_steps = config.num_steps if num_steps is None else num_steps
-    claim(paths, {"source": str(source.resolve()) if source else None, "num_steps": num_steps})
+    settings = {"source": str(source.resolve()) if source else None, "num_steps": num_steps}
+    check_claim(paths, settings)
+    with held_alone(str(paths.root), lock=LOCK):
+        claim(paths, settings)
+        return stages(paths, config, source=source, num_steps=num_steps, progress=progress, say=say)
 
+
+def stages(
+    paths: Paths, config: RunConfig, *, source: Path | None, num_steps: int, progress: Progress, say: Say
+) -> dict[str, object]:
+    """From the code to the report, in a directory that is ours; what is there already is not made again."""
     summary = gather(
         [source] if source else None,
-        output_dir / "corpus",
+        paths.root / "corpus",
         held_out_fraction=HELD_OUT_FRACTION,
         max_bytes=CORPUS_BYTES,
         seed=SEED,
@@ -103,31 +114,57 @@ def quickstart(
 
     config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
     result = train(config, directory_is_shared=True)
+    if result.late_stop:
+        raise Interrupted(
+            "stopped; the training is finished and saved, its report is not.",
+            exit_code=result.late_stop,
+            resume_command=resume_command(),
+        )
     report = make_report(paths, result.eval_metrics, progress)
     show_report(paths, report, say)
     return report
 
 
+def check_claim(paths: Paths, settings: dict[str, object]) -> None:
+    """Raises ConfigError if the directory holds something else, or what other arguments have made."""
+    if paths.root.is_file():
+        raise ConfigError(f"`{paths.root}` is a file: give another --output-dir.")
+    made = {path.name for path in paths.root.iterdir()} if paths.root.is_dir() else set()
+    made -= {paths.settings.name, paths.settings.with_suffix(".partial").name, LOCK}
+    if not made:
+        return  # of other arguments, such as a misspelt source, nothing came
+    if not paths.settings.exists():
+        raise ConfigError(f"`{paths.root}` holds something else: give an empty or new --output-dir.")
+    before = read_claim(paths)
+    if before != settings:
+        raise ConfigError(
+            f"`{paths.root}` holds a quickstart with other arguments ({spelled(before)}): give another --output-dir, "
+            "delete it, or repeat those arguments to continue it."
+        )
+
+
 def claim(paths: Paths, settings: dict[str, object]) -> None:
     """The directory belongs to one quickstart: its arguments are written into it first."""
-    text = json.dumps(settings, indent=1) + "\n"
-    if paths.settings.exists():
-        try:
-            before = json.loads(paths.settings.read_text())
-        except ValueError:
-            before = None
-        if before != settings:
-            raise ConfigError(
-                f"`{paths.root}` holds a quickstart with other arguments ({before}): give another --output-dir, "
-                "delete it, or repeat those arguments to continue it."
-            )
-        return
-    if paths.root.is_file() or (paths.root.is_dir() and any(paths.root.iterdir())):
-        raise ConfigError(f"`{paths.root}` holds something else: give an empty or new --output-dir.")
-    paths.root.mkdir(parents=True, exist_ok=True)
-    partial = paths.settings.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, paths.settings)
+    if read_claim(paths) != settings:
+        partial = paths.settings.with_suffix(".partial")
+        partial.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(partial, paths.settings)
+
+
+def read_claim(paths: Paths) -> dict[str, object] | None:
+    """The arguments that the directory was claimed with; None without readable ones."""
+    try:
+        return json.loads(paths.settings.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def spelled(settings: dict[str, object] | None) -> str:
+    """The arguments as one types them."""
+    if not isinstance(settings, dict):
+        return "which cannot be read"
+    source = "no --source" if settings.get("source") is None else f"--source {settings['source']}"
+    return f"{source}, --steps {settings.get('num_steps')}"
 
 
 def say_corpus(summary: CorpusSummary, say: Say) -> None:

@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -101,10 +102,13 @@ def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> Non
     say(f"PyTorch format  {report['pytorch']}")
     say(f"report          {paths.root / 'report.json'}")
     say("\n" + " go on with ".center(width, "-"))
-    say(f"{program} complete {paths.root} --prefix 'def read_file('")
-    say(f"{program} complete {report['pytorch']} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
-    say(f"{program} checkpoint inspect {paths.root}")
-    say(f"{program} train quickstart --data {paths.train_store} --num-steps 5000 --output-dir {paths.root}-longer")
+    root, pytorch, store, longer = map(
+        shlex.quote, (str(paths.root), report["pytorch"], str(paths.train_store), f"{paths.root}-longer")
+    )
+    say(f"{program} complete {root} --prefix 'def read_file('")
+    say(f"{program} complete {pytorch} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
+    say(f"{program} checkpoint inspect {root}")
+    say(f"{program} train quickstart --data {store} --num-steps 5000 --output-dir {longer}")
 
 
 def write_json(path: Path, content: dict) -> None:

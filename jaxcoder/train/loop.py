@@ -25,7 +25,7 @@ from jaxcoder.models.flops import num_parameters
 from jaxcoder.observability.console import TrainingLine
 from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.protocols import MetricWriter
-from jaxcoder.runtime import GracefulStop, out_of_memory_explained, resume_command
+from jaxcoder.runtime import GracefulStop, held_alone, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, placed_ahead, text_bytes
@@ -43,6 +43,8 @@ class TrainResult:
     step: int
     eval_metrics: dict[str, float]
     """eval_loss, eval_bits_per_byte, eval_tokens after the last step; empty without a held-out store."""
+    late_stop: int
+    """Exit code of a SIGTERM or Ctrl-C that came after the last step, for whoever has more to do; else 0."""
 
 
 def train(config: RunConfig, *, accept_config_change: bool = False, directory_is_shared: bool = False) -> TrainResult:
@@ -59,6 +61,8 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
     directory.claim(config, accept_config_change=accept_config_change, is_shared=directory_is_shared)
 
     with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(held_alone(directory.path))
         line = stack.enter_context(TrainingLine(config.num_steps))
         stop = stack.enter_context(GracefulStop())
         stack.enter_context(out_of_memory_explained(config))
@@ -76,6 +80,7 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
 
         state, step, samples = restore_or_initialise(config, mesh, checkpointer)
         writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
+        directory.adopt(config)
         log = StepLog(config, writer, line)
         held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
         eval_metrics: dict[str, float] = {}
@@ -137,7 +142,7 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         checkpointer.wait()
         if held_out and not eval_metrics:  # The run was complete already.
             eval_metrics = held_out(state.model)
-        return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics)
+        return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics, late_stop=stop.exit_code)
 
 
 def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> tuple[TrainState, int, int]:

@@ -32,12 +32,15 @@ class RunDirectory:
         """Writes the config, or compares it with the one that is there. `is_shared`: other files may lie beside it.
 
         Raises ConfigError when the directory holds something else, or a run of another configuration (unless that is
-        accepted: then the new one replaces it).
+        accepted). The config that is there stays: `adopt` replaces it once the run is known to go on.
         """
         filesystem, path = fsspec.core.url_to_fs(self.config_file)
         if not filesystem.exists(path):
             parent = filesystem._parent(path)
-            strangers = [name for name in _names(filesystem, parent) if not name.startswith(".")]
+            if filesystem.isfile(parent):
+                raise ConfigError(f"the output directory `{self.path}` is a file: give another --output-dir.")
+            ours = ("config.json.partial",)  # a killed process may leave it
+            strangers = [name for name in _names(filesystem, parent) if not name.startswith(".") and name not in ours]
             if strangers and not is_shared:
                 raise ConfigError(
                     f"the output directory `{self.path}` holds other things ({', '.join(strangers[:3])}) and no run: "
@@ -55,7 +58,11 @@ class RunDirectory:
                 f"`{self.path}` is a run with another configuration: {'; '.join(changes)}. Give another --output-dir, "
                 "or --accept-config-change to continue it with the new one."
             )
-        if text != serialize.to_json(config):
+
+    def adopt(self, config: RunConfig) -> None:
+        """The config replaces the one that is there, after the run was found able to continue with it."""
+        filesystem, path = fsspec.core.url_to_fs(self.config_file)
+        if filesystem.cat_file(path) != serialize.to_json(config).encode():
             self._write(filesystem, path, config)
 
     @staticmethod

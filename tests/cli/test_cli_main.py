@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from jaxcoder.cli import main as cli
 from jaxcoder.errors import CheckpointError, Interrupted
+from jaxcoder.observability.console import ConsoleProgress
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -119,7 +121,7 @@ def test_runs_the_verb(verb):
         (["--versoin"], "(did you mean `--version`?)"),
         (["fake", "--siez", "3"], "there is no option --siez (did you mean `--size`?). See `jaxcoder fake --help`"),
         (["fake", "--siez=3"], "there is no option --siez (did you mean `--size`?)"),
-        (["fake", "--size", "three"], "invalid int value: 'three'"),
+        (["fake", "--size", "three"], "--size is 'three', but has to be a whole number. See"),
         (
             ["fake", "--siz", "3"],
             "there is no option --siz",
@@ -163,6 +165,24 @@ def test_unknown_options_are_overrides_where_a_verb_takes_them(verb):
 
 
 # --- how failures end ------------------------------------------------------------------------------------------------
+
+
+def test_an_error_takes_the_live_line_off_the_terminal(verb, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+
+    def run(args):
+        ConsoleProgress(terminal).start("Reading", 10, "files")
+        raise CheckpointError("a sentence.")
+
+    verb(run)
+    assert cli.main(["fake"]) == 2
+    hidden, shown = "\x1b[?25l", "\x1b[?25h"
+    assert hidden in terminal.getvalue() and terminal.getvalue().rindex(shown) > terminal.getvalue().rindex(hidden)
+    assert capsys.readouterr().err == "jaxcoder: error: a sentence.\n"  # and not wrapped into the live line
 
 
 def test_an_error_of_ours_is_one_line(verb, capsys):

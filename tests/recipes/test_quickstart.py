@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.inference.load import load_model
+from jaxcoder.protocols import SILENT
+from jaxcoder.recipes.quickstart import Paths, check_claim, claim, quickstart
 
 PACKAGES = ("json", "email", "xml", "logging", "unittest", "importlib", "collections", "http", "html", "wsgiref")
 
@@ -98,9 +102,24 @@ def test_interrupted_while_training_it_goes_on(undisturbed, source, tmp_path):
 
 def test_another_quickstart_in_the_directory_is_refused(undisturbed, source, tmp_path):
     refused = run(source, undisturbed[0], "--steps", "7")
-    assert refused.returncode == 2 and "other arguments" in refused.stdout and "Traceback" not in refused.stdout
+    assert refused.returncode == 2 and "Traceback" not in refused.stdout
+    assert f"with other arguments (--source {source}, --steps 6)" in refused.stdout
     (tmp_path / "notes.txt").write_text("mine")
     assert "holds something else" in run(source, tmp_path).stdout
+
+
+def test_a_misspelt_source_does_not_claim_the_directory(source, tmp_path):
+    quiet = dict(progress=SILENT, say=lambda text: None)
+    paths = Paths(root=tmp_path / "run")
+    with pytest.raises(DataError, match="does not exist: check the spelling"):
+        quickstart(paths.root, source=source / "jsn", num_steps=2, **quiet)
+    settings = {"source": str(source), "num_steps": 3}
+    check_claim(paths, settings)
+    claim(paths, settings)
+    (paths.root / "corpus").mkdir()
+    check_claim(paths, settings)
+    with pytest.raises(ConfigError, match=re.escape(f"(--source {source}, --steps 3)")):
+        check_claim(paths, settings | {"num_steps": 4})
 
 
 @pytest.mark.slow

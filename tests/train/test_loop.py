@@ -12,7 +12,7 @@ from jaxcoder_configs.smoke import smoke
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, RunConfig
 from jaxcoder.data.build import build_store
-from jaxcoder.errors import ConfigError, DataError, Interrupted
+from jaxcoder.errors import CheckpointError, ConfigError, DataError, Interrupted
 from jaxcoder.observability.metrics import read_metrics
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.document import Document
@@ -188,6 +188,32 @@ def test_bad_runs_are_refused_before_anything_is_written(run_on_mesh, tmp_path, 
     (tmp_path / "strange" / "thesis.tex").write_text("years of work")
     with pytest.raises(ConfigError, match="holds other things .thesis.tex."):
         run_on_mesh(config(tmp_path / "strange"))
+
+
+def test_a_model_that_does_not_fit_the_checkpoint_leaves_the_run_as_it_was(run_on_mesh, tmp_path):
+    run = config(tmp_path / "run", num_steps=1)
+    run_on_mesh(run)
+    other = dataclasses.replace(run, model=dataclasses.replace(run.model, mlp_dim=128), num_steps=2)
+    with pytest.raises(CheckpointError, match="holds another model"):
+        run_on_mesh(other, accept_config_change=True)
+    assert run_on_mesh(run).step == 1
+
+
+def test_a_stop_after_the_last_step_is_handed_on(run_on_mesh, tmp_path, monkeypatch):
+    run = config(tmp_path / "run", num_steps=2)
+    stop_after(monkeypatch, 2, signal.SIGTERM)
+    result = run_on_mesh(run)
+    assert (result.step, result.late_stop) == (2, 143)
+    assert run_on_mesh(run).late_stop == 0
+
+
+def test_what_a_killed_process_left_is_no_stranger(run_on_mesh, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.partial").write_text("{")
+    assert run_on_mesh(config(tmp_path / "run", num_steps=1)).step == 1
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file: give another --output-dir"):
+        run_on_mesh(config(tmp_path / "file"))
 
 
 def test_another_configuration_is_refused_with_the_difference(run_on_mesh, tmp_path):
