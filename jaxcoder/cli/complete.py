@@ -156,9 +156,11 @@ def _load(args: argparse.Namespace) -> "TextGenerator":
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     on_cpu = jax.default_backend() == "cpu"  # where XLA computes bfloat16 by way of float32, at half the speed
     compute = ComputeConfig(dtype=args.dtype or ("float32" if on_cpu else "bfloat16"))
-    model, config, own = load_model(args.model, compute=compute, step=args.step)
+    model, config, own = load_model(args.model, compute=compute, step=args.step, warn=_warn)
     shape = f"{config.num_layers} layers of {config.embed_dim}, context {config.max_seq_len}, {compute.dtype}"
     _status(f"{args.model}: {shape}")
+    if tokenizer and own and tokenizer.fingerprint != own.fingerprint:
+        _warn(f"{args.tokenizer} is not the tokenizer that lies beside the model: the answer may be nonsense.")
     return TextGenerator(model, tokenizer or own, spm=args.spm, truncate=args.truncate)
 
 
@@ -193,6 +195,10 @@ def _print_all(args: argparse.Namespace, generator: "TextGenerator", prompt: "Pr
         else:
             print(f"--- sample {sample} ---\n{completion.text}")
     return completions
+
+
+def _warn(message: str) -> None:
+    _status(f"warning: {message}")
 
 
 def _status(message: str) -> None:

@@ -16,24 +16,43 @@ and for training on.
 
 import argparse
 
+_TO_EPILOG = """\
+  jaxcoder convert to-hf runs/quickstart exported            the newest checkpoint of a run
+  jaxcoder convert to-hf runs/quickstart exported --overwrite --max-shard-gb 2
+"""
+
+_FROM_EPILOG = """\
+  jaxcoder convert from-hf exported imported                 safetensors, sharded or not, or pytorch_model.bin
+  jaxcoder convert from-hf bigcode/tiny_starcoder_py imported
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `convert to-hf` and `convert from-hf`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{to-hf,from-hf}", required=True)
-    to = verbs.add_parser("to-hf", help="a checkpoint of ours -> a directory that transformers opens")
-    to.add_argument("source", help="a run's directory, its checkpoints, or one step")
-    to.add_argument("destination", help="directory to write; new or empty")
-    to.add_argument("--step", type=int, help="which step of a run (default: the newest whole one)")
-    to.add_argument("--max-shard-gb", type=float, default=5.0, help="largest file of weights (default: %(default)s)")
-    from_ = verbs.add_parser("from-hf", help="such a directory, or a model of the hub -> a checkpoint of ours")
-    from_.add_argument("source", help="a directory with config.json and weights, or a hub id such as bigcode/starcoder")
-    from_.add_argument("destination", help="directory to write; new or empty")
+    to = verbs.add_parser("to-hf", help="a checkpoint of ours -> a directory that transformers opens", epilog=_TO_EPILOG)
+    to.add_argument("source", metavar="SOURCE", help="a run's directory, its checkpoints, or one step")
+    to.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
+    to.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest whole one)")
+    to.add_argument(
+        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file of weights (default: %(default)s)"
+    )
+    from_ = verbs.add_parser(
+        "from-hf", help="such a directory, or a model of the hub -> a checkpoint of ours", epilog=_FROM_EPILOG
+    )
+    from_.add_argument(
+        "source", metavar="SOURCE", help="a directory with config.json and weights, or a hub id: bigcode/starcoder"
+    )
+    from_.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
     for verb in (to, from_):
         verb.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
 
 
 def run(args: argparse.Namespace) -> int | None:
     """Carry out the verb."""
+    from jaxcoder import runtime
+
+    runtime.initialize(debug=args.debug)
     return _to_hf(args) if args.verb == "to-hf" else _from_hf(args)
 
 

@@ -147,7 +147,7 @@ def _import_file(path: str) -> ModuleType:
     sys.modules[module_name] = module  # dataclasses in the file look their module up here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ConfigError(f"{path} fails when imported: {_said(error)}. `--debug` shows where.") from error
     return module
@@ -159,7 +159,7 @@ def _call(function: RunFunction, name: str) -> RunConfig:
         raise ConfigError(f"the run {name} needs the arguments {', '.join(required)}: give each of them a default.")
     try:
         config = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"the run {name} fails: {_said(error)}. `--debug` shows where.") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"the run {name} returns {type(config).__name__}: it has to return a RunConfig.")
@@ -169,7 +169,7 @@ def _call(function: RunFunction, name: str) -> RunConfig:
     return config
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """The error in a line; a misspelt field of a dataclass gets the nearest one suggested."""
     text = f"{type(error).__name__}: {error}"
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))

@@ -39,6 +39,8 @@ def load_model(
     path = Path(path)
     compute = compute or ComputeConfig()
     if is_hf_directory(path):
+        if step is not None:
+            raise CheckpointError(f"{path} is one model in PyTorch format and has no step {step}: leave the step out.")
         weights = open_hf_weights(path)
         return _from_hf(weights, compute, mesh), weights.config, _tokenizer(path)
     if is_checkpoint(path):

@@ -28,7 +28,7 @@ def complete(loaded, monkeypatch, capsys):
     """Runs the verb on a tiny model; gives (exit code, standard output, standard error)."""
     import jaxcoder.inference.load
 
-    monkeypatch.setattr(jaxcoder.inference.load, "load_model", lambda path, *, compute, step: loaded)
+    monkeypatch.setattr(jaxcoder.inference.load, "load_model", lambda path, *, compute, step, warn: loaded)
 
     def run(*arguments, stdin=b""):
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
@@ -79,7 +79,7 @@ def test_text_from_files_is_exact(complete, tmp_path, loaded):
         (["--prefix", "a", "--top-p", "0.5"], "no effect without a temperature"),
         (["--prefix", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prefix", "a", "--temperature", "-1"], "temperature -1.0"),
-        (["--prefix", "a", "--temperature", "hot"], "invalid float"),
+        (["--prefix", "a", "--temperature", "hot"], "--temperature is 'hot', but has to be a number"),
         (["--prefix", "a", "--seed", "-1"], "seed -1"),
         (["--prefix", "a", "--step", "-1"], "--step is -1"),
         (["--prefix", "a", "--dtype", "float16"], "cannot be 'float16'"),
@@ -92,6 +92,15 @@ def test_what_cannot_be_done_is_one_sentence(complete, arguments, message):
     code, out, error = complete(*arguments)
     assert code == 2 and out == "" and "Traceback" not in error
     assert message in error.splitlines()[-1]
+
+
+def test_a_tokenizer_of_another_model_is_warned_of(complete, tmp_path, loaded):
+    options = ("--prefix", "a", "--max-new-tokens", "2", "--tokenizer", str(tmp_path))
+    loaded[2].save(tmp_path)
+    assert "warning" not in complete(*options)[2]
+    train_tokenizer(["something else altogether"], 280).save(tmp_path)
+    code, _, status = complete(*options)
+    assert code == 0 and f"warning: {tmp_path} is not the tokenizer that lies beside the model" in status
 
 
 def test_a_prompt_that_is_too_long_may_be_cut(complete):

@@ -92,6 +92,8 @@ TWO = FILE + "def tiny() -> RunConfig:\n    return small()\n"
         ("x = 1", "", "has 0 functions.*write one"),
         ("def run(", "", "fails when imported: SyntaxError"),
         ("import nothing_of_this_name", "", "fails when imported: ModuleNotFoundError"),
+        ("raise SystemExit(3)", "", "fails when imported: SystemExit: 3"),
+        ("def run(): exit(4)", "", "fails: SystemExit: 4"),
         ("def run(): return 1", "", "returns int: it has to return a RunConfig"),
         ("def run(): raise KeyError('k')", "", "fails: KeyError"),
         (FILE.replace("mlp_dim", "mlp_dims"), "", r"argument 'mlp_dims' \(did you mean 'mlp_dim'\?\)"),

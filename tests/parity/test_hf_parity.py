@@ -18,6 +18,7 @@ from jaxcoder.config import ComputeConfig, MeshConfig
 from jaxcoder.convert.from_hf import from_hf
 from jaxcoder.convert.hf_names import entries, to_theirs
 from jaxcoder.convert.to_hf import to_hf
+from jaxcoder.errors import CheckpointError
 from jaxcoder.inference.load import load_model
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.sharding.mesh import make_mesh
@@ -165,6 +166,11 @@ def test_long_positions():
     rows = outputs["rows"]
     assert_close(logits[rows], outputs["logits"].reshape(len(rows), -1))
     np.testing.assert_array_equal(np.asarray(logits).argmax(-1), outputs["argmax_all"].reshape(-1))
+
+
+def test_a_directory_in_pytorch_format_has_no_steps():
+    with pytest.raises(CheckpointError, match="is one model in PyTorch format and has no step 3"):
+        load_model(GOLDEN / "mqa", step=3)
 
 
 @pytest.mark.parametrize("case", GOLDENS)
