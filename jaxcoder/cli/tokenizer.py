@@ -1,10 +1,11 @@
-"""train a tokenizer, or try one
+"""train a tokenizer, try one, or compare some on a corpus
 
 A tokenizer is trained on documents: the files that `jaxcoder corpus gather` writes, or any parquet or .jsonl file with
 a column `content`. It is a byte-level BPE like StarCoder's, saved in files that `transformers` and others open too.
 
   jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 8192
   jaxcoder tokenizer show tokenizer --text "def f(x): return x + 12"
+  jaxcoder tokenizer report corpus/held_out.parquet --tokenizer tokenizer --output report.png
 """
 
 import argparse
@@ -27,6 +28,16 @@ Text that spells a special token is encoded as ordinary text; special tokens ent
   jaxcoder tokenizer show tokenizer --text "x = 12"
 """
 
+_REPORT_EPILOG = """\
+Bytes per token by language, ids that the corpus never uses, the longest tokens, and the share of tokens that are only
+digits or only whitespace. --tokenizer takes any tokenizer.json, also of other kinds than ours, and can be given several
+times. "exact" is the share of the text that decodes to what it was: a tokenizer that loses text looks shorter than it
+is. Of more text than --max-megabytes an even sample of whole documents is measured, always the same one.
+
+  jaxcoder tokenizer report corpus/held_out.parquet --tokenizer tokenizer --tokenizer other/tokenizer.json \\
+      --output report.png --output report.json
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -40,10 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = verbs.add_parser("show", help="what a tokenizer is, and how it cuts a text", epilog=_SHOW_EPILOG)
     show.add_argument("tokenizer", type=Path, help="directory or tokenizer.json")
     show.add_argument("--text", help="text to encode")
+    report = verbs.add_parser("report", help="what tokenizers make of a corpus", epilog=_REPORT_EPILOG)
+    report.add_argument("documents", nargs="+", help="parquet or .jsonl files, or directories of them")
+    report.add_argument("--tokenizer", action="append", required=True, help="tokenizer.json or its directory; repeatable")
+    report.add_argument("--output", action="append", default=[], metavar="FILE", help="a .png or .json file; repeatable")
+    report.add_argument("--max-megabytes", type=float, default=64.0, help="text to measure (default: %(default)s)")
+    report.add_argument("--seed", type=int, default=0, help="of the sample of larger corpora (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int | None:
-    return _train(args) if args.verb == "train" else _show(args)
+    return {"train": _train, "show": _show, "report": _report}[args.verb](args)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -76,3 +93,80 @@ def _show(args: argparse.Namespace) -> None:
     if args.text is not None:
         for id_ in tokenizer.encode(args.text):
             print(f"{id_:>7}  {tokenizer.decode_bytes([id_])!r}".replace("  b", "  ", 1))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from jaxcoder.errors import ConfigError
+    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.tokenizer.report import check_output, tokenizer_report
+
+    if not 0 < args.max_megabytes < float("inf"):
+        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")
+    for output in args.output:
+        check_output(output)
+    report = tokenizer_report(
+        args.documents,
+        args.tokenizer,
+        max_bytes=int(args.max_megabytes * 1e6),
+        seed=args.seed,
+        progress=ConsoleProgress(),
+    )
+    print(_report_text(report))
+    for output in args.output:
+        report.write(output)
+        print(f"Wrote {output}")
+
+
+def _report_text(report, most_languages: int = 20) -> str:
+    """The report for a terminal: two tables, and the longest tokens."""
+    from jaxcoder.observability.console import format_table
+
+    sample, measured = report.sample, report.measured
+    everything = sample.num_documents == sample.corpus_documents or sample.num_bytes == sample.corpus_bytes
+    said = "all of it" if everything else f"a sample of {sample.corpus_bytes / 1e6:,.1f} MB, seed {sample.seed}"
+    languages = report.languages()
+    rows = [
+        [language, measured[0].languages[language][1] / 1e6, *(report.bytes_per_token(m, language) for m in measured)]
+        for language in languages[:most_languages]
+    ]
+    rows.append(["all", sample.num_bytes / 1e6, *(report.bytes_per_token(m) for m in measured)])
+    left_out = len(languages) - most_languages
+    totals = [
+        [
+            m.name,
+            m.vocab_size,
+            m.num_tokens,
+            f"{len(m.unused):,} ({len(m.unused) / max(len(m.tokens), 1):.1%})",
+            *(f"{m.share(kind)[0]:.1%} ({m.share(kind)[1]:.1%})" for kind in ("digits", "whitespace")),
+            f"{m.exact_bytes / max(m.num_bytes, 1):.2%}",
+        ]
+        for m in measured
+    ]
+    longest = [
+        f"{m.name}: " + "  ".join(f"{_compact(token)} ({uses:,})" for _, token, uses in m.longest(8)) for m in measured
+    ]
+    return "\n".join(
+        [
+            f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents ({said})",
+            "",
+            "Bytes per token" + (f", {left_out} smaller languages not shown" if left_out > 0 else ""),
+            format_table(["language", "MB", *(m.name for m in measured)], rows),
+            "",
+            "Share of tokens (of bytes) that are only digits, only whitespace",
+            format_table(["tokenizer", "ids", "tokens", "unused", "digits", "whitespace", "exact"], totals),
+            "",
+            "Longest tokens (uses)",
+            *longest,
+        ]
+    )
+
+
+def _compact(token: bytes) -> str:
+    """A token as a Python string, in which runs of one character are counted: '\\n' ' '*48."""
+    import re
+
+    text = token.decode(errors="replace")
+    return " ".join(
+        f"{run[1]!r}*{len(run[0])}" if run[1] else repr(run[0])
+        for run in re.finditer(r"(.)\1{5,}|(?:(?!(.)\2{5,}).)+", text, re.DOTALL)
+    )

@@ -1,0 +1,358 @@
+"""What tokenizers make of a corpus: bytes per token by language, ids never used, digits, whitespace, longest tokens.
+
+Tokenizers of any kind can be put side by side: ours, and whatever else the `tokenizers` library opens. Only ordinary
+text is measured; what stands between two special parts of a document is encoded for itself, and specials are not
+counted. Larger corpora are sampled: of all documents, those with the smallest hash of (seed, number), whole, as many as
+fit under the cap. The numbers depend on the documents, the tokenizers, the cap and the seed alone.
+"""
+
+import hashlib
+import heapq
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.protocols import SILENT, Progress
+from jaxcoder.tokenizer.atomic import replacing, write_text
+from jaxcoder.tokenizer.document import Document, well_formed
+from jaxcoder.tokenizer.document_files import Paths, read_documents
+from jaxcoder.tokenizer.encoders import tokenizers_encoder
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+DEFAULT_SAMPLE_BYTES = 64 << 20
+NUM_LONGEST = 12
+_BATCH_BYTES = 1 << 20
+
+
+@dataclass
+class Sample:
+    """The texts that are measured, by language, and how much of the corpus they are. Bytes are of UTF-8 text."""
+
+    texts: list[tuple[str, str]]
+    """(language, text), in the order of the corpus."""
+    num_bytes: int
+    num_documents: int
+    corpus_bytes: int
+    corpus_documents: int
+    seed: int
+
+
+@dataclass
+class Measured:
+    """One tokenizer on the sample. Tokens and bytes by language are `languages[language] == (tokens, bytes)`."""
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    encoder: str
+    counts: np.ndarray
+    """int64 [vocab_size], how often each id is used."""
+    tokens: dict[int, bytes]
+    """Ordinary ids and their bytes."""
+    languages: dict[str, tuple[int, int]] = field(default_factory=dict)
+    exact_bytes: int = 0
+    """Bytes of the texts that decode to exactly what they were."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(num_bytes for _, num_bytes in self.languages.values())
+
+    @property
+    def unused(self) -> list[int]:
+        """Ordinary ids that the sample never uses."""
+        return [id_ for id_ in sorted(self.tokens) if not self.counts[id_]]
+
+    def longest(self, most: int = NUM_LONGEST) -> list[tuple[int, bytes, int]]:
+        """(id, bytes, uses) of the ordinary tokens with most bytes, the longest first."""
+        ids = sorted(self.tokens, key=lambda id_: (-len(self.tokens[id_]), id_))[:most]
+        return [(id_, self.tokens[id_], int(self.counts[id_])) for id_ in ids]
+
+    def share(self, kind: str) -> tuple[float, float]:
+        """Share of tokens, and of their bytes, that are "digits" (besides blanks) or "whitespace" only."""
+        chosen = [id_ for id_, token in self.tokens.items() if kind_of(token) == kind]
+        sizes = np.zeros(self.vocab_size, np.int64)
+        sizes[list(self.tokens)] = [len(token) for token in self.tokens.values()]
+        used = self.counts[chosen]
+        all_bytes = int((self.counts * sizes).sum())
+        return _ratio(int(used.sum()), self.num_tokens), _ratio(int((used * sizes[chosen]).sum()), all_bytes)
+
+
+def kind_of(token: bytes) -> str:
+    """ "whitespace", "digits" (perhaps with blanks around them), or "other"."""
+    text = token.decode(errors="replace")
+    if not text.strip():
+        return "whitespace" if text else "other"
+    return "digits" if text.strip().isdecimal() else "other"
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+# Any tokenizer --------------------------------------------------------------------------------------------------------
+
+
+class OtherTokenizer:
+    """A tokenizer.json of another kind (WordPiece, Unigram, SentencePiece's BPE), as far as a report needs it."""
+
+    def __init__(self, content: bytes):
+        """Raises whatever `tokenizers` raises for a file that it cannot load."""
+        import tokenizers
+
+        self._backend = tokenizers.Tokenizer.from_str(content.decode())
+        self.encode = tokenizers_encoder(self._backend)
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        self.encoder_name = f"tokenizers ({json.loads(content)['model'].get('type', 'unknown')})"
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.special_ids = {id_ for id_, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self.vocab_size = max(vocab.values()) + 1
+        self.tokens = {id_: _plain(token) for token, id_ in vocab.items() if id_ not in self.special_ids}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+
+def _plain(token: str) -> bytes:
+    """The bytes that a token most likely stands for: SentencePiece's blank and bytes, WordPiece's continuation."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.removeprefix("##").replace("\u2581", " ").encode(errors="replace")
+
+
+def load_any(path: str | os.PathLike) -> Tokenizer | OtherTokenizer:
+    """Any tokenizer.json, or the directory that holds one. DataError if `tokenizers` cannot open it either."""
+    try:
+        return Tokenizer.load(path)
+    except DataError as refused:
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise
+        try:
+            return OtherTokenizer(file.read_bytes())
+        except Exception:  # the library raises bare Exception; what was wrong has been said already
+            raise refused from None
+
+
+def _tokens_of(tokenizer: Tokenizer | OtherTokenizer) -> dict[int, bytes]:
+    if isinstance(tokenizer, OtherTokenizer):
+        return tokenizer.tokens
+    ids = np.flatnonzero(tokenizer.valid_ids(tokenizer.vocab_size)).tolist()
+    return {id_: tokenizer.decode_bytes([id_]) for id_ in ids if not tokenizer.is_special(id_)}
+
+
+def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """The name of each tokenizer's directory, or as much of its path as tells it from the others."""
+    parts = [[part for part in os.fspath(path).split("/") if part] or ["."] for path in paths]
+    parts = [names[:-1] if names[-1] == "tokenizer.json" and len(names) > 1 else names for names in parts]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        short = ["/".join(names[-length:]) for names in parts]
+        if len(set(short)) == len(short):
+            return short
+    return ["/".join(names) for names in parts]
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def take_sample(
+    paths: Paths, *, max_bytes: int = DEFAULT_SAMPLE_BYTES, seed: int = 0, progress: Progress = SILENT
+) -> Sample:
+    """Documents of at most `max_bytes` of text; if no whole one fits, the beginning of one. Reads the corpus once.
+
+    Raises ConfigError for a cap below 1, DataError like `read_documents` or if there is no text.
+    """
+    if max_bytes < 1:
+        raise ConfigError(f"A sample of {max_bytes} bytes holds no text: allow more.")
+    progress.start("Reading documents", None, "documents")
+    taken: list[tuple[int, int, str, list[str]]] = []  # a heap, the largest hash first
+    total = corpus_bytes = corpus_documents = 0
+    limit = 1 << 64
+    for number, document in enumerate(read_documents(paths)):
+        texts = _texts(document)
+        size = sum(map(_size, texts))
+        corpus_bytes += size
+        corpus_documents += 1
+        digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+        key = int.from_bytes(digest)
+        if size and key < limit:
+            heapq.heappush(taken, (-key, number, document.lang or "(none)", texts))
+            total += size
+        while total > max_bytes and len(taken) > 1:
+            largest, _, _, dropped = heapq.heappop(taken)
+            total -= sum(map(_size, dropped))
+            limit = -largest  # nothing behind what was dropped, or small documents would be favoured
+        progress.advance(1, f"{corpus_bytes / 1e6:,.0f} MB")
+    if not taken:
+        raise DataError("There is no text to report on: give documents that are not empty.")
+    rows = [(lang, text) for _, _, lang, texts in sorted(taken, key=lambda entry: entry[1]) for text in texts]
+    if total > max_bytes:  # a single document
+        rows = list(_beginning(rows, max_bytes))
+    num_bytes = sum(_size(text) for _, text in rows)
+    progress.finish(f"{num_bytes / 1e6:,.1f} of {corpus_bytes / 1e6:,.1f} MB of text taken")
+    return Sample(rows, num_bytes, len(taken), corpus_bytes, corpus_documents, seed)
+
+
+def _texts(document: Document) -> list[str]:
+    """The ordinary texts of a document, one for each stretch between special parts."""
+    stretches = itertools.groupby(document.parts, key=lambda part: part.special is None)
+    texts = [well_formed("".join(part.text for part in parts)) for is_text, parts in stretches if is_text]
+    return [text for text in texts if text]
+
+
+def _beginning(rows: Iterable[tuple[str, str]], max_bytes: int) -> Iterator[tuple[str, str]]:
+    for lang, text in rows:
+        text = text.encode()[:max_bytes].decode(errors="ignore")
+        max_bytes -= _size(text)
+        if text:
+            yield lang, text
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def measure(
+    tokenizer: Tokenizer | OtherTokenizer, sample: Sample, *, name: str, progress: Progress = SILENT
+) -> Measured:
+    """Encode and decode the sample with one tokenizer, on all cores."""
+    result = Measured(
+        name,
+        tokenizer.fingerprint,
+        tokenizer.vocab_size,
+        tokenizer.encoder_name,
+        np.zeros(tokenizer.vocab_size, np.int64),
+        _tokens_of(tokenizer),
+    )
+
+    def encode(row: tuple[str, str]) -> tuple[str, int, bool, np.ndarray]:
+        ids = tokenizer.encode(row[1])
+        return row[0], _size(row[1]), tokenizer.decode(ids) == row[1], np.array(ids, np.int64)
+
+    progress.start(f"Encoding with {name}", sample.num_bytes, "bytes")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # both libraries let go of the interpreter
+        for batch in _batches(sample.texts):
+            rows = list(pool.map(encode, batch))
+            for language, size, is_exact, ids in rows:
+                tokens, num_bytes = result.languages.get(language, (0, 0))
+                result.languages[language] = tokens + len(ids), num_bytes + size
+                result.exact_bytes += size * is_exact
+            result.counts += np.bincount(np.concatenate([row[3] for row in rows]), minlength=tokenizer.vocab_size)
+            progress.advance(sum(row[1] for row in rows))
+    progress.finish(f"{result.num_tokens:,} tokens, {_ratio(result.num_bytes, result.num_tokens):.3f} bytes each")
+    return result
+
+
+def _batches(texts: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for row in texts:
+        batch.append(row)
+        size += len(row[1])
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# The report -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TokenizerReport:
+    """Tokenizers side by side on one sample."""
+
+    sample: Sample
+    measured: list[Measured]
+
+    def languages(self) -> list[str]:
+        """Languages, the one with most bytes first."""
+        sizes = {language: num_bytes for language, (_, num_bytes) in self.measured[0].languages.items()}
+        return sorted(sizes, key=lambda language: (-sizes[language], language))
+
+    def bytes_per_token(self, measured: Measured, language: str | None = None) -> float:
+        """Of one language, or of the whole sample; 0 where no tokens are (a tokenizer may drop text)."""
+        tokens, num_bytes = (
+            (measured.num_tokens, measured.num_bytes) if language is None else measured.languages[language]
+        )
+        return _ratio(num_bytes, tokens)
+
+    def as_json(self) -> dict:
+        """Everything, in JSON values; tokens as text, in which bytes that are no character are U+FFFD."""
+        sample = {key: value for key, value in vars(self.sample).items() if key != "texts"}
+        return {"sample": sample, "tokenizers": [self._one(measured) for measured in self.measured]}
+
+    def _one(self, measured: Measured) -> dict:
+        unused = measured.unused
+        languages = {
+            language: {
+                "tokens": measured.languages[language][0],
+                "bytes": measured.languages[language][1],
+                "bytes_per_token": self.bytes_per_token(measured, language),
+            }
+            for language in self.languages()
+        }
+        kinds = {kind: dict(zip(("tokens", "bytes"), measured.share(kind))) for kind in ("digits", "whitespace")}
+        return {
+            "name": measured.name,
+            "fingerprint": measured.fingerprint,
+            "encoder": measured.encoder,
+            "vocab_size": measured.vocab_size,
+            "tokens": measured.num_tokens,
+            "bytes_per_token": self.bytes_per_token(measured),
+            "exact_share_of_bytes": _ratio(measured.exact_bytes, measured.num_bytes),
+            "share": kinds,
+            "num_unused": len(unused),
+            "unused_share": _ratio(len(unused), len(measured.tokens)),
+            "unused_ids": unused,
+            "longest_tokens": [
+                {"id": id_, "text": token.decode(errors="replace"), "bytes": len(token), "uses": uses}
+                for id_, token, uses in measured.longest()
+            ],
+            "languages": languages,
+        }
+
+    def write(self, path: str | os.PathLike) -> None:
+        """Write a .json or a .png file, atomically. ConfigError for another suffix, DataError if the disk refuses."""
+        path = check_output(path)
+        if path.suffix == ".json":
+            write_text(path, json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n")
+            return
+        from jaxcoder.tokenizer.report_picture import draw_report
+
+        figure = draw_report(self)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png")
+
+
+def check_output(path: str | os.PathLike) -> Path:
+    """The path, if a report can be written under such a name: known before the work is done."""
+    path = Path(path)
+    if path.suffix not in (".json", ".png"):
+        raise ConfigError(f"Cannot write a report to {path}: name a file that ends in .json or .png.")
+    return path
+
+
+def tokenizer_report(
+    documents: Paths,
+    tokenizers: Sequence[str | os.PathLike],
+    *,
+    max_bytes: int = DEFAULT_SAMPLE_BYTES,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> TokenizerReport:
+    """Measure tokenizers (paths of any tokenizer.json) on documents. Raises DataError for what cannot be read."""
+    loaded = [load_any(path) for path in tokenizers]
+    sample = take_sample(documents, max_bytes=max_bytes, seed=seed, progress=progress)
+    pairs = zip(loaded, short_names(tokenizers), strict=True)
+    return TokenizerReport(sample, [measure(each, sample, name=name, progress=progress) for each, name in pairs])
