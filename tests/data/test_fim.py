@@ -208,7 +208,7 @@ def test_too_long_is_cut_at_the_right(tokenizer):
 @pytest.mark.parametrize("fim_rate, spm_rate", [(0.5, 0.5), (0.9, 0.25), (0.1, 0.8)])
 def test_rates_are_within_their_bounds(tokenizer, fim_rate, spm_rate):
     text = "some text " * 20
-    number, samples, marks = 30, 60, tokenizer.fim
+    number, samples, marks = 30, 300, tokenizer.fim
     window = [*[*tokenizer.encode(text), tokenizer.eos_id] * number, *[tokenizer.eos_id] * (number * 40)]
     counts = {"plain": 0, "PSM": 0, "SPM": 0}
     for sample in range(samples):
