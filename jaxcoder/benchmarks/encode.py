@@ -12,7 +12,7 @@ from jaxcoder.errors import DataError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="directory or tokenizer.json; by default one is trained on the code")
     parser.add_argument("--code-megabytes", type=float, default=40.0, help="code to read (default %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=49152, help="of the one that is trained (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=49152, help="of a tokenizer trained here (default %(default)s)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="of it to encode (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
 
@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> Report:
                 f"{tokenizer.encoder_name} and tokenizers give other ids for a text that begins {text[:40]!r}: do not "
                 "build a store with this tokenizer, and report it."
             )
-    ours, theirs, batched = f"jaxcoder ({tokenizer.encoder_name})", "tokenizers, encode", "tokenizers, encode_batch_fast"
+    ours = f"jaxcoder ({tokenizer.encoder_name})"
+    theirs, batched = "tokenizers, encode", "tokenizers, encode_batch_fast"
     contestants = {
         ours: lambda: [tokenizer.encode(text) for text in texts],
         theirs: lambda: [reference(text) for text in texts],

@@ -15,6 +15,8 @@ from conftest import hostile_document
 from jaxcoder.config import DataConfig, ModelConfig, RunConfig
 from jaxcoder.config.variant import SWITCHES, with_variant
 from jaxcoder.data.fim import Fim
+from jaxcoder.data.loader import batches
+from jaxcoder.data.stream import SampleStream
 
 MODEL = ModelConfig(num_layers=1, embed_dim=4, num_heads=2, head_dim=2, mlp_dim=8)
 RUN = RunConfig(name="x", model=MODEL, num_steps=1, global_batch_size=1)
@@ -181,3 +183,14 @@ def test_transform_empty_tail_alone(tokenizer):
     assert [id_ for id_ in behind if id_ != marks.pad] == [marks.prefix, marks.suffix, marks.middle]
     without = Fim(tokenizer, dataclasses.replace(spare, fim_transform_empty_tail=False))(window, seed=3, sample=0)
     assert set(without.tolist()[result.index(end) + 1 :]) == {marks.pad}
+
+
+def test_pad_in_loss_reaches_the_batches(store, tokenizer):
+    """Windows of empty documents only become padding when they are dropped."""
+    rules = dataclasses.replace(AS_TRAINED, fim_rate=1.0)
+    for config, counted in ((rules, True), (dataclasses.replace(rules, pad_in_loss=False), False)):
+        stream = SampleStream(store, tokenizer, config, seq_len=48, seed=3)
+        with batches(stream, global_batch_size=64, first_sample=0) as source:
+            batch = next(source)
+        padded = batch.targets[:, -1] == tokenizer.fim.pad
+        assert padded.any() and (batch.loss_mask[padded, -1] == counted).all() and batch.loss_mask[~padded].all()
