@@ -27,6 +27,7 @@ def test_step_by_step(tmp_path):
         assert finished.returncode == 0, finished.stdout + finished.stderr
 
     run(block("## The same, step by step", "bash"), "sh", "-ec")
+    run(block("**Token store.**", "bash"), "sh", "-ec")
     run(block("**Completion.**", "python"), sys.executable, "-c")
     run("jaxcoder train smoke --data synthetic", "sh", "-ec")
     assert "jaxcoder train smoke --data synthetic" in README
