@@ -260,7 +260,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # By name, so that JAX need not be imported to ask.
     if type(error).__name__ not in ("XlaRuntimeError", "JaxRuntimeError") or is_disk_full(error):
         return False
-    return re.search("RESOURCE_EXHAUSTED|out of memory", str(error)) is not None
+    return re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE) is not None
 
 
 def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> JaxcoderError:

@@ -216,6 +216,8 @@ def test_out_of_memory_is_told_from_a_full_disk():
     assert runtime.is_out_of_memory(MemoryError()) and runtime.is_out_of_memory(OUT_OF_MEMORY)
     assert not runtime.is_out_of_memory(JaxRuntimeError(str(DISK_FULL)))
     assert not runtime.is_out_of_memory(JaxRuntimeError("INVALID_ARGUMENT: shapes"))
+    cpu = JaxRuntimeError("INTERNAL: Error dispatching computation: Out of memory allocating 115259476804 bytes.")
+    assert runtime.is_out_of_memory(cpu)
     assert not runtime.is_out_of_memory(ValueError("out of memory"))
     assert runtime.is_disk_full(DISK_FULL) and not runtime.is_disk_full(OUT_OF_MEMORY)
 

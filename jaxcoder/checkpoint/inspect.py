@@ -38,6 +38,8 @@ def choose(path: epath.PathLike, step: int | None = None) -> epath.Path:
         return path
     steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     finished = [found for found in steps_in(steps) if has_manifest(steps / str(found))]
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist: give a run's directory or one step.")
     if not finished:
         hint = "; for a directory in PyTorch format read its config.json" if (path / "config.json").exists() else ""
         raise CheckpointError(f"{path} holds no finished checkpoint: give a run's directory or one step{hint}.")

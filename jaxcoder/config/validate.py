@@ -63,8 +63,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
     for name in positive:
         if values[name] is not None and values[name] <= 0:
             yield f"{name} is {values[name]}: it has to be larger than 0."
-    if config.seed < 0:
-        yield f"seed is {config.seed}: it has to be 0 or larger."
+    if not 0 <= config.seed < 2**63:
+        yield f"seed is {config.seed}: it has to be from 0 to 2**63 - 1."
     if not config.name:
         yield 'name is "": give the run a name; its default output directory is runs/<name>.'
 

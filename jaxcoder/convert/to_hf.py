@@ -21,6 +21,7 @@ from jaxcoder.convert.hf_config import hf_config
 from jaxcoder.convert.hf_names import Entry, entries, shape, to_theirs
 from jaxcoder.convert.output import whole_directory
 from jaxcoder.convert.safetensors import write_safetensors
+from jaxcoder.errors import ConversionError
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
@@ -55,6 +56,8 @@ def to_hf(
     room for and for an output directory that is not empty.
     """
     checkpoint, manifest = open_checkpoint(source, step=step, warn=warn)
+    if Path(directory).resolve() == Path(checkpoint).resolve():
+        raise ConversionError(f"the output directory {directory} is the source itself: choose another one.")
     config = manifest.model
     _check(Path(checkpoint), manifest)
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER) if (checkpoint / TOKENIZER).is_dir() else None

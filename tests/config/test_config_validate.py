@@ -53,6 +53,7 @@ def test_a_good_run_passes(num_devices):
         ("microbatch_size", 4, "microbatch_size 4 is not a multiple of mesh.data x mesh.fsdp (8 devices)"),
         ("microbatch_size", 0, "microbatch_size is 0"),
         ("seed", -1, "seed is -1"),
+        ("seed", 2**63, "seed is 9223372036854775808: it has to be from 0"),
         ("name", "", 'name is ""'),
         ("log_every_steps", 0, "log_every_steps is 0"),
         ("model.num_layers", 0, "model.num_layers is 0"),

@@ -133,7 +133,6 @@ def test_output_directories(tmp_path, convert, monkeypatch):
     before = sorted(path.name for path in out.iterdir())
     with pytest.raises(ConversionError, match="not empty.*--overwrite"):
         convert(source, out)
-    (out / "stale.txt").write_text("")
     convert(source, out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == before
     (tmp_path / "file").write_text("")
@@ -153,6 +152,27 @@ def test_output_directories(tmp_path, convert, monkeypatch):
     assert sorted(path.name for path in out.iterdir()) == before
     assert not (tmp_path / "new").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "out"] + ["run"] * (convert is to_hf)
+
+
+def test_nothing_but_a_converted_model_is_overwritten(tmp_path, monkeypatch, tokenizer):
+    run = make_run(tmp_path / "run", save_tokenizer=tokenizer.save)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for out in (run, run / "checkpoints" / "5", *map(Path, ("thesis", "tokenizer", ".", "thesis/.."))):
+        for convert, source in ((to_hf, run), (from_hf, GOLDEN)):
+            with pytest.raises(ConversionError, match="holds more than a converted model|is the source itself"):
+                convert(source, out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    from_hf(GOLDEN, tmp_path / "ours")
+    with pytest.raises(ConversionError, match="is the source itself"):
+        to_hf(tmp_path / "ours", tmp_path / "ours", overwrite=True)
+    to_hf(tmp_path / "ours", tmp_path / "model")
+    from_hf(GOLDEN, tmp_path / "model", overwrite=True)
+    to_hf(tmp_path / "ours", tmp_path / "model", overwrite=True)
 
 
 def test_from_hf_does_not_overwrite_its_source(tmp_path):
