@@ -1,4 +1,4 @@
-"""look into a checkpoint
+"""Look into a checkpoint.
 
 `inspect` prints what a checkpoint holds: its step, the number of parameters, the run and mesh that it comes from, the
 config, and the table of its arrays with the layers folded together. It reads a few small files and needs no device.
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `checkpoint inspect`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{inspect}", required=True)
     inspect = verbs.add_parser("inspect", help="say what a checkpoint holds, and whether it is undamaged")
-    inspect.add_argument("path", help="a run's directory, its checkpoints, or one step")
-    inspect.add_argument("--step", type=int, help="which step of a run (default: the newest finished one)")
+    inspect.add_argument("path", metavar="PATH", help="a run's directory, its checkpoints, or one step")
+    inspect.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest finished one)")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
 

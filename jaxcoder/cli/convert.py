@@ -1,4 +1,4 @@
-"""PyTorch-format weights out of a checkpoint, or into one
+"""Turn a checkpoint into PyTorch-format weights, or such weights into a checkpoint.
 
 `to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors in fp32,
 generation_config.json and the tokenizer. `from-hf` makes a checkpoint of such a directory, or of a model on the Hugging
@@ -30,7 +30,9 @@ _FROM_EPILOG = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `convert to-hf` and `convert from-hf`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{to-hf,from-hf}", required=True)
-    to = verbs.add_parser("to-hf", help="a checkpoint of ours -> a directory that transformers opens", epilog=_TO_EPILOG)
+    to = verbs.add_parser(
+        "to-hf", help="a checkpoint of ours -> a directory that transformers opens", epilog=_TO_EPILOG
+    )
     to.add_argument("source", metavar="SOURCE", help="a run's directory, its checkpoints, or one step")
     to.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
     to.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest whole one)")

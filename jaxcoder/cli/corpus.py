@@ -1,4 +1,4 @@
-"""source trees into filtered, deduplicated documents
+"""Gather source trees into filtered, deduplicated documents.
 
 Source files are read, filtered by StarCoder's rules, cleared of exact copies, and split by top-level package into
 training and held-out documents. Without --source the code is that of the running Python: its standard library and the
@@ -17,23 +17,36 @@ options always give the same bytes; stopped at any moment, the same command star
 
   jaxcoder corpus gather --source ~/projects --output-dir corpus
 
-Next: jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 8192
+Next: jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 4096
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     gather = verbs.add_parser("gather", help="gather source files into documents", epilog=_GATHER_EPILOG)
-    gather.add_argument("--source", action="append", type=Path, help="directory of code; may be given several times")
-    gather.add_argument("--output-dir", required=True, type=Path, help="where to write; new, empty, or this corpus")
     gather.add_argument(
-        "--language", action="append", help='one of StarCoder\'s languages, or "all"; several times (default: python)'
+        "--source", action="append", type=Path, metavar="DIR", help="directory of code; may be given several times"
     )
     gather.add_argument(
-        "--held-out-fraction", type=float, default=0.05, help="share of the bytes held out (default: %(default)s)"
+        "--output-dir", required=True, type=Path, metavar="DIR", help="where to write; new, empty, or this corpus"
     )
-    gather.add_argument("--max-megabytes", type=float, help="stop at so much text (default: no limit)")
-    gather.add_argument("--seed", type=int, default=0, help="of the choice of held-out packages (default: %(default)s)")
+    gather.add_argument(
+        "--language",
+        action="append",
+        metavar="NAME",
+        help='one of StarCoder\'s languages, or "all"; may be given several times (default: python)',
+    )
+    gather.add_argument(
+        "--held-out-fraction",
+        type=float,
+        default=0.05,
+        metavar="F",
+        help="share of the bytes held out (default: %(default)s)",
+    )
+    gather.add_argument("--max-megabytes", type=float, metavar="MB", help="stop at so much text (default: no limit)")
+    gather.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the choice of held-out packages (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:
