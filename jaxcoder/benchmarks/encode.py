@@ -12,7 +12,7 @@ from jaxcoder.errors import DataError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="directory or tokenizer.json; by default one is trained on the code")
     parser.add_argument("--code-megabytes", type=float, default=40.0, help="code to read (default %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=49152, help="of a tokenizer trained here (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=49152, help="of the one trained here (default %(default)s)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="of it to encode (default %(default)s)")
     parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
 

@@ -19,7 +19,7 @@ _CLEAN_UP_CONTRACTIONS = ("n't", "'m", "'s", "'ve", "'re")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", help="directory or tokenizer.json; by default one is trained on the code")
     parser.add_argument("--code-megabytes", type=float, default=40.0, help="code to read (default %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=49152, help="of a tokenizer trained here (default %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=49152, help="of the one trained here (default %(default)s)")
     parser.add_argument("--windows", type=int, default=64, help="windows to transform (default %(default)s)")
     parser.add_argument("--seq-len", type=int, default=8192, help="a window has one token more (default %(default)s)")
     parser.add_argument("--fim-rate", type=float, default=0.5, help="share of pieces (default %(default)s; try 1)")
