@@ -5,8 +5,8 @@ import argparse
 _EPILOG = """\
 The examples of a registered Mixture or Task become documents, their features joined. Text is encoded with --tokenizer;
 ids are passed through if their vocabulary is this very tokenizer (jaxcoder.data.seqio_tasks.CodeVocabulary) and refused
-otherwise: name the text then, as in --features targets_pretokenized. Every Task is read once, whole; --examples takes so
-many at the Mixture's rates instead. To mix later, import each Task into a store of its own, for data.corpora.
+otherwise: name the text then, as in --features targets_pretokenized. Every Task is read once, whole; --examples takes
+so many at the Mixture's rates instead. To mix later, import each Task into a store of its own, for data.corpora.
 
   jaxcoder data import-seqio my_mixture --module-import my_tasks --tokenizer tokenizer --output-dir store
 
@@ -27,7 +27,7 @@ def add_verb(verbs) -> None:
         "--module-import", action="append", default=[], metavar="MODULE", help="module that registers it; repeatable"
     )
     parser.add_argument(
-        "--features", type=lambda names: names.split(","), help="features to join, in this order (default: inputs,targets)"
+        "--features", type=lambda names: names.split(","), help="features to join, in order (default: inputs,targets)"
     )
     parser.add_argument("--split", default="train", help="split to read (default: %(default)s)")
     parser.add_argument("--tokenizer", help="a tokenizer.json, or its directory; ids bring their own")

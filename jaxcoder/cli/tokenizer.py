@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("--text", help="text to encode")
     report = verbs.add_parser("report", help="what tokenizers make of a corpus", epilog=_REPORT_EPILOG)
     report.add_argument("documents", nargs="+", help="parquet or .jsonl files, or directories of them")
-    report.add_argument("--tokenizer", action="append", required=True, help="tokenizer.json or its directory; repeatable")
-    report.add_argument("--output", action="append", default=[], metavar="FILE", help="a .png or .json file; repeatable")
+    report.add_argument("--tokenizer", action="append", required=True, help="tokenizer.json or directory; repeatable")
+    report.add_argument("--output", action="append", default=[], metavar="FILE", help=".png or .json file; repeatable")
     report.add_argument("--max-megabytes", type=float, default=64.0, help="text to measure (default: %(default)s)")
     report.add_argument("--seed", type=int, default=0, help="of the sample of larger corpora (default: %(default)s)")
 

@@ -1,9 +1,9 @@
 """A seqio Mixture or Task -> token store: `jaxcoder data import-seqio`.
 
-The examples are read in order and become documents in files, a part of about 16 million characters at a time, beside the
-store (`STORE.import/`); from these the store is built as from any documents, and the parts are removed. Features are
-joined in the order in which they are named. Text is encoded when the store is built. Ids are passed through, if their
-vocabulary is this very tokenizer; their end tokens separate documents, as in the store.
+The examples are read in order and become documents in files, a part of about 16 million characters at a time, beside
+the store (`STORE.import/`); from these the store is built as from any documents, and the parts are removed. Features
+are joined in the order in which they are named. Text is encoded when the store is built. Ids are passed through, if
+their vocabulary is this very tokenizer; their end tokens separate documents, as in the store.
 
 Killed at any moment, the same command goes on: finished parts are kept and only their examples read again, because
 tf.data can start nowhere else, and compared by a hash, so that a Task that is not deterministic is found out.
@@ -15,13 +15,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcoder.data import seqio_tasks
 from jaxcoder.data.build import build_store
 from jaxcoder.data.directory import Directory
-from jaxcoder.data.seqio_tasks import CodeVocabulary, Example, Examples
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.protocols import SILENT, Progress
@@ -29,6 +28,9 @@ from jaxcoder.tokenizer.atomic import file_system_errors, write_text
 from jaxcoder.tokenizer.document import Document, Part, well_formed
 from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from jaxcoder.data.seqio_tasks import Example, Examples
 
 RECORD = "import.json"  # what the import was, in the directory of parts first and in the store at the end
 _COMPLETE = "complete.json"
@@ -73,18 +75,24 @@ def import_seqio(
         "tokenizer": tokenizer.fingerprint if tokenizer else None,
         "part_characters": part_characters,
     }
+    work = _work_directory(output, work_dir)
     if RECORD in output.sizes():
         _refuse_other(output.path, json.loads(output.read(RECORD)), record)
+        if (work / _COMPLETE).exists():  # killed at the very end
+            shutil.rmtree(work)
         return TokenStore.open(output.path)
-    parts = _Parts(_work_directory(output, work_dir), record)
+    parts = _Parts(work, record)
     if output.sizes() and not parts.is_complete:
         raise DataError(f"{output.path} is not empty and holds no such import: choose another output directory.")
     if not parts.is_complete:
+        from jaxcoder.data import seqio_tasks  # TensorFlow takes ten seconds: not where all has been read
+
         seqio_tasks.require_seqio(f"Importing {name}")
-        examples = Examples(
+        examples = seqio_tasks.Examples(
             name, modules=modules, features=features, split=split, num_examples=num_examples, seed=seed
         )
         tokenizer = _common_tokenizer(examples, tokenizer)
+        parts.claim()
         _write_parts(examples, tokenizer, separator, parts, part_characters, progress)
         tokenizer.save(parts.directory / "tokenizer")
         parts.complete()
@@ -113,8 +121,10 @@ def _refuse_other(where: object, theirs: dict, ours: dict) -> None:
         raise DataError(f"{where} holds another import ({words}): choose another output directory, or delete that one.")
 
 
-def _common_tokenizer(examples: Examples, tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer of the store: the one given, or that of the ids. DataError if some ids are of another vocabulary."""
+def _common_tokenizer(examples: "Examples", tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of the store: the one given, or that of the ids. DataError if ids are of another vocabulary."""
+    from jaxcoder.data.seqio_tasks import CodeVocabulary
+
     for (feature, task), vocabulary in examples.vocabularies.items():
         is_ours = isinstance(vocabulary, CodeVocabulary)
         if tokenizer is None and is_ours:
@@ -134,7 +144,7 @@ def _common_tokenizer(examples: Examples, tokenizer: Tokenizer | None) -> Tokeni
 # Examples -> documents ------------------------------------------------------------------------------------------------
 
 
-def documents_of(example: Example, tokenizer: Tokenizer, separator: str, number: int) -> list[Document]:
+def documents_of(example: "Example", tokenizer: Tokenizer, separator: str, number: int) -> list[Document]:
     """The documents of one example: one, or as many as end tokens separate; none if it is empty."""
     stretches: list[list[Part]] = [[]]
     for k, value in enumerate(example.values):
@@ -175,17 +185,19 @@ class _Parts:
     """The directory of parts: import.json, part-00000.parquet with part-00000.json behind it, ..., complete.json."""
 
     def __init__(self, directory: Path, record: dict):
-        """Claim the directory for an import. DataError if it holds another one, or anything else."""
+        """DataError if the directory holds parts of another import, or anything else."""
         self.directory = directory
+        self._record = record
         with file_system_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            present = os.listdir(directory)
-        if RECORD in present:
+            present = {name for name in os.listdir(directory) if name[0] != "."} if directory.exists() else set()
+        if RECORD in present and len(present) > 1:
             _refuse_other(directory, json.loads((directory / RECORD).read_text()), record)
-        elif any(not name.startswith(".") for name in present):
+        elif present - {RECORD}:
             raise DataError(f"{directory}, where the parts of the import go, holds something else: give --work-dir.")
-        else:
-            write_text(directory / RECORD, json.dumps(record))
+
+    def claim(self) -> None:
+        """Write down whose parts these will be."""
+        write_text(self.directory / RECORD, json.dumps(self._record))
 
     @property
     def is_complete(self) -> bool:
@@ -215,7 +227,7 @@ class _Parts:
 
 
 def _write_parts(
-    examples: Examples, tokenizer: Tokenizer, separator: str, parts: _Parts, part_characters: int, progress: Progress
+    examples: "Examples", tokenizer: Tokenizer, separator: str, parts: _Parts, part_characters: int, progress: Progress
 ) -> None:
     """Read all examples and write the parts that are not there yet. DataError if there is nothing in them, or if those
     of a finished part are not what they were."""
@@ -255,7 +267,7 @@ def _write_parts(
     progress.finish(f"{num_examples:,} examples, {num_documents:,} documents")
 
 
-def _add_to_hash(digest, example: Example) -> None:
+def _add_to_hash(digest, example: "Example") -> None:
     for value in (example.task, *example.origin.values(), *example.values):
         content = value.encode() if isinstance(value, str) else bytes(value)
         digest.update(len(content).to_bytes(8))

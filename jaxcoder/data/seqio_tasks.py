@@ -3,9 +3,9 @@
 The extra `seqio` brings seqio and TensorFlow, which nothing else here imports; without it this module can be imported,
 and whatever needs it ends in a sentence. It lies off the training path: training reads token stores.
 
-A Task made here has one feature, `targets`, int32 [n]: a document and its end token or, with `seq_len`, a window of that
-many tokens of a store. In Mixtures the examples are windows, as in our own stream, so that a rate means what a weight of
-the run's configuration means: a share of the samples. Fill-in-the-middle is left to the training side.
+A Task made here has one feature, `targets`, int32 [n]: a document and its end token or, with `seq_len`, a window of
+that many tokens of a store. In Mixtures the examples are windows, as in our own stream, so that a rate means what a
+weight of the run's configuration means: a share of the samples. Fill-in-the-middle is left to the training side.
 
 Reference: https://github.com/google/seqio
 """
@@ -50,9 +50,10 @@ class CodeVocabulary(object if _missing else seqio.Vocabulary):
     """A tokenizer as a `seqio.Vocabulary`, with the same ids.
 
     encode, encode_tf: ids of ordinary text without an end token; text that spells a special token stays text.
-    `encode_tf` takes a string [] or [n] (giving int32 [ids] or ragged [n, ids]); bytes that are not UTF-8 become U+FFFD.
-    decode, decode_tf: text up to the first end token, which is not shown; other special tokens as their names. Bytes that
-    are no character become U+FFFD in `decode` and stay bytes in `decode_tf`. An id that no token has is an error.
+    `encode_tf` takes a string [] or [n] (giving int32 [ids] or ragged [n, ids]); bytes that are not UTF-8 become
+    U+FFFD.
+    decode, decode_tf: text up to the first end token, which is not shown; other special tokens as their names. Bytes
+    that are no character become U+FFFD in `decode` and stay bytes in `decode_tf`. An id that no token has is an error.
     eos_id: the end token. bos_id, unk_id: None; any text can be spelled in bytes.
     pad_id: 0, as seqio fills with 0 whatever a vocabulary says. For StarCoder's tokenizers 0 *is* the end token, so
     seqio's feature converters give end tokens, like padding, no weight in the loss. No id is moved to avoid that.
@@ -236,8 +237,8 @@ def add_task(name: str, corpus, *, tokenizer: Tokenizer | None = None, seq_len: 
         source = StoreSource(stores, seq_len)
     elif any(are_stores) or seq_len is not None:
         raise DataError(
-            f"The corpus of the seqio Task {name!r} must be token stores only, or documents only, and windows (seq_len) "
-            f"are made of stores only, but it is {', '.join(map(str, paths.values()))}: build the stores first."
+            f"The corpus of the seqio Task {name!r} must be token stores only, or documents only, and windows "
+            f"(seq_len) are made of stores only, but it is {', '.join(map(str, paths.values()))}: build the stores first."
         )
     elif tokenizer is None:
         raise DataError(f"The seqio Task {name!r} is made of documents: give the tokenizer that is to encode them.")
@@ -273,7 +274,7 @@ def add_mixture(name: str, data: DataConfig, *, seq_len: int, stage: int = 0) ->
             "cap away, or train from the stores."
         )
     if any(weight is not None and weight < 0 for weight in weights):
-        raise ConfigError(f"The mixture {name!r} has the weights {list(weights)}, but a weight is 0 or larger: mend it.")
+        raise ConfigError(f"The mixture {name!r} has the weights {list(weights)}, but a weight is 0 or larger.")
     if taken := {name, *(f"{name}:{i}" for i in range(len(stores)))} & {*_names()}:
         raise ConfigError(f"seqio has a Task or Mixture {min(taken)!r} already: choose another name.")
     tasks = [add_task(f"{name}:{number}", store, seq_len=seq_len) for number, store in enumerate(stores)]
@@ -319,8 +320,8 @@ class Example:
 class Examples:
     """The examples of a registered Mixture or Task, always the same in the same order, off the network.
 
-    Without `num_examples` every Task is read once, whole, one after the other: rates are left to whoever mixes. With it,
-    so many examples are taken at the Mixture's rates, Tasks starting again where they end.
+    Without `num_examples` every Task is read once, whole, one after the other: rates are left to whoever mixes. With
+    it, so many examples are taken at the Mixture's rates, Tasks starting again where they end.
 
     features: the names asked for, or those of inputs and targets that there are.
     vocabularies: of the features that are ids, by feature and Task.
@@ -390,8 +391,8 @@ class Examples:
             try:
                 yield self._example(next(rows[task]), self.tasks[task].name)
             except StopIteration:
-                name = self.tasks[task].name
-                raise DataError(f"The seqio Task {name} has no examples in its split {self.split!r}: leave it out.") from None
+                name = f"{self.tasks[task].name}, split {self.split!r},"
+                raise DataError(f"The seqio Task {name} has no examples: leave it out of the Mixture.") from None
 
     def _dataset(self, task, num_epochs: int | None = 1):
         return task.get_dataset(split=self.split, shuffle=False, seed=self.seed, num_epochs=num_epochs)
@@ -414,7 +415,7 @@ class Examples:
         usual = [name for name in ("inputs", TARGETS) if all(name in spec for spec in specs.values())]
         if not usual:
             has = ", ".join(sorted({name for spec in specs.values() for name in spec}))
-            raise DataError(f"{self.name} has no feature inputs or targets (it has {has}): name others with --features.")
+            raise DataError(f"{self.name} has no inputs or targets (it has {has}): name others with --features.")
         return usual
 
     def _vocabulary(self, feature: str, task, spec: dict):

@@ -22,8 +22,8 @@ def draw_report(report: TokenizerReport):
     _uses(figure.add_subplot(grid[1, 1]), report.measured)
     sample = report.sample
     figure.suptitle(
-        f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents, of {sample.corpus_bytes / 1e6:,.1f} "
-        f"MB in {sample.corpus_documents:,}",
+        f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents, "
+        f"of {sample.corpus_bytes / 1e6:,.1f} MB in {sample.corpus_documents:,}",
         fontsize=10,
     )
     return figure

@@ -1,4 +1,4 @@
-"""The tokenizer report: its numbers against counts made by hand, any kind of tokenizer, and the same bytes every time."""
+"""The tokenizer report: its numbers against counts made by hand, any kind of tokenizer, the same bytes every time."""
 
 import argparse
 import json
@@ -13,7 +13,11 @@ from jaxcoder.tokenizer.document import Document, Part
 from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.report import kind_of, load_any, measure, short_names, take_sample, tokenizer_report
 
-TEXTS = {"python": ["x = 12  \n\n", "é" * 30, "def f(a1):\n    return a1 + 42\n"], "c": ["int main() { return 0; }\n"], "": ["?"]}
+TEXTS = {
+    "python": ["x = 12  \n\n", "é" * 30, "def f(a1):\n    return a1 + 42\n"],
+    "c": ["int main() { return 0; }\n"],
+    "": ["?"],
+}
 
 
 @pytest.fixture
