@@ -1,9 +1,9 @@
-"""train a tokenizer, try one, or compare some on a corpus
+"""Train a tokenizer, try one, or compare some on a corpus.
 
 A tokenizer is trained on documents: the files that `jaxcoder corpus gather` writes, or any parquet or .jsonl file with
 a column `content`. It is a byte-level BPE like StarCoder's, saved in files that `transformers` and others open too.
 
-  jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 8192
+  jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 4096
   jaxcoder tokenizer show tokenizer --text "def f(x): return x + 12"
   jaxcoder tokenizer report corpus/held_out.parquet --tokenizer tokenizer --output report.png
 """
@@ -17,7 +17,7 @@ model does better with fewer: the quickstart takes 4096. More text than 64 MB ha
 inputs an even sample is read, always the same one; --max-megabytes changes that. 8192 tokens from 20 MB take about 5
 seconds, 49152 from 64 MB about 17.
 
-  jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 8192
+  jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 4096
 
 Next: jaxcoder data build corpus/train.parquet --tokenizer tokenizer --output-dir store
 """
