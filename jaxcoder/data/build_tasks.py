@@ -160,7 +160,7 @@ def read_index(run: str, index_at: int, size: int) -> np.ndarray:
     """INDEX [entries] of a run of `size` bytes."""
     fs, root = open_address(run)
     with access_errors(run):
-        return np.frombuffer(fs.cat_file(root, index_at, size), INDEX)
+        return np.frombuffer(fs.cat_file(root, start=index_at, end=size), INDEX)
 
 
 # Sort -----------------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def _table_from_bytes(content: bytes):
 def _read_checked(path: str, offset: int, size: int, crc: int) -> bytes:
     fs, root = open_address(path)
     with access_errors(path):
-        content = fs.cat_file(root, offset, offset + size)
+        content = fs.cat_file(root, start=offset, end=offset + size)
     if zlib.crc32(content) != crc:
         raise DataError(
             f"{path} of the unfinished build is damaged (its checksum differs): delete that file and run again."

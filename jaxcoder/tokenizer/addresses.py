@@ -56,7 +56,7 @@ def _way_out(error: Exception, path: str) -> str:
             "gcs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
         }
         return f"give credentials that may use the bucket ({means.get(_EXTRAS.get(protocol, ''), 'as its client says')})"
-    if "bucket" in words:
+    if "bucket" in words and "connect" not in words:
         return "create the bucket, or correct its name"
     if protocol:
         return "check the address, the network and the access to it"
