@@ -30,6 +30,7 @@ from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, placed_ahead, text_bytes
 from jaxcoder.train.run_directory import RunDirectory
+from jaxcoder.train.spikes import SpikeReport
 from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
 from jaxcoder.train.step import make_train_step
 from jaxcoder.train.step_log import StepLog
@@ -81,7 +82,8 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         state, step, samples = restore_or_initialise(config, mesh, checkpointer)
         writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
         directory.adopt(config)
-        log = StepLog(config, writer, line)
+        spikes = SpikeReport(config, stream, line.say, directory=directory.path, step=step, samples=samples)
+        log = StepLog(config, writer, line, on_loss=spikes)
         held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
         eval_metrics: dict[str, float] = {}
         schedule = BatchSchedule.of(config.global_batch_size, config.data, batch=step, sample=samples)

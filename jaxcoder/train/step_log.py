@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -23,8 +24,11 @@ class _Pending:
 class StepLog:
     """Takes the device arrays of a step and writes those of the step before."""
 
-    def __init__(self, config: RunConfig, writer: MetricWriter, line: TrainingLine):
-        self._config, self._writer, self._line = config, writer, line
+    def __init__(
+        self, config: RunConfig, writer: MetricWriter, line: TrainingLine, on_loss: Callable[[int, float], None]
+    ):
+        """on_loss: is told (step, loss) of every step, once it has been written."""
+        self._config, self._writer, self._line, self._on_loss = config, writer, line, on_loss
         self._pending: _Pending | None = None
         self._last_time: float | None = None
 
@@ -64,6 +68,7 @@ class StepLog:
             bits_per_byte=values.get("bits_per_byte"),
             tokens_per_second=values.get("tokens_per_second"),
         )
+        self._on_loss(pending.step, values["loss"])
 
     def pause(self) -> None:
         """Something else ran (a save, an evaluation): the time until the next step is not a step time."""
