@@ -34,7 +34,7 @@ from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, 
 from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tasks import Mapper, ProcessPool, Task, available_cores, run_stage
-from jaxcoder.tokenizer.atomic import file_system_errors
+from jaxcoder.tokenizer.atomic import file_system_errors, is_left_over
 from jaxcoder.tokenizer.document_files import Paths, document_files
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
@@ -109,6 +109,8 @@ def build_store(
             stages = _Stages(directory, settings, workers, progress)
             _write_manifest(directory, settings, *stages.run(slices, encoding))
     directory.remove(WORK)
+    for name in filter(is_left_over, directory.sizes()):
+        directory.remove(name)
     return TokenStore.open(directory.path)
 
 
@@ -300,7 +302,7 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
 
 def _write_manifest(directory: Directory, settings: dict, counts: dict, shards: dict[str, dict]) -> None:
     """`shards` were hashed when they were written; the small files are hashed here."""
-    small = [name for name in directory.sizes() if name.startswith("tokenizer/")]
+    small = [name for name in directory.sizes() if name.startswith("tokenizer/") and not is_left_over(name)]
     files = dict(shards)
     for name in ("tokens/zarr.json", "token_bytes.npy", *small):
         entry = fingerprint_file(directory / name)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a file is the temporary one of `replacing`: what a process leaves that is killed while it writes."""
+    return re.search(r"(^|/)\.[^/]+\.tmp\d+$", name) is not None
 
 
 @contextlib.contextmanager
