@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import hostile_documents
+from hostile import hostile_documents
 
 import jaxcoder.data.build as build
 import jaxcoder.tasks as tasks
@@ -222,6 +222,17 @@ def test_interrupted_anywhere_gives_the_same_bytes(tokenizer, tmp_path, monkeypa
             break
         assert content(output) == undisturbed, number
     assert len(steps) > 10
+
+
+def test_files_cut_off_while_they_were_written_leave_no_trace(tokenizer, documents_file, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(build, "plan_slices", lambda *_: 1 / 0)
+        build_store(documents_file, tokenizer, tmp_path / "store", seed=1)
+    for name in (".token_bytes.npy.tmp12", "tokenizer/.vocab.json.tmp345"):
+        (tmp_path / "store" / name).write_bytes(b"cut o")
+    build_store(documents_file, tokenizer, tmp_path / "store", seed=1)
+    build_store(documents_file, tokenizer, tmp_path / "undisturbed", seed=1)
+    assert content(tmp_path / "store") == content(tmp_path / "undisturbed")
 
 
 def test_another_build_in_progress_is_refused(tokenizer, documents_file, tmp_path, monkeypatch):

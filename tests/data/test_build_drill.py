@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import hostile_documents
+from hostile import hostile_documents
 
 from jaxcoder.data.build import Sizes, build_store
 from jaxcoder.tokenizer.document_files import write_documents

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import HOSTILE, SPECIALS, hostile_document
+from hostile import HOSTILE, SPECIALS, hostile_document
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ import random
 import numpy as np
 import pytest
 import tokenizers
-from conftest import hostile_document
+from hostile import hostile_document
 
 from jaxcoder.config import DataConfig, ModelConfig, RunConfig
 from jaxcoder.config.variant import SWITCHES, with_variant

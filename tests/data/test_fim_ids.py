@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import HOSTILE, hostile_document
+from hostile import HOSTILE, hostile_document
 
 from jaxcoder.config.schema import DataConfig
 from jaxcoder.data.fim import Fim

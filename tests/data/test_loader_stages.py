@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from conftest import hostile_documents
+from hostile import hostile_documents
 
 from jaxcoder.config.schema import Corpus, DataConfig, Stage
 from jaxcoder.data.build import build_store

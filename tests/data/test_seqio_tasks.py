@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import hostile_documents, hostile_text
+from hostile import hostile_documents, hostile_text
 
 from jaxcoder.config.schema import Corpus, DataConfig, Stage
 from jaxcoder.data import seqio_import

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import hostile_documents
+from hostile import hostile_documents
 
 from jaxcoder.config.schema import DataConfig, ModelConfig
 from jaxcoder.data.build import build_store

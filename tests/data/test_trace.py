@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import hostile_documents
+from hostile import hostile_documents
 
 from jaxcoder.cli import data as data_command
 from jaxcoder.config.schema import Corpus, DataConfig, ModelConfig, RunConfig, Stage
