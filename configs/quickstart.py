@@ -25,7 +25,7 @@ def quickstart() -> RunConfig:
     return RunConfig(
         name="quickstart",
         model=model,
-        num_steps=2400,
+        num_steps=1800,
         global_batch_size=8,
         compute=ComputeConfig(dtype="float32", loss_chunk_size=4096),
         optimizer=OptimizerConfig(
