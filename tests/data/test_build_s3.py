@@ -5,15 +5,15 @@ The client of fsspec and tensorstore's own both find the server through AWS_ENDP
 
 import itertools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from jaxcoder.cli import data as command
 from jaxcoder.data.build import Sizes, build_store
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import DataError
-from jaxcoder.tasks import ProcessPool
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 pytest.importorskip("s3fs", reason="needs the extra `s3`")
@@ -113,23 +113,22 @@ def test_killed_and_resumed(tokenizer, documents_file, credentials, bucket, monk
     assert files_of(credentials, f"{bucket}/store") == files_of(credentials, f"{bucket}/undisturbed")
 
 
-def test_by_two_processes_and_by_the_command(tokenizer, documents_file, tmp_path, credentials, bucket, capsys):
-    import argparse
-
+def test_the_command_with_two_processes(tokenizer, documents_file, tmp_path, credentials, bucket):
     tokenizer.save(tmp_path / "tokenizer")
     for file in (tmp_path / "tokenizer").iterdir():
         credentials.put_file(str(file), f"{bucket}/tokenizer/{file.name}")
     assert Tokenizer.load(f"s3://{bucket}/tokenizer").fingerprint == tokenizer.fingerprint
-    pool = ProcessPool(2)
-    store = build_store(documents_file, tokenizer, f"s3://{bucket}/store", seed=1234, mapper=pool, **SMALL)
-    pool.close()
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    words = ["build", str(documents_file), "--tokenizer", f"s3://{bucket}/tokenizer", "--output-dir"]
-    assert not command.run(parser.parse_args([*words, f"s3://{bucket}/other"]))
-    assert f"--data.store s3://{bucket}/other" in capsys.readouterr().out
-    other = TokenStore.open(f"s3://{bucket}/other")
-    assert np.array_equal(other.read(0, other.num_tokens), store.read(0, store.num_tokens))
+    program = "import sys; from jaxcoder.cli.main import main; sys.exit(main())"
+    words = ["data", "build", str(documents_file), "--tokenizer", f"s3://{bucket}/tokenizer", "--workers", "2"]
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *words, "--seed", "3", "--output-dir", f"s3://{bucket}/store"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert f"--data.store s3://{bucket}/store" in finished.stdout
+    build_store(documents_file, tokenizer, tmp_path / "store", seed=3)
+    store, expected = TokenStore.open(f"s3://{bucket}/store"), TokenStore.open(tmp_path / "store")
+    assert store.manifest == expected.manifest
 
 
 def test_damage_is_found(tokenizer, documents_file, credentials, bucket):
