@@ -60,10 +60,10 @@ class Failure:
 
 
 class Mapper(Protocol):
-    """Runs tasks somewhere; yields (index, summary or failure) as they end. May stop early: the rest is mapped again."""
+    """Runs tasks somewhere and yields (index, summary or failure) as they end."""
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
-        """Run every task once; if workers died, perhaps only some of them. Closing the generator stops the work."""
+        """Run the tasks; only some of them if workers died (the rest is mapped again). Closing the generator stops it."""
 
     def close(self) -> None:
         """Stop the workers."""
@@ -349,8 +349,8 @@ class RayCluster:
         except ImportError:
             raise MissingExtraError("Running tasks on a Ray cluster", "cluster") from None
         if not ray.is_initialized():
-            path = os.pathsep.join(filter(None, sys.path))
-            ray.init(address, runtime_env={"env_vars": {"PYTHONPATH": path}}, include_dashboard=False, log_to_driver=False)
+            environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
+            ray.init(address, runtime_env=environment, include_dashboard=False, log_to_driver=False)
         self._ray, self._wave = ray, wave
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:

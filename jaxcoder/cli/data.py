@@ -89,7 +89,7 @@ def _mapper(args: argparse.Namespace):
 
     if args.ray is not None:
         if args.workers is not None:
-            raise ConfigError("--workers counts processes of this machine and --ray uses a cluster's: give one of them.")
+            raise ConfigError("--workers counts processes of this machine, --ray uses those of a cluster: give one.")
         return RayCluster(args.ray)
     if args.workers is not None and args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}: give 1 or more.")

@@ -47,9 +47,10 @@ _INPUTS = f"{WORK}/inputs.json"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the work is cut, in bytes of text. Memory of a worker is about 3 times the larger one; no result depends on it.
+    """How the work is cut, in bytes of text; the store does not depend on it.
 
-    There are at most 8192 of each, so slices and buckets grow with corpora beyond some hundred gigabytes.
+    A worker needs about 130 MB, with a vocabulary of 49,152, and 3 times the larger of the two. There are at most 8192
+    slices and as many buckets, so both grow with corpora beyond some hundred gigabytes.
     """
 
     slice_bytes: int = 32 << 20
@@ -75,9 +76,9 @@ def build_store(
 
     All paths may be local, gs:// or s3://. A finished store of the same build is returned at once, an unfinished one is
     completed. The work is done by `mapper`, by default a process on every core (in a script, more than one needs
-    `if __name__ == "__main__":`). `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds anything
-    else, if there are no documents, if one of them cannot be read or is larger than `max_document_bytes`, if the disk is
-    full, or if an object store cannot be reached.
+    `if __name__ == "__main__":`). `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds
+    anything else, if there are no documents, if one of them cannot be read or is larger than `max_document_bytes`, if
+    the disk is full, or if an object store cannot be reached.
     """
     if shard_tokens < 1 or shard_tokens % CHUNK_TOKENS:
         raise ConfigError(f"shard_tokens is {shard_tokens}: choose a multiple of {CHUNK_TOKENS}.")
@@ -149,7 +150,8 @@ def _describe_inputs(
         version = Directory(os.path.dirname(file)).version(os.path.basename(file))
         entry = known.get(file)
         if entry is None or entry["version"] != version:
-            entry = {"file": file, "version": version, "fingerprint": fingerprint_file(file), "layout": file_layout(file)}
+            entry = {"file": file, "version": version}
+            entry |= {"fingerprint": fingerprint_file(file), "layout": file_layout(file)}
         progress.advance(1)
         return entry
 
@@ -227,7 +229,8 @@ class _Stages:
         return [task.output for task in tasks], summaries
 
     def _sort(self, runs: list[str], summaries: list[dict], num_buckets: int) -> tuple[list[str], list[Bucket]]:
-        indices = [build_tasks.read_index(run, s["index_at"], s["bytes"]) for run, s in zip(runs, summaries, strict=True)]
+        extents = [(summary["index_at"], summary["bytes"]) for summary in summaries]
+        indices = [build_tasks.read_index(run, *extent) for run, extent in zip(runs, extents, strict=True)]
         entries = np.concatenate(indices)
         of_run = np.repeat(np.arange(len(runs)), [len(index) for index in indices])
         order = np.argsort(entries["bucket"], kind="stable")
@@ -277,9 +280,12 @@ class _Stages:
 
 
 def _encoded(summaries: list[dict]) -> str:
-    documents, tokens, size = (sum(summary[key] for summary in summaries) for key in ("documents", "tokens", "text_bytes"))
-    by = summaries[0]["encoder"] if summaries else "nothing"
-    return f"{documents:,} documents of {size:,} bytes, {tokens:,} tokens ({size / max(tokens, 1):.2f} bytes each), by {by}"
+    keys = ("documents", "tokens", "text_bytes")
+    documents, tokens, size = (sum(summary[key] for summary in summaries) for key in keys)
+    if not documents:
+        return "no documents"
+    each = f"{size / tokens:.2f} bytes each"
+    return f"{documents:,} documents of {size:,} bytes, {tokens:,} tokens ({each}), by {summaries[0]['encoder']}"
 
 
 # What lies beside the array -------------------------------------------------------------------------------------------

@@ -55,7 +55,8 @@ def _way_out(error: Exception, path: str) -> str:
             "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
             "gcs": "`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS",
         }
-        return f"give credentials that may use the bucket ({means.get(_EXTRAS.get(protocol, ''), 'as its client says')})"
+        how = means.get(_EXTRAS.get(protocol, ""), "as its client says")
+        return f"give credentials that may use the bucket ({how})"
     if "bucket" in words and "connect" not in words:
         return "create the bucket, or correct its name"
     if protocol:

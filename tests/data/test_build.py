@@ -272,7 +272,8 @@ def test_a_document_above_the_limit_is_named(tokenizer, tmp_path):
     documents = [Document.from_text("small"), Document.from_text("x" * 2000), Document.from_text("y")]
     for name in ("d.parquet", "d.jsonl"):
         write_documents(documents, tmp_path / name)
-        with pytest.raises(DataError, match=rf"{name}, .* is a document of 2,\d+ bytes, but the limit is 1,000.*--max-"):
+        message = rf"{name}, .* is a document of 2,\d+ bytes, but the limit is 1,000.*--max-document-bytes"
+        with pytest.raises(DataError, match=message):
             build_store(tmp_path / name, tokenizer, tmp_path / f"{name}-1", seed=1, max_document_bytes=1000)
         assert build_store(tmp_path / name, tokenizer, tmp_path / f"{name}-2", seed=1).num_documents == 3
     (tmp_path / "one_line.jsonl").write_text('{"content": "' + "z" * 200_000 + '"}\n')
