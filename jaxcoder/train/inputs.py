@@ -21,19 +21,24 @@ from jaxcoder.data.stream import SampleStream, WindowStream, synthetic_stream
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
+_HASHED_BYTES = 1 << 30  # a store of up to this size is read and compared before the first step: about a second
 
 def open_streams(config: RunConfig) -> tuple[WindowStream, SampleStream | None, Tokenizer | None]:
     """What the run trains on, what it is evaluated on (or None), and the tokenizer of both (None if synthetic).
 
-    Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared.
+    Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared. DataError if a
+    store of up to a gigabyte holds altered files; larger ones are checked as they are read.
     """
     if config.data.store == SYNTHETIC:
         return synthetic_stream(config.model, config.seed), None, None
     stream = open_stream(config)
+    for store in stream.stores:
+        store.verify(at_most=_HASHED_BYTES)
     if config.data.eval_store is None:
         return stream, None, stream.tokenizer
     plain = replace(config.data, store=config.data.eval_store, fim_rate=0.0, corpora=(), stages=())
     eval_store = TokenStore.open(config.data.eval_store)
+    eval_store.verify(at_most=_HASHED_BYTES)
     held_out = SampleStream(eval_store, stream.tokenizer, plain, seq_len=config.model.max_seq_len, seed=0)
     return stream, held_out, stream.tokenizer
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 
 import jax
@@ -183,6 +184,13 @@ def test_bad_runs_are_refused_before_anything_is_written(run_on_mesh, tmp_path, 
         run_on_mesh(config(tmp_path / "a", stores, model=model))
     with pytest.raises(DataError):
         run_on_mesh(config(tmp_path / "a", (str(tmp_path / "nothing"), None)))
+    for place in (0, 1):  # the store that it trains on, the held-out one
+        altered = [shutil.copytree(store, tmp_path / f"{place}{number}") for number, store in enumerate(stores)]
+        shard = bytearray((altered[place] / "tokens/c/0").read_bytes())
+        shard[100] ^= 1
+        (altered[place] / "tokens/c/0").write_bytes(shard)
+        with pytest.raises(DataError, match=f"{altered[place]} is damaged: the content of tokens/c/0"):
+            run_on_mesh(config(tmp_path / "a", tuple(map(str, altered))))
     assert not (tmp_path / "a").exists()
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "thesis.tex").write_text("years of work")
