@@ -174,6 +174,9 @@ class RunConfig:
     seed: int = 1234
     output_dir: str = ""
     """Checkpoints, metrics and the resolved config go here; "" means runs/<name>."""
+    init_from: str = ""
+    """A run or checkpoint of ours, or a directory in PyTorch format, whose weights the run begins with, with a fresh
+    optimizer; "" means random weights. Read only when the run has no checkpoint of its own."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -24,6 +24,7 @@ _ADDED: dict[tuple[type, str], Any] = {
     (DataConfig, "fim_drop_empty_pieces"): False,
     (DataConfig, "fim_transform_empty_tail"): False,
     (DataConfig, "pad_in_loss"): False,
+    (RunConfig, "init_from"): "",
 }
 """Fields that files of older versions lack, with the JSON value of what those versions did."""
 
@@ -65,7 +66,10 @@ def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the co
     problems: list[str] = []
     config = _from_plain(cls, plain, "", problems)
     if problems:
-        raise ConfigError(f"{source} does not fit this version of jaxcoder: {'; '.join(problems)}.")
+        raise ConfigError(
+            f"{source} does not fit this version of jaxcoder: {'; '.join(problems)}. Use the jaxcoder that wrote it, or "
+            "put these fields right in the file."
+        )
     return config
 
 
