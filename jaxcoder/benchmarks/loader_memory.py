@@ -15,6 +15,7 @@ def main(path: str, num_tokens: int, seq_len: int) -> None:
     from jaxcoder.data.loader import batches
     from jaxcoder.data.store import TokenStore
     from jaxcoder.data.stream import SampleStream
+    from jaxcoder.observability.memory import host_memory
 
     store = TokenStore.open(path)
     stream = SampleStream(store, store.tokenizer(), DataConfig(), seq_len=seq_len, seed=1)
@@ -23,20 +24,8 @@ def main(path: str, num_tokens: int, seq_len: int) -> None:
     with batches(stream, global_batch_size=BATCH_SIZE, first_sample=0) as source:
         for number, _ in zip(range(num_batches), source):
             if number == 0 or (number + 1) % (num_batches // 10) == 0:
-                figures.append({"tokens": (number + 1) * BATCH_SIZE * seq_len, "megabytes": resident_megabytes()})
+                figures.append({"tokens": (number + 1) * BATCH_SIZE * seq_len, "megabytes": host_memory() / 1e6})
     print(json.dumps(figures))
-
-
-def resident_megabytes() -> float:
-    """Memory of this process now (on Linux), or the most it ever had."""
-    try:
-        with open("/proc/self/status", encoding="utf-8") as lines:
-            return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
-    except OSError:
-        import resource
-
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most / 1e6 if sys.platform == "darwin" else most / 1e3
 
 
 if __name__ == "__main__":

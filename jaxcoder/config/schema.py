@@ -63,6 +63,10 @@ class Corpus:
     """Share of the samples, relative to the weights of the other corpora. None for all means by number of tokens."""
     max_epochs: float | None = None
     """Cap: it is read at most this often (0.25 is a quarter of it); the others then take its share."""
+    name: str = ""
+    """What its held-out figures are called; "" means the last part of `store`."""
+    eval_store: str | None = None
+    """Token store of its held-out documents, evaluated beside data.eval_store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
+    max_skipped_steps: int = 10
+    """A step whose loss or gradients are not finite is skipped; so many in a row end the run with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +163,9 @@ class EvalConfig:
 
     every_steps: int = 1000
     num_windows: int = 64
-    """Windows of max_seq_len tokens, always the same ones."""
+    """Windows of max_seq_len tokens of each held-out store, always the same ones."""
+    infill_gaps: int = 0
+    """Held-out lines that the model is asked to infill, always the same ones; 0 leaves that out."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import json
 from typing import Any, TypeVar
 
 from jaxcoder.config import fields
-from jaxcoder.config.schema import DataConfig, ModelConfig, RunConfig
+from jaxcoder.config.schema import Corpus, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.errors import ConfigError
 
 Config = TypeVar("Config", RunConfig, ModelConfig)
@@ -25,6 +25,10 @@ _ADDED: dict[tuple[type, str], Any] = {
     (DataConfig, "fim_transform_empty_tail"): False,
     (DataConfig, "pad_in_loss"): False,
     (RunConfig, "init_from"): "",
+    (Corpus, "name"): "",
+    (Corpus, "eval_store"): None,
+    (EvalConfig, "infill_gaps"): 0,
+    (OptimizerConfig, "max_skipped_steps"): 10,  # nothing was skipped, and nothing but NaN came of it
 }
 """Fields that files of older versions lack, with the JSON value of what those versions did."""
 

@@ -57,12 +57,14 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "model.num_kv_heads", "model.vocab_size", "model.max_seq_len", "model.layer_norm_epsilon", "model.init_std",
         "compute.loss_chunk_size", "optimizer.decay_steps", "optimizer.epsilon", "optimizer.max_grad_norm",
         "checkpoint.save_every_steps", "checkpoint.save_every_seconds", "checkpoint.keep_last",
-        "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows",
+        "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows", "optimizer.max_skipped_steps",
     )  # fmt: skip
     values = dict(fields.leaves(config))
     for name in positive:
         if values[name] is not None and values[name] <= 0:
             yield f"{name} is {values[name]}: it has to be larger than 0."
+    if config.eval.infill_gaps < 0:
+        yield f"eval.infill_gaps is {config.eval.infill_gaps}: it cannot be negative."
     if not 0 <= config.seed < 2**63:
         yield f"seed is {config.seed}: it has to be from 0 to 2**63 - 1."
     if not config.name:

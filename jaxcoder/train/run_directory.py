@@ -10,7 +10,7 @@ import fsspec
 from jaxcoder.config import RunConfig, serialize
 from jaxcoder.errors import ConfigError
 
-FREE_FIELDS = ("output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint")
+FREE_FIELDS = ("output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "optimizer.max_skipped")
 """Fields that may change on resuming: they do not change what is computed, but for rounding on another mesh."""
 
 

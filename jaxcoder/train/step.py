@@ -2,6 +2,7 @@
 
     microbatches -> hidden states -> chunked cross-entropy -> gradients, summed
     -> divided by the tokens that count in the whole global batch -> clip -> Adam -> decay -> weights
+       (the old ones, if the loss or a gradient is not finite)
 
 Shapes: B global batch, M microbatch, S sequence.
 """
@@ -23,7 +24,8 @@ from jaxcoder.train.state import TrainState
 
 
 def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step. Its metrics are fp32 scalars: loss (nats per token), tokens, grad_norm, learning_rate."""
+    """The jitted step. Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if
+    the step left the weights as they were, else 0), skipped_steps (of the whole run)."""
     has_dropout = max(config.model.embed_dropout, config.model.residual_dropout, config.model.attention_dropout) > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -44,10 +46,25 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         rate = learning_rate(config.optimizer, state.step + 1, config.num_steps)
         model, moments, norm = apply_adamw(config.optimizer, state.model, gradients, state.moments, rate)
-        metrics = {"loss": loss / tokens, "tokens": tokens, "grad_norm": norm, "learning_rate": rate}
-        return TrainState(step=state.step + 1, model=model, moments=moments), metrics
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        model, moments = keep_if(is_finite, (model, moments), (state.model, state.moments))
+        step = state.step + 1
+        metrics = {
+            "loss": loss / tokens,
+            "tokens": tokens,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "skipped": 1 - is_finite.astype(jnp.int32),
+            "skipped_steps": step - moments.count,  # moments count the updates that were made
+        }
+        return TrainState(step=step, model=model, moments=moments), metrics
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def keep_if(is_good: jax.Array, new, old):
+    """`new` if the scalar `is_good`, else `old`, array by array: the compiler joins it with what computes `new`."""
+    return jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
 
 
 def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
