@@ -103,10 +103,12 @@ def layer_digits(num_layers: int) -> int:
 
 
 def concrete(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and a sharding on real devices: `jax.eval_shape` knows only the abstract mesh."""
+    """Shape, dtype and a sharding on real devices: `jax.eval_shape` knows only the abstract mesh, and of scalars none."""
     sharding = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
     if sharding is None:
-        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        mesh = jax.sharding.get_mesh()
+        on_first = SingleDeviceSharding(jax.local_devices()[0])
+        sharding = on_first if mesh.empty else NamedSharding(mesh, PartitionSpec())
     elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         mesh = jax.sharding.get_mesh()
         if mesh.empty:

@@ -20,13 +20,23 @@ from jaxcoder.config import RunConfig
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.loader import batches
 from jaxcoder.data.schedule import BatchSchedule
-from jaxcoder.errors import Interrupted
+from jaxcoder.errors import CheckpointError, Interrupted
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.observability.console import TrainingLine
 from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.runtime import GracefulStop, held_alone, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+from jaxcoder.train.begin import (
+    OpenWeights,
+    StartingWeights,
+    begin,
+    check_tokenizer,
+    open_own_weights,
+    starting_weights,
+    tokenizer_beside,
+)
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, placed_ahead, text_bytes
 from jaxcoder.train.run_directory import RunDirectory
@@ -48,10 +58,17 @@ class TrainResult:
     """Exit code of a SIGTERM or Ctrl-C that came after the last step, for whoever has more to do; else 0."""
 
 
-def train(config: RunConfig, *, accept_config_change: bool = False, directory_is_shared: bool = False) -> TrainResult:
+def train(
+    config: RunConfig,
+    *,
+    accept_config_change: bool = False,
+    directory_is_shared: bool = False,
+    open_weights: OpenWeights = open_own_weights,
+) -> TrainResult:
     """Trains to `config.num_steps`, continuing from the newest good checkpoint in the run's directory.
 
     directory_is_shared: the run's directory may hold other things too (a recipe's).
+    open_weights: opens `config.init_from`.
     Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C.
     """
     validate(config, len(jax.devices()))
@@ -59,6 +76,7 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
     mesh = make_mesh(config.mesh)
     stream, eval_stream, tokenizer = open_streams(config)
     directory = RunDirectory.of(config)
+    weights = starting_weights(config, tokenizer, directory.checkpoints, open_weights)
     directory.claim(config, accept_config_change=accept_config_change, is_shared=directory_is_shared)
 
     with contextlib.ExitStack() as stack:
@@ -79,7 +97,7 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         )
         line.say(describe(config, mesh))
 
-        state, step, samples = restore_or_initialise(config, mesh, checkpointer)
+        state, step, samples = restore_or_initialise(config, mesh, checkpointer, weights, tokenizer)
         writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
         directory.adopt(config)
         spikes = SpikeReport(config, stream, line.say, directory=directory.path, step=step, samples=samples)
@@ -147,11 +165,27 @@ def train(config: RunConfig, *, accept_config_change: bool = False, directory_is
         return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics, late_stop=stop.exit_code)
 
 
-def restore_or_initialise(config: RunConfig, mesh: Mesh, checkpointer: Checkpointer) -> tuple[TrainState, int, int]:
-    """The newest good checkpoint on this mesh, whatever mesh wrote it, or fresh weights; its step and samples."""
+def restore_or_initialise(
+    config: RunConfig,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    weights: StartingWeights | None,
+    tokenizer: Tokenizer | None,
+) -> tuple[TrainState, int, int]:
+    """The newest good checkpoint on this mesh, whatever mesh wrote it, or the weights that the run begins with, or
+    random ones; its step and samples."""
     step = checkpointer.latest_step()
+    if step is None and weights is not None:
+        return begin(config, weights), 0, 0
+    if step is None and config.init_from:
+        raise CheckpointError(
+            f"no checkpoint in `{checkpointer.directory}` is whole, so the run cannot go on: delete that directory to "
+            f"begin again with the weights of `{config.init_from}`."
+        )
     if step is None:
         return jax.jit(lambda: initial_state(config))(), 0, 0
+    saved = checkpointer.directory / str(step)
+    check_tokenizer(str(saved), tokenizer_beside(saved), tokenizer)
     abstract = abstract_state(config, mesh)
     samples = checkpointer.manifest(step).metadata["samples"]
     return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples

@@ -1,0 +1,27 @@
+"""Opens the weights that a run begins with, whichever format they have: what `train` is handed as `open_weights`."""
+
+from pathlib import Path
+
+from jaxcoder.checkpoint.names import assemble_model
+from jaxcoder.convert.hf_weights import is_hf_directory, open_hf_weights
+from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+from jaxcoder.train.begin import StartingWeights, open_own_weights
+
+
+def open_weights(path: str) -> StartingWeights:
+    """A run or checkpoint of ours, or a directory in PyTorch format, which is read unconverted.
+
+    Raises CheckpointError or ConversionError, in one sentence, for anything else and for what is damaged.
+    """
+    if not is_hf_directory(Path(path)):
+        return open_own_weights(path)
+    weights = open_hf_weights(Path(path))
+    owner = {name: entry for entry in weights.entries() for name in entry.ours}
+
+    def load(abstract: GPTBigCode) -> GPTBigCode:
+        return assemble_model(abstract, lambda name, target: weights.read(owner[name])[name], "params/")
+
+    has_tokenizer = (Path(path) / "tokenizer.json").is_file()
+    tokenizer = Tokenizer.load(path) if has_tokenizer else None
+    return StartingWeights(path=path, model=weights.config, tokenizer=tokenizer, load=load)
