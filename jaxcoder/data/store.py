@@ -30,6 +30,9 @@ MANIFEST = "manifest.json"
 WORK = "work"  # what an unfinished build leaves
 CHUNK_TOKENS = 8192  # unit of compression and checksum: a random window reads one or two
 _CACHE_BYTES = 64 << 20
+_COUNTS = ("num_tokens", "num_documents", "text_bytes")
+_NEEDED_SETTINGS = ("vocab_size", "tokenizer_fingerprint", "shard_tokens")
+_ANEW = "copy it again, or delete the directory and run `jaxcoder data build` again"
 
 
 class TokenStore:
@@ -52,7 +55,13 @@ class TokenStore:
         self.tokenizer_fingerprint: str = settings["tokenizer_fingerprint"]
         self.shard_tokens: int = settings["shard_tokens"]
         self.token_bytes: np.ndarray = np.load(io.BytesIO(self._checked("token_bytes.npy")))
+        self._checked("tokens/zarr.json")
         self._tokens = _open_array(directory)
+        if self._tokens.shape != (self.num_tokens,):
+            raise DataError(
+                f"The token store {self.path} is damaged: its array has {self._tokens.shape[0]} tokens, and "
+                f"{MANIFEST} says {self.num_tokens}; {_ANEW}."
+            )
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenStore":
@@ -69,10 +78,7 @@ class TokenStore:
         for name, entry in manifest["files"].items():
             if sizes.get(name) != entry["bytes"]:
                 state = "is missing" if name not in sizes else f"has {sizes[name]} bytes instead of {entry['bytes']}"
-                raise DataError(
-                    f"The token store {directory.path} is damaged: {name} {state}; copy it again, or delete the "
-                    "directory and run `jaxcoder data build` again."
-                )
+                raise DataError(f"The token store {directory.path} is damaged: {name} {state}; {_ANEW}.")
         return cls(directory, manifest)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -163,8 +169,7 @@ class TokenStore:
     def _compare(self, name: str, sha256: str) -> None:
         if sha256 != self.manifest["files"][name]["sha256"]:
             raise DataError(
-                f"The token store {self.path} is damaged: the content of {name} is not what was written; copy it "
-                "again, or delete the directory and run `jaxcoder data build` again."
+                f"The token store {self.path} is damaged: the content of {name} is not what was written; {_ANEW}."
             )
 
     def _damaged(self, start: int, stop: int, error: ValueError) -> str:
@@ -172,10 +177,7 @@ class TokenStore:
         bad = [shard for shard in shards if not self._is_readable(shard, start, stop)] or list(shards)
         names = " and ".join(f"tokens/c/{shard}" for shard in bad)
         reason = str(error).split("[", 1)[0].strip()
-        return (
-            f"The token store {self.path} is damaged: {names} cannot be read ({reason}); copy it again, or delete the "
-            "directory and run `jaxcoder data build` again."
-        )
+        return f"The token store {self.path} is damaged: {names} cannot be read ({reason}); {_ANEW}."
 
     def _is_readable(self, shard: int, start: int, stop: int) -> bool:
         """Whether that part of [start, stop) which lies in the shard can be read."""
@@ -204,6 +206,10 @@ def parse_manifest(content: bytes, origin: str) -> dict:
             f"{origin} has format version {version}, but this release reads version {FORMAT_VERSION}: build the store "
             "anew, or use the release of jaxcoder that wrote it."
         )
+    missing = [name for name in ("files", *_COUNTS) if name not in manifest]
+    missing += [f"settings.{name}" for name in _NEEDED_SETTINGS if name not in settings]
+    if missing:
+        raise DataError(f"{origin} is damaged: it does not say {', '.join(missing)}; {_ANEW}.")
     return manifest
 
 
@@ -237,14 +243,16 @@ def _open_array(directory: Directory):
     spec = {
         "driver": "zarr3",
         "kvstore": directory.kvstore("tokens"),
+        "fill_missing_data_reads": False,  # else a shard that vanished during a run would read as end tokens (id 0)
         "recheck_cached_data": "open",  # a finished store does not change; asking on every read costs a third
         "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
     }
     try:
         return ts.open(spec, read=True, open=True).result()
     except ValueError as error:
+        reason = str(error).split(" [", 1)[0]
         raise DataError(
-            f"The token store {directory.path} cannot be opened ({error}): check the access to it, or copy it again."
+            f"The token store {directory.path} cannot be opened ({reason}): check the access to it, or copy it again."
         ) from error
 
 

@@ -40,6 +40,34 @@ def test_missing_or_foreign_manifest(store, tmp_path):
         TokenStore.open(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["files", "num_tokens", "settings.vocab_size"])
+def test_a_manifest_that_lacks_something(store, tmp_path, name):
+    copy = damaged(store, tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    within = manifest["settings"] if name.startswith("settings.") else manifest
+    del within[name.removeprefix("settings.")]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"is damaged: it does not say {name}; copy it again"):
+        TokenStore.open(copy)
+
+
+def test_a_manifest_that_contradicts_the_array(store, tmp_path):
+    copy = damaged(store, tmp_path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["num_tokens"] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"its array has {store.num_tokens} tokens, and manifest.json says"):
+        TokenStore.open(copy)
+
+
+def test_a_shard_that_vanishes_while_the_store_is_open(store, tmp_path):
+    copy = damaged(store, tmp_path)
+    opened = TokenStore.open(copy)
+    (copy / "tokens/c/0").unlink()
+    with pytest.raises(DataError, match="tokens/c/0 cannot be read.*is missing"):
+        opened.read(0, 100)
+
+
 @pytest.mark.parametrize("name", ["tokens/c/0", "documents.parquet", "token_bytes.npy", "tokenizer/tokenizer.json"])
 def test_truncated_or_missing_file(store, tmp_path, name):
     copy = damaged(store, tmp_path)
@@ -69,6 +97,7 @@ def test_altered_bytes_are_found_when_read(store, tmp_path):
     for name, use in (
         ("documents.parquet", lambda: TokenStore.open(copy).documents),
         ("tokenizer/tokenizer.json", lambda: TokenStore.open(copy).tokenizer()),
+        ("tokens/zarr.json", lambda: TokenStore.open(copy)),
         ("token_bytes.npy", lambda: TokenStore.open(copy)),
     ):
         flip(copy / name, -50)
