@@ -11,11 +11,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from jaxcoder.benchmarks.measure import Report, environment, side_by_side, stdlib_sources
+from jaxcoder.benchmarks.measure import Report, Reports, environment, side_by_side, stdlib_sources
 
 _SEED = 1
 _APART = 10_000  # batches between the first ones of two contestants
@@ -35,19 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-tokens", type=float, default=1e9, help="tokens streamed to watch memory (default %(default).0e)"
     )
-
-
-class Reports:
-    """Several tables of one run."""
-
-    def __init__(self, reports: Sequence[Report]):
-        self.reports = list(reports)
-
-    def text(self) -> str:
-        return "\n\n\n".join(report.text() for report in self.reports)
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps([asdict(report) for report in self.reports], indent=2) + "\n", encoding="utf-8")
 
 
 def run(args: argparse.Namespace) -> Reports:

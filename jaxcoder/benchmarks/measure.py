@@ -1,7 +1,8 @@
 """What the benchmarks share: timing contestants side by side, real code to time them on, and the report.
 
-Rates are per second of processor time, so that on a machine with other work they stay comparable; the contestants take
-turns in every run, and the median over the runs counts.
+Rates of what runs on one core are per second of processor time, so that on a machine with other work they stay
+comparable; those of training and decoding, which use every core or an accelerator, are per second on the wall. The
+contestants take turns in every run, and the median over the runs counts.
 """
 
 import dataclasses
@@ -18,7 +19,8 @@ from typing import Any
 class Report:
     """What one benchmark found.
 
-    columns: key in the rows -> heading. targets: what was asked for -> whether it was met.
+    columns: key in the rows -> heading. targets: what was asked for -> whether it was met. is_test: a target that is
+    missed is a failure, and the command's exit code says so.
     """
 
     title: str
@@ -27,6 +29,12 @@ class Report:
     rows: list[dict[str, Any]]
     targets: dict[str, bool]
     environment: dict[str, Any]
+    is_test: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """1 for a test that failed, else 0."""
+        return int(self.is_test and not all(self.targets.values()))
 
     def text(self) -> str:
         """A table for the terminal."""
@@ -46,14 +54,36 @@ class Report:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
+class Reports:
+    """Several tables of one run."""
+
+    exit_code = 0
+
+    def __init__(self, reports: Sequence[Report]):
+        self.reports = list(reports)
+
+    def text(self) -> str:
+        return "\n\n\n".join(report.text() for report in self.reports)
+
+    def write(self, path: Path) -> None:
+        figures = [dataclasses.asdict(report) for report in self.reports]
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
-def side_by_side(contestants: dict[str, Callable[[], object]], *, runs: int, least_seconds: float) -> dict[str, float]:
-    """Median processor seconds of one call of each, over `runs` runs in which all take turns.
+def side_by_side(
+    contestants: dict[str, Callable[[], object]],
+    *,
+    runs: int,
+    least_seconds: float,
+    clock: Callable[[], float] = time.process_time,
+) -> dict[str, float]:
+    """Median seconds of one call of each by `clock` (processor time), over `runs` runs in which all take turns.
 
     Short ones are called several times in a row, so that a measurement takes `least_seconds`; each is called once
     before, to warm up.
@@ -61,19 +91,19 @@ def side_by_side(contestants: dict[str, Callable[[], object]], *, runs: int, lea
     calls = {}
     for name, call in contestants.items():
         call()
-        calls[name] = max(1, round(least_seconds / max(_seconds(call, 1), 1e-6)))
+        calls[name] = max(1, round(least_seconds / max(_seconds(call, 1, clock), 1e-6)))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(runs):
         for name, call in contestants.items():
-            seconds[name].append(_seconds(call, calls[name]))
+            seconds[name].append(_seconds(call, calls[name], clock))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _seconds(call: Callable[[], object], times: int) -> float:
-    start = time.process_time()
+def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+    start = clock()
     for _ in range(times):
         call()
-    return (time.process_time() - start) / times
+    return (clock() - start) / times
 
 
 def stdlib_sources(most_bytes: int) -> list[str]:

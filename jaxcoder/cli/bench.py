@@ -4,6 +4,7 @@
     jaxcoder bench fim --fim-rate 1             every piece is cut
     jaxcoder bench encode --output encode.json  text to ids: tiktoken's path and the `tokenizers` library
     jaxcoder bench loader                       store to host batches, memory, and what accelerators eat
+    jaxcoder bench parity HF_DIR                ten steps from these weights, ours and PyTorch's (`[bench]` has torch)
 
 Medians of several runs in one process, in which the contestants take turns. Rates are per second of processor time,
 but a machine with other work to do still slows them down: compare rows of one table.
@@ -17,8 +18,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "fim": ("jaxcoder.benchmarks.fim", "fill-in-the-middle on windows of token ids"),
     "encode": ("jaxcoder.benchmarks.encode", "text to token ids"),
     "loader": ("jaxcoder.benchmarks.loader", "the whole stream, from the store to host batches"),
+    "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),
 }
-"""Name -> module with `add_arguments(parser)` and `run(args) -> Report`, and the one-line help."""
+"""Name -> module with `add_arguments(parser)` and `run(args) -> Report | Reports`, and the one-line help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
 
 
-def run(args: argparse.Namespace) -> int | None:
+def run(args: argparse.Namespace) -> int:
     report = importlib.import_module(BENCHMARKS[args.name][0]).run(args)
     print(report.text())
     if args.output is not None:
         report.write(args.output)
         print(f"\nWrote {args.output}")
-    return None
+    return report.exit_code
