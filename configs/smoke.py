@@ -4,7 +4,12 @@ from jaxcoder.config import ModelConfig, OptimizerConfig, RunConfig
 
 
 def smoke() -> RunConfig:
-    """Twenty steps of a model of 0.1M parameters. `jaxcoder train smoke --data synthetic`: a few seconds anywhere."""
+    """Twenty steps of a model of 0.1M parameters, to try a machine.
+
+        jaxcoder train smoke --data synthetic
+
+    Cost: a few seconds anywhere.
+    """
     model = ModelConfig(
         num_layers=2, embed_dim=64, num_heads=4, head_dim=16, mlp_dim=256, vocab_size=512, max_seq_len=64
     )

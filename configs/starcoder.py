@@ -4,26 +4,45 @@
 
 Every run read 1.0486e12 tokens at 8,192 (SantaCoder: 2.36e11 at 2,048) with AdamW (0.9, 0.95, 1e-8), weight decay 0.1,
 clipping at 1.0, dropout 0.1, FIM rate 0.5, a cosine to a tenth of the peak rate. The optimizer fields that are not
-written out are those defaults.
+written out are those defaults. Meshes and microbatches are left to you: they change nothing but rounding. The
+originals took one window a GPU at a time (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2; the others none).
+
+A cost that is marked as ours was not published: it is 6 FLOPs x parameters x tokens at the 84.7e12 a second of each A100
+that the 15B run came to. `jaxcoder train NAME --dry-run` shows what a run needs before it is paid for.
 """
 
 from jaxcoder.config import CheckpointConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
 
 
 def starcoderbase() -> RunConfig:
-    """StarCoderBase, 15.5B parameters. The original: 512 A100 80 GB, 320,256 GPU hours."""
+    """StarCoderBase, 15.5B parameters: 250,000 steps of 4.2M tokens.
+
+        jaxcoder train starcoderbase --data STORE --output-dir runs/15b
+
+    Cost: 512 A100 80 GB for 26 days, 320,256 GPU hours.
+    """
     model = ModelConfig(num_layers=40, embed_dim=6144, num_heads=48, head_dim=128, mlp_dim=24576, init_std=0.01275)
     return _starcoder("starcoderbase", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
 
 
 def starcoderbase_7b() -> RunConfig:
-    """StarCoderBase-7B. The original: 512 A100 80 GB."""
+    """StarCoderBase-7B: 250,000 steps of 4.2M tokens.
+
+        jaxcoder train starcoderbase_7b --data STORE --output-dir runs/7b
+
+    Cost: 512 A100 80 GB; about 151,000 GPU hours (this figure is ours).
+    """
     model = ModelConfig(num_layers=42, embed_dim=4096, num_heads=32, head_dim=128, mlp_dim=16384, init_std=0.015625)
     return _starcoder("starcoderbase_7b", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
 
 
 def starcoderbase_3b() -> RunConfig:
-    """StarCoderBase-3B. The original: 256 A100 80 GB."""
+    """StarCoderBase-3B: 500,000 steps of 2.1M tokens.
+
+        jaxcoder train starcoderbase_3b --data STORE --output-dir runs/3b
+
+    Cost: 256 A100 80 GB; about 63,000 GPU hours (this figure is ours).
+    """
     model = ModelConfig(num_layers=36, embed_dim=2816, num_heads=22, head_dim=128, mlp_dim=11264, init_std=0.01884)
     return _starcoder(
         "starcoderbase_3b", model, num_steps=500_000, global_batch_size=256, peak_learning_rate=5e-4, every=5000
@@ -31,7 +50,12 @@ def starcoderbase_3b() -> RunConfig:
 
 
 def starcoderbase_1b() -> RunConfig:
-    """StarCoderBase-1B. The original: 128 A100 80 GB."""
+    """StarCoderBase-1B: 1,000,000 steps of 1.05M tokens.
+
+        jaxcoder train starcoderbase_1b --data STORE --output-dir runs/1b
+
+    Cost: 128 A100 80 GB; about 23,500 GPU hours (this figure is ours).
+    """
     model = ModelConfig(num_layers=24, embed_dim=2048, num_heads=16, head_dim=128, mlp_dim=8192, init_std=0.02209)
     return _starcoder(
         "starcoderbase_1b", model, num_steps=1_000_000, global_batch_size=128, peak_learning_rate=4e-4, every=10_000
@@ -39,19 +63,27 @@ def starcoderbase_1b() -> RunConfig:
 
 
 def tiny_starcoder_py() -> RunConfig:
-    """tiny_starcoder_py, 164M, Python only: about 100e9 tokens in 50,000 steps. The original: 32 A100 for 18 hours.
+    """tiny_starcoder_py, 164M, Python only: about 100e9 tokens in 50,000 steps.
+
+        jaxcoder train tiny_starcoder_py --data STORE --output-dir runs/tiny
 
     Its initialisation, learning rate and batch were not published: ours are the family's 1 / sqrt(embed_dim), those of
     the 1B model, and 256 windows, which gives those tokens.
+
+    Cost: 32 A100 for 18 hours, 576 GPU hours.
     """
     model = ModelConfig(num_layers=20, embed_dim=768, num_heads=12, head_dim=64, mlp_dim=3072, init_std=0.03608)
     return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=256, peak_learning_rate=4e-4)
 
 
 def santacoder() -> RunConfig:
-    """SantaCoder, 1.1B, Python, Java and JavaScript. The original: 96 V100 for 6.2 days.
+    """SantaCoder, 1.1B, Python, Java and JavaScript: 600,000 steps of 0.39M tokens.
 
-    No floor of the learning rate was given: ours is zero, Megatron's default.
+        jaxcoder train santacoder --data STORE --output-dir runs/santa
+
+    No floor of the learning rate was given: ours is zero, Megatron's default. It was trained in fp16; ours is bf16.
+
+    Cost: 96 V100 for 6.2 days, 14,300 GPU hours.
     """
     model = ModelConfig(
         num_layers=24,
@@ -69,6 +101,7 @@ def santacoder() -> RunConfig:
         num_steps=600_000,
         global_batch_size=192,
         optimizer=OptimizerConfig(peak_learning_rate=2e-4, final_learning_rate=0.0, warmup_steps=12_000),
+        eval=EvalConfig(every_steps=200, num_windows=384),
     )
 
 

@@ -36,8 +36,7 @@ def load_run(name_or_path: str, overrides: Sequence[str] = (), variant: Variant 
     Raises ConfigError for a name, file or function that is not there, a function that fails, an unknown field (the
     nearest is suggested) and a value of the wrong type. The values are checked against each other by `validate`.
     """
-    function = _function_in_file(name_or_path) if _is_path(name_or_path) else _function_by_name(name_or_path)
-    config = _call(function, name_or_path)
+    config = _call(_function(name_or_path), name_or_path)
     if variant is not None:
         config = with_variant(config, variant)
     return apply_overrides(config, overrides, prog=f"jaxcoder train {name_or_path}")
@@ -46,6 +45,17 @@ def load_run(name_or_path: str, overrides: Sequence[str] = (), variant: Variant 
 def available_runs() -> dict[str, str]:
     """Name -> first line of the docstring, of every run that is installed with the package."""
     return {name: (function.__doc__ or "").partition("\n")[0] for name, function in _installed_functions().items()}
+
+
+def docstring_of(name_or_path: str) -> str:
+    """The docstring of a run's function, "" if it has none; errors as in `load_run`."""
+    return inspect.getdoc(_function(name_or_path)) or ""
+
+
+def cost_of(docstring: str) -> str | None:
+    """The paragraph of a run's docstring that begins with "Cost:", as one line without that word."""
+    found = re.search(r"^Cost:\s*(.+?)(?:\n\s*\n|\Z)", docstring, re.M | re.S)
+    return " ".join(found[1].split()) if found else None
 
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str], prog: str = "jaxcoder train NAME") -> RunConfig:
@@ -72,6 +82,10 @@ def with_store(config: RunConfig, store: str) -> RunConfig:
 
 
 # --- finding the function --------------------------------------------------------------------------------------------
+
+
+def _function(name: str) -> RunFunction:
+    return _function_in_file(name) if _is_path(name) else _function_by_name(name)
 
 
 def _is_path(name: str) -> bool:
