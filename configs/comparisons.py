@@ -98,7 +98,8 @@ def compare_8k() -> RunConfig:
 
     Cost: about 2,300 A100 hours, and the dearer attention (this figure is ours).
     """
-    return replace(starcoderbase_1b(), name="compare_8k", num_steps=100_000, eval=EvalConfig(every_steps=2500, num_windows=256))
+    evaluation = EvalConfig(every_steps=2500, num_windows=256)
+    return replace(starcoderbase_1b(), name="compare_8k", num_steps=100_000, eval=evaluation)
 
 
 def _santacoder(name: str) -> RunConfig:

@@ -7,8 +7,8 @@ clipping at 1.0, dropout 0.1, FIM rate 0.5, a cosine to a tenth of the peak rate
 written out are those defaults. Meshes and microbatches are left to you: they change nothing but rounding. The
 originals took one window a GPU at a time (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2; the others none).
 
-A cost that is marked as ours was not published: it is 6 FLOPs x parameters x tokens at the 84.7e12 a second of each A100
-that the 15B run came to. `jaxcoder train NAME --dry-run` shows what a run needs before it is paid for.
+A cost that is marked as ours was not published: it is 6 FLOPs x parameters x tokens at the 84.7e12 a second that each
+A100 of the 15B run came to. `jaxcoder train NAME --dry-run` shows what a run needs before it is paid for.
 """
 
 from jaxcoder.config import CheckpointConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
