@@ -33,6 +33,10 @@ class ConversionError(JaxcoderError):
     """Weights in a foreign format that do not fit: a tensor missing, left over, misshapen, or an unsafe file."""
 
 
+class TrainingError(JaxcoderError):
+    """Training that goes on but does not learn: steps whose loss is not finite, again and again."""
+
+
 class MissingExtraError(JaxcoderError):
     """An optional dependency is not installed; the message holds the command that installs it."""
 

@@ -156,12 +156,18 @@ class TrainingLine:
         self.close()
 
     def update(
-        self, *, step: int, loss: float, bits_per_byte: float | None = None, tokens_per_second: float | None = None
+        self,
+        *,
+        step: int,
+        loss: float,
+        bits_per_byte: float | None = None,
+        tokens_per_second: float | None = None,
+        mfu: float | None = None,
     ) -> None:
         """The newest numbers; drawn when a drawing is due, and always for the first and the last step."""
         self._marks.append((time.monotonic(), step))
         if self._line.is_due() or step == self._num_steps:
-            self._line.show(self._text(step, loss, bits_per_byte, tokens_per_second))
+            self._line.show(self._text(step, loss, bits_per_byte, tokens_per_second, mfu))
 
     def say(self, text: str) -> None:
         """A line that stays, above the live one."""
@@ -181,13 +187,17 @@ class TrainingLine:
         (begin, first), (end, last) = self._marks[0], self._marks[-1]
         return (end - begin) / (last - first) * (self._num_steps - last) if last > first else None
 
-    def _text(self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None) -> str:
+    def _text(
+        self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None, mfu: float | None
+    ) -> str:
         width = len(f"{self._num_steps:,}")
         parts = [f"step {step:>{width},}/{self._num_steps:,}", f"loss {loss:.3f}"]
         if bits_per_byte is not None:
             parts.append(f"{bits_per_byte:.3f} bits/byte")
         if tokens_per_second is not None:
             parts.append(f"{readable_count(tokens_per_second)} tokens/s")
+        if mfu is not None:
+            parts.append(f"{mfu:.1%} MFU")
         left = self.seconds_left()
         parts.append(f"{readable_duration(left)} left" if left is not None else "")
         return "  ".join(parts).rstrip()

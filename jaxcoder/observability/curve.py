@@ -17,7 +17,7 @@ def draw_curve(
     *,
     title: str = "",
     train_key: str = "loss",
-    eval_key: str = "eval_loss",
+    eval_key: str = "eval/loss",
 ) -> Path:
     """Writes a PNG of the training loss (every step faint, smoothed strong) and, where there is one, the held-out loss.
 

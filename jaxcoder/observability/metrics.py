@@ -8,6 +8,7 @@ written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and Ja
 import json
 import math
 import os
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,17 @@ def _records(path: str, *, missing_is_empty: bool) -> Iterator[tuple[str, dict[s
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, oldest first, torn lines left out. DataError when there is no file."""
-    return [
-        {name: float(value) if value in NOT_FINITE else value for name, value in record.items()}
-        for _, record in _records(str(path), missing_is_empty=False)
-    ]
+    return [_with_floats(record) for _, record in _records(str(path), missing_is_empty=False)]
+
+
+def last_metrics(path: str | Path, count: int) -> list[dict[str, Any]]:
+    """The last `count` of `read_metrics`; [] when there is no file."""
+    newest = deque(_records(str(path), missing_is_empty=True), maxlen=count)
+    return [_with_floats(record) for _, record in newest]
+
+
+def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(value) if value in NOT_FINITE else value for name, value in record.items()}
 
 
 def _plain(value: float) -> float | int | str:

@@ -83,8 +83,8 @@ def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> Non
     width = min(shutil.get_terminal_size().columns, 100)
     say("\n" + " what it learned ".center(width, "-"))
     say(
-        f"held-out files ({held_out['files']}): loss {held_out['eval_loss']:.3f} nats per token, "
-        f"{held_out['eval_bits_per_byte']:.3f} bits per byte (xz -9e needs {held_out['xz_bits_per_byte']:.3f})"
+        f"held-out files ({held_out['files']}): loss {held_out['eval/loss']:.3f} nats per token, "
+        f"{held_out['eval/bits_per_byte']:.3f} bits per byte (xz -9e needs {held_out['xz_bits_per_byte']:.3f})"
     )
     say(
         f"infilling {infill['count']} held-out lines: edit similarity {infill['edit_similarity']:.3f}, "

@@ -1,6 +1,6 @@
-"""Weights that a run begins with instead of random ones: opened and compared with the run before anything is computed.
+"""The state that a run begins or goes on with: its newest checkpoint, other weights (`init_from`), or random ones.
 
-Only the weights are taken; optimizer, step, data and schedule begin anew. What can be opened here are checkpoints of
+Other weights are opened and compared with the run before anything is computed. Only they are taken; optimizer, step, data and schedule begin anew. What can be opened here are checkpoints of
 ours; whoever knows other formats hands `train` an opener of its own (`jaxcoder/recipes/start.py`).
 """
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
 from jaxcoder.checkpoint import arrays as array_files
+from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.checkpoint.find import is_checkpoint, open_checkpoint, steps_in
 from jaxcoder.checkpoint.manifest import TOKENIZER
 from jaxcoder.checkpoint.names import check_arrays, flatten_model, unflatten_model
@@ -20,7 +22,7 @@ from jaxcoder.errors import CheckpointError
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.optimizer import adam
-from jaxcoder.train.state import TrainState, initial_state
+from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
 
 ARCHITECTURE = (
     "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "num_kv_heads", "vocab_size", "max_seq_len",
@@ -119,6 +121,32 @@ def begin(config: RunConfig, weights: StartingWeights) -> TrainState:
     model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
     step, moments = jax.jit(lambda model: (jnp.int32(0), adam(config.optimizer).init(model)))(model)
     return TrainState(step=step, model=model, moments=moments)
+
+
+def restore_or_begin(
+    config: RunConfig,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    weights: StartingWeights | None,
+    tokenizer: Tokenizer | None,
+) -> tuple[TrainState, int, int]:
+    """The newest good checkpoint on this mesh, whatever mesh wrote it, or the weights that the run begins with, or
+    random ones; its step and samples."""
+    step = checkpointer.latest_step()
+    if step is None and weights is not None:
+        return begin(config, weights), 0, 0
+    if step is None and config.init_from:
+        raise CheckpointError(
+            f"no checkpoint in `{checkpointer.directory}` is whole, so the run cannot go on: delete that directory to "
+            f"begin again with the weights of `{config.init_from}`."
+        )
+    if step is None:
+        return jax.jit(lambda: initial_state(config))(), 0, 0
+    saved = checkpointer.directory / str(step)
+    check_tokenizer(str(saved), tokenizer_beside(saved), tokenizer)
+    abstract = abstract_state(config, mesh)
+    samples = checkpointer.manifest(step).metadata["samples"]
+    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples
 
 
 def _ids(tokenizer: Tokenizer) -> list[tuple[bool, bytes] | None]:

@@ -1,37 +1,99 @@
-"""Held-out loss and bits per byte, over the same windows every time."""
+"""Held-out loss and bits per byte, over the same windows every time: of everything, of each language, of each corpus.
+
+A target token belongs to the document it stands in, and so to that document's language; end tokens too.
+"""
 
 import math
+from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.models.gpt_bigcode import GPTBigCode
-from jaxcoder.train.inputs import held_out_batches, place, text_bytes
+from jaxcoder.train.inputs import HeldOutStream, held_out_batches, place
 from jaxcoder.train.step import make_eval_step
+
+UNKNOWN = "unknown"
+
+
+@dataclass
+class Sums:
+    """nats of loss, tokens, and bytes of text behind them."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    text_bytes: int = 0
+
+    def add(self, nats: float, tokens: int, text_bytes: int) -> None:
+        self.nats, self.tokens, self.text_bytes = self.nats + nats, self.tokens + tokens, self.text_bytes + text_bytes
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """loss (nats per token), bits_per_byte, tokens."""
+        return {
+            f"{prefix}/loss": self.nats / max(self.tokens, 1),
+            f"{prefix}/bits_per_byte": self.nats / math.log(2) / max(self.text_bytes, 1),
+            f"{prefix}/tokens": self.tokens,
+        }
 
 
 class HeldOut:
-    """Evaluates weights on the held-out stream of a run; compiles once."""
+    """Evaluates weights on the held-out streams of a run; compiles once."""
 
-    def __init__(self, config: RunConfig, stream: SampleStream, mesh: Mesh):
-        self._config, self._stream, self._mesh = config, stream, mesh
+    def __init__(self, config: RunConfig, streams: list[HeldOutStream], mesh: Mesh):
+        self._config, self._streams, self._mesh = config, streams, mesh
+        self._languages = [_Languages(held_out.stream) for held_out in streams]
         self._step = make_eval_step()
 
     def __call__(self, model: GPTBigCode) -> dict[str, float]:
-        """eval_loss in nats per token, eval_bits_per_byte, eval_tokens; call with the mesh in scope."""
+        """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME and, with several held-out stores,
+        eval/corpus/NAME. Call with the mesh in scope."""
+        everything, by_language, by_corpus = Sums(), {}, {}
+        for held_out, languages in zip(self._streams, self._languages, strict=True):
+            of_corpus = by_corpus.setdefault(held_out.name, Sums())
+            for name, *sums in self._evaluate(model, held_out.stream, languages):
+                for total in (everything, of_corpus, by_language.setdefault(name, Sums())):
+                    total.add(*sums)
+        metrics = everything.metrics("eval")
+        for name, sums in sorted(by_language.items()):
+            metrics |= sums.metrics(f"eval/lang/{name}")
+        if len(by_corpus) > 1:
+            for name, sums in by_corpus.items():
+                metrics |= sums.metrics(f"eval/corpus/{name}")
+        return metrics
+
+    def _evaluate(self, model: GPTBigCode, stream: SampleStream, languages: "_Languages"):
+        """(language, nats, tokens, bytes of text) of every batch and language that it holds."""
         batch_size = self._config.microbatch_size or self._config.global_batch_size
-        sums, text = [], 0
-        batches = held_out_batches(
-            self._stream, num_windows=self._config.eval.num_windows, batch_size=batch_size
-        )
-        for batch in batches:
-            sums.append(self._step(model, place(batch, self._mesh)))
-            text += text_bytes(batch, self._stream.token_bytes)
-        nats, tokens = (sum(float(x) for x in column) for column in zip(*jax.device_get(sums)))
-        return {
-            "eval_loss": nats / tokens,
-            "eval_bits_per_byte": nats / math.log(2) / max(text, 1),
-            "eval_tokens": tokens,
-        }
+        num_windows = self._config.eval.num_windows
+        for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
+            counts = batch.loss_mask > 0
+            nats = np.asarray(self._step(model, place(batch, self._mesh)), np.float64)[counts]
+            numbers = languages.of_targets(samples)[counts]
+            text_bytes = stream.token_bytes[batch.targets[counts]]
+            columns = [np.bincount(numbers, weights, len(languages.names)) for weights in (nats, None, text_bytes)]
+            for name, nats, tokens, size in zip(languages.names, *columns, strict=True):
+                if tokens:
+                    yield name, float(nats), int(tokens), int(size)
+
+
+class _Languages:
+    """Which language each target of a held-out window is written in."""
+
+    def __init__(self, stream: SampleStream):
+        import pyarrow.compute as pc
+
+        self._stream = stream
+        (self._store,) = stream.stores
+        column = pc.dictionary_encode(self._store.documents["lang"].combine_chunks())
+        self._of_document = column.indices.to_numpy()
+        self.names = [name or UNKNOWN for name in column.dictionary.to_pylist()]
+
+    def of_targets(self, samples: list[int]) -> np.ndarray:
+        """int [B, S]: number in `names` of the language of each target of these windows, before any FIM."""
+        starts = np.array([self._stream.locate(sample).start for sample in samples])
+        places = starts[:, None] + 1 + np.arange(self._stream.seq_len)
+        documents = np.searchsorted(self._store.document_offsets, places, side="right") - 1
+        return self._of_document[documents]

@@ -8,12 +8,13 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcoder.config import RunConfig
+from jaxcoder.config import DataConfig, RunConfig
 from jaxcoder.data.loader import Batch, make_batch
 from jaxcoder.data.open import SYNTHETIC, open_stream
 from jaxcoder.data.store import TokenStore
@@ -23,24 +24,42 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 _HASHED_BYTES = 1 << 30  # a store of up to this size is read and compared before the first step: about a second
 
-def open_streams(config: RunConfig) -> tuple[WindowStream, SampleStream | None, Tokenizer | None]:
-    """What the run trains on, what it is evaluated on (or None), and the tokenizer of both (None if synthetic).
+class HeldOutStream(NamedTuple):
+    """Windows of one held-out store, without FIM; `name` is the corpus's."""
+
+    name: str
+    stream: SampleStream
+
+
+def open_streams(config: RunConfig) -> tuple[WindowStream, list[HeldOutStream], Tokenizer | None]:
+    """What the run trains on, what it is evaluated on, and the tokenizer of all of it (None if synthetic).
 
     Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared. DataError if a
     store of up to a gigabyte holds altered files; larger ones are checked as they are read.
     """
     if config.data.store == SYNTHETIC:
-        return synthetic_stream(config.model, config.seed), None, None
+        return synthetic_stream(config.model, config.seed), [], None
     stream = open_stream(config)
     for store in stream.stores:
         store.verify(at_most=_HASHED_BYTES)
-    if config.data.eval_store is None:
-        return stream, None, stream.tokenizer
-    plain = replace(config.data, store=config.data.eval_store, fim_rate=0.0, corpora=(), stages=())
-    eval_store = TokenStore.open(config.data.eval_store)
-    eval_store.verify(at_most=_HASHED_BYTES)
-    held_out = SampleStream(eval_store, stream.tokenizer, plain, seq_len=config.model.max_seq_len, seed=0)
+    plain = replace(config.data, fim_rate=0.0, corpora=(), stages=())
+    held_out = []
+    for name, path in held_out_stores(config.data):
+        store = TokenStore.open(path)
+        store.verify(at_most=_HASHED_BYTES)
+        windows = SampleStream(store, stream.tokenizer, plain, seq_len=config.model.max_seq_len, seed=0)
+        held_out.append(HeldOutStream(name, windows))
     return stream, held_out, stream.tokenizer
+
+
+def held_out_stores(data: DataConfig) -> list[tuple[str, str]]:
+    """(name, path) of the held-out stores: of the run as a whole, then those of its corpora."""
+    whole = [(_name("", data.eval_store), data.eval_store)] if data.eval_store else []
+    return whole + [(_name(c.name, c.store), c.eval_store) for c in data.corpora if c.eval_store]
+
+
+def _name(name: str, path: str) -> str:
+    return name or path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
@@ -76,20 +95,24 @@ def text_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
     return None if token_bytes is None else int(token_bytes[batch.targets[batch.loss_mask > 0]].sum(dtype=np.int64))
 
 
-def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int) -> Iterator[Batch]:
-    """The first windows of the held-out stream, each once; the last batch is filled up with rows that do not count."""
+def held_out_batches(
+    stream: SampleStream, *, num_windows: int, batch_size: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """(samples, batch): the first windows of a held-out stream, each once; rows that fill up the last batch do not
+    count."""
     num_windows = min(num_windows, stream.windows_per_epoch)
     for first in range(0, num_windows, batch_size):
         count = min(batch_size, num_windows - first)
-        windows = np.stack([stream.sample(min(first + row, num_windows - 1)) for row in range(batch_size)])
+        samples = [min(first + row, num_windows - 1) for row in range(batch_size)]
         batch = make_batch(
-            windows,
+            np.stack([stream.sample(sample) for sample in samples]),
             end_id=stream.end_id,
             pad_id=stream.pad_id,
             document_mask=stream.document_mask,
             pad_in_loss=stream.pad_in_loss,
         )
-        yield batch._replace(loss_mask=batch.loss_mask * (np.arange(batch_size) < count)[:, None].astype(np.float32))
+        counts = (np.arange(batch_size) < count)[:, None].astype(np.float32)
+        yield samples, batch._replace(loss_mask=batch.loss_mask * counts)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The training loop: claim the run's directory, restore or initialise, then step until done or asked to stop.
+"""The training loop: claim the run's directory, restore or begin, then step until done or asked to stop.
 
 One step: take the next batch (already on the devices) -> dispatch the jitted step -> read the metrics of the step
 before -> evaluate and save when due -> leave when a signal came. `step` counts completed optimizer steps, `samples` the
@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import jax
 from jax.sharding import Mesh
@@ -18,32 +18,30 @@ from jax.sharding import Mesh
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import RunConfig
 from jaxcoder.config.validate import resolve_mesh, validate
-from jaxcoder.data.loader import batches
+from jaxcoder.data.loader import Batch, batches
 from jaxcoder.data.schedule import BatchSchedule
-from jaxcoder.errors import CheckpointError, Interrupted
+from jaxcoder.data.stream import WindowStream
+from jaxcoder.errors import Interrupted
 from jaxcoder.models.flops import num_parameters
+from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.observability.console import TrainingLine
 from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.runtime import GracefulStop, held_alone, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.tokenizer import Tokenizer
-from jaxcoder.train.begin import (
-    OpenWeights,
-    StartingWeights,
-    begin,
-    check_tokenizer,
-    open_own_weights,
-    starting_weights,
-    tokenizer_beside,
-)
+from jaxcoder.train.begin import OpenWeights, open_own_weights, restore_or_begin, starting_weights
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, placed_ahead, text_bytes
+from jaxcoder.train.profile import Profiler, ProfileSteps
 from jaxcoder.train.run_directory import RunDirectory
-from jaxcoder.train.spikes import SpikeReport
-from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
+from jaxcoder.train.state import TrainState, flatten_state
 from jaxcoder.train.step import make_train_step
 from jaxcoder.train.step_log import StepLog
+from jaxcoder.train.watch import Watch
+
+Evaluation = Callable[[GPTBigCode], Mapping[str, float]]
+"""Something else to measure on the weights at the cadence of the held-out loss, such as infilling; its metrics by name
+("eval/..."). Called in every process, with the mesh in scope."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class TrainResult:
     directory: RunDirectory
     step: int
     eval_metrics: dict[str, float]
-    """eval_loss, eval_bits_per_byte, eval_tokens after the last step; empty without a held-out store."""
+    """Of the last step (`HeldOut`, and every `Evaluation`); empty without a held-out store."""
     late_stop: int
     """Exit code of a SIGTERM or Ctrl-C that came after the last step, for whoever has more to do; else 0."""
 
@@ -64,17 +62,20 @@ def train(
     accept_config_change: bool = False,
     directory_is_shared: bool = False,
     open_weights: OpenWeights = open_own_weights,
+    evaluations: Sequence[Evaluation] = (),
+    profile_steps: ProfileSteps | None = None,
 ) -> TrainResult:
     """Trains to `config.num_steps`, continuing from the newest good checkpoint in the run's directory.
 
     directory_is_shared: the run's directory may hold other things too (a recipe's).
     open_weights: opens `config.init_from`.
-    Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C.
+    Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C;
+    TrainingError when too many steps in a row are not finite.
     """
     validate(config, len(jax.devices()))
     config = dataclasses.replace(config, mesh=resolve_mesh(config.mesh, len(jax.devices())))
     mesh = make_mesh(config.mesh)
-    stream, eval_stream, tokenizer = open_streams(config)
+    stream, held_out_streams, tokenizer = open_streams(config)
     directory = RunDirectory.of(config)
     weights = starting_weights(config, tokenizer, directory.checkpoints, open_weights)
     directory.claim(config, accept_config_change=accept_config_change, is_shared=directory_is_shared)
@@ -86,109 +87,144 @@ def train(
         stop = stack.enter_context(GracefulStop())
         stack.enter_context(out_of_memory_explained(config))
         stack.enter_context(jax.set_mesh(mesh))
+        save_tokenizer = tokenizer.save if tokenizer else None
         checkpointer = stack.enter_context(
             Checkpointer(
-                directory.checkpoints,
-                config.checkpoint,
-                run=config,
-                save_tokenizer=tokenizer.save if tokenizer else None,
-                warn=line.say,
+                directory.checkpoints, config.checkpoint, run=config, save_tokenizer=save_tokenizer, warn=line.say
             )
         )
         line.say(describe(config, mesh))
-
-        state, step, samples = restore_or_initialise(config, mesh, checkpointer, weights, tokenizer)
-        writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
-        directory.adopt(config)
-        spikes = SpikeReport(config, stream, line.say, directory=directory.path, step=step, samples=samples)
-        log = StepLog(config, writer, line, on_loss=spikes)
-        held_out = HeldOut(config, eval_stream, mesh) if eval_stream else None
-        eval_metrics: dict[str, float] = {}
-        schedule = BatchSchedule.of(config.global_batch_size, config.data, batch=step, sample=samples)
-        train_steps = {size: make_train_step(sized(config, size)) for size in schedule.batch_sizes}
-        process_index, process_count = host_share(mesh)
-        source = stack.enter_context(
-            batches(
-                stream,
-                global_batch_size=config.global_batch_size,
-                stages=config.data.stages,
-                first_sample=samples,
-                process_index=process_index,
-                process_count=process_count,
-            )
-        )
-        placed = stack.enter_context(placed_ahead(itertools.islice(source, config.num_steps - step), mesh))
+        state, step, samples = restore_or_begin(config, mesh, checkpointer, weights, tokenizer)
         if step:
             line.say(f"Continuing after step {step:,}.")
-
-        def save() -> None:
-            checkpointer.save(step, flatten_state(state), {"samples": samples}, force=True)
-            log.pause()
-
-        while step < config.num_steps:
+        writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
+        directory.adopt(config)
+        watch = Watch(config, stream, directory, writer, line.say, step=step, samples=samples)
+        schedule = BatchSchedule.of(config.global_batch_size, config.data, batch=step, sample=samples)
+        run = Run(
+            config=config,
+            state=state,
+            step=step,
+            samples=samples,
+            batches=stack.enter_context(open_batches(config, stream, mesh, step, samples)),
+            train_steps={size: make_train_step(sized(config, size)) for size in schedule.batch_sizes},
+            token_bytes=stream.token_bytes,
+            log=StepLog(config, writer, line, watch),
+            held_out=HeldOut(config, held_out_streams, mesh) if held_out_streams else None,
+            evaluations=evaluations,
+            writer=writer,
+            watch=watch,
+            line=line,
+            checkpointer=checkpointer,
+            profiler=stack.enter_context(Profiler(profile_steps, directory.profile, line.say)),
+        )
+        while run.step < config.num_steps:
             if stop.requested is not None:
-                log.flush()
-                save()
+                run.save()
                 checkpointer.wait()
                 raise Interrupted(
-                    f"stopped after step {step:,}, which is saved in `{directory.checkpoints}`.",
+                    f"stopped after step {run.step:,}, which is saved in `{directory.checkpoints}`.",
                     exit_code=stop.exit_code,
                     resume_command=resume_command(),
                 )
-            asked = time.monotonic()
-            batch, device_batch = next(placed)
-            waited = time.monotonic() - asked
-            size = len(device_batch.inputs)
-            state, metrics = train_steps[size](state, device_batch)
-            step, samples = step + 1, samples + size
-            log.record(
-                step, metrics, samples=samples, text_bytes=text_bytes(batch, stream.token_bytes), data_wait=waited
-            )
-            checkpointer.poll()
-
-            is_last = step == config.num_steps
-            if held_out and (is_last or step % config.eval.every_steps == 0):
-                log.flush()
-                eval_metrics = held_out(state.model)
-                writer.write(step, eval_metrics)
-                line.say(
-                    f"step {step:,}: held-out loss {eval_metrics['eval_loss']:.4f}, "
-                    f"{eval_metrics['eval_bits_per_byte']:.4f} bits per byte"
-                )
-                log.pause()
-            if is_last or checkpointer.is_due(step):
-                save()
-        log.flush()
+            run.take_step()
+            is_last = run.step == config.num_steps
+            if is_last or run.step % config.eval.every_steps == 0:
+                run.evaluate()
+            if is_last or checkpointer.is_due(run.step):
+                run.save()
+        if not run.eval_metrics:  # the run was complete already
+            run.evaluate()
         checkpointer.wait()
-        if held_out and not eval_metrics:  # The run was complete already.
-            eval_metrics = held_out(state.model)
-        return TrainResult(directory=directory, step=step, eval_metrics=eval_metrics, late_stop=stop.exit_code)
-
-
-def restore_or_initialise(
-    config: RunConfig,
-    mesh: Mesh,
-    checkpointer: Checkpointer,
-    weights: StartingWeights | None,
-    tokenizer: Tokenizer | None,
-) -> tuple[TrainState, int, int]:
-    """The newest good checkpoint on this mesh, whatever mesh wrote it, or the weights that the run begins with, or
-    random ones; its step and samples."""
-    step = checkpointer.latest_step()
-    if step is None and weights is not None:
-        return begin(config, weights), 0, 0
-    if step is None and config.init_from:
-        raise CheckpointError(
-            f"no checkpoint in `{checkpointer.directory}` is whole, so the run cannot go on: delete that directory to "
-            f"begin again with the weights of `{config.init_from}`."
+        return TrainResult(
+            directory=directory, step=run.step, eval_metrics=run.eval_metrics, late_stop=stop.exit_code
         )
-    if step is None:
-        return jax.jit(lambda: initial_state(config))(), 0, 0
-    saved = checkpointer.directory / str(step)
-    check_tokenizer(str(saved), tokenizer_beside(saved), tokenizer)
-    abstract = abstract_state(config, mesh)
-    samples = checkpointer.manifest(step).metadata["samples"]
-    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Where a run stands, and what it does at a step."""
+
+    config: RunConfig
+    state: TrainState
+    step: int
+    samples: int
+    batches: Iterator[tuple[Batch, Batch]]
+    """(on the host, on the devices)"""
+    train_steps: dict[int, Callable]
+    """The jitted step for each batch size."""
+    token_bytes: jax.typing.ArrayLike | None
+    log: StepLog
+    held_out: HeldOut | None
+    evaluations: Sequence[Evaluation]
+    writer: MetricWriter
+    watch: Watch
+    line: TrainingLine
+    checkpointer: Checkpointer
+    profiler: Profiler
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+
+    def take_step(self) -> None:
+        """The next batch, one update; while that runs, the metrics of the step before are written."""
+        self.profiler.before(self.step + 1)
+        asked = time.monotonic()
+        batch, device_batch = next(self.batches)
+        waited = time.monotonic() - asked
+        size = len(device_batch.inputs)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, metrics = self.train_steps[size](self.state, device_batch)
+        self.step, self.samples = self.step + 1, self.samples + size
+        self.log.record(
+            self.step,
+            metrics,
+            samples=self.samples,
+            batch_size=size,
+            text_bytes=text_bytes(batch, self.token_bytes),
+            data_wait=waited,
+        )
+        self.profiler.after(self.step, self.log.flush)
+        self.checkpointer.poll()
+
+    def evaluate(self) -> None:
+        """Held-out loss and everything else that is to be measured on these weights; the dropout is off."""
+        if self.held_out is None:
+            return
+        self.log.flush()
+        began = time.monotonic()
+        metrics = self.held_out(self.state.model)
+        for evaluation in self.evaluations:
+            metrics |= evaluation(self.state.model)
+        self.eval_metrics = metrics
+        self.writer.write(self.step, metrics | {"eval_seconds": time.monotonic() - began})
+        self.line.say(f"step {self.step:,}: {said(metrics)}")
+        self.watch(self.step, metrics)
+        self.log.pause()
+
+    def save(self) -> None:
+        """Starts a checkpoint of this step, which is finished in the background."""
+        self.log.flush()
+        began = time.monotonic()
+        if self.checkpointer.save(self.step, flatten_state(self.state), {"samples": self.samples}, force=True):
+            self.writer.write(self.step, {"checkpoint_seconds": time.monotonic() - began})
+        self.log.pause()
+
+
+@contextlib.contextmanager
+def open_batches(
+    config: RunConfig, stream: WindowStream, mesh: Mesh, step: int, samples: int
+) -> Iterator[Iterator[tuple[Batch, Batch]]]:
+    """The batches from `samples` to the end of the run, (on the host, on the devices); the latter two ahead."""
+    index, count = host_share(mesh)
+    with batches(
+        stream,
+        global_batch_size=config.global_batch_size,
+        stages=config.data.stages,
+        first_sample=samples,
+        process_index=index,
+        process_count=count,
+    ) as source:
+        with placed_ahead(itertools.islice(source, config.num_steps - step), mesh) as placed:
+            yield placed
 
 
 def sized(config: RunConfig, global_batch_size: int) -> RunConfig:
@@ -197,7 +233,9 @@ def sized(config: RunConfig, global_batch_size: int) -> RunConfig:
 
 
 def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> MetricWriter:
-    """metrics.jsonl, and TensorBoard when asked for; lines after `step` belong to steps that will be done again."""
+    """metrics.jsonl, and TensorBoard when asked for, by process 0; lines after `step` belong to steps that will be done again."""
+    if jax.process_index():
+        return MultiWriter([])
     writers: list[MetricWriter] = [JsonlWriter(directory.metrics_file, resume_from_step=step)]
     if config.tensorboard:
         writers.append(TensorBoardWriter(directory.tensorboard, resume_from_step=step))
@@ -213,3 +251,12 @@ def describe(config: RunConfig, mesh: Mesh) -> str:
         f"Training {config.name}: {num_parameters(config.model):,} parameters, {tokens:,} tokens a step, "
         f"{config.num_steps:,} steps, on {devices} as a mesh of {axes}."
     )
+
+
+def said(metrics: Mapping[str, float]) -> str:
+    """The gist of an evaluation, in a line."""
+    text = f"held-out loss {metrics['eval/loss']:.4f}, {metrics['eval/bits_per_byte']:.4f} bits per byte"
+    if "eval/infill/exact_match" in metrics:
+        exact, similar = metrics["eval/infill/exact_match"], metrics["eval/infill/edit_similarity"]
+        text += f"; infilled lines exact {exact:.1%}, edit similarity {similar:.3f}"
+    return text

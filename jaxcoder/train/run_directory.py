@@ -3,6 +3,8 @@
     <output_dir>/config.json      the RunConfig of the run
     <output_dir>/metrics.jsonl    one line a step
     <output_dir>/checkpoints/     one folder a saved step
+    <output_dir>/tensorboard/     the same metrics as events, when asked for
+    <output_dir>/profile/         of --profile-steps
 """
 
 import fsspec
@@ -23,6 +25,7 @@ class RunDirectory:
         self.metrics_file = f"{self.path}/metrics.jsonl"
         self.checkpoints = f"{self.path}/checkpoints"
         self.tensorboard = f"{self.path}/tensorboard"
+        self.profile = f"{self.path}/profile"
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunDirectory":

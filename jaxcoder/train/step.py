@@ -69,6 +69,11 @@ def keep_if(is_good: jax.Array, new, old):
 
 def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
     """Summed loss of a batch in nats and the number of tokens it counts, fp32 scalars."""
+    return (losses_of(model, batch, dropout) * batch.loss_mask).sum(), batch.loss_mask.sum()
+
+
+def losses_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
+    """Loss of every target in nats, fp32 (B, S), the masked ones too."""
     hidden = model(
         batch.inputs,
         positions=None if batch.segment_ids is None else batch.positions,
@@ -76,8 +81,7 @@ def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tup
         dropout=dropout,
     )
     chunk = model.compute.loss_chunk_size
-    losses = token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
-    return (losses * batch.loss_mask).sum(), batch.loss_mask.sum()
+    return token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
 
 
 def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None):
@@ -94,6 +98,10 @@ def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None
     return jax.shard_map(lambda tree: jax.tree.map(cut, tree), in_specs=(in_specs,), out_specs=out_specs)(tree)
 
 
-def make_eval_step() -> Callable[[GPTBigCode, Batch], tuple[jax.Array, jax.Array]]:
-    """The jitted held-out loss of one batch: (sum of nats, tokens counted), fp32 scalars."""
-    return jax.jit(lambda model, batch: summed_loss(model, batch, None))
+def make_eval_step() -> Callable[[GPTBigCode, Batch], jax.Array]:
+    """The jitted loss of every target, without dropout: fp32 (B, S), whole on every device."""
+
+    def eval_step(model: GPTBigCode, batch: Batch) -> jax.Array:
+        return reshard(losses_of(model, batch, None), model.rules.spec(None, None))
+
+    return jax.jit(eval_step)

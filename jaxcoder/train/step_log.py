@@ -1,15 +1,22 @@
-"""The numbers of each step, fetched one step late, so that the host never waits for the step that is running."""
+"""The numbers of each step, fetched one step late, so that the host never waits for the step that is running.
+
+Model FLOPs utilisation (MFU): FLOPs of `models/flops.py` (recomputation not counted) for all tokens of the batch,
+divided by the step's time and by the devices' dense bf16 peak.
+"""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 
 from jaxcoder.config import RunConfig
+from jaxcoder.models.flops import training_flops_per_token
 from jaxcoder.observability.console import TrainingLine
+from jaxcoder.observability.memory import host_memory
 from jaxcoder.protocols import MetricWriter
+from jaxcoder.train.devices import device_memory, find_chip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,23 +24,45 @@ class _Pending:
     step: int
     metrics: dict[str, jax.Array]
     samples: int
+    batch_size: int
     text_bytes: int | None
     data_wait: float
 
 
 class StepLog:
-    """Takes the device arrays of a step and writes those of the step before."""
+    """Takes the device arrays of a step and writes those of the step before.
+
+    Of each step: loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens (that count in the loss),
+    samples (of the run so far), skipped, skipped_steps; step_time, data_wait in seconds; tokens_per_second;
+    flops_per_second_per_device and mfu (where the peak is known); host_memory, device_memory, device_memory_peak in
+    bytes, of the process that writes.
+    """
 
     def __init__(
-        self, config: RunConfig, writer: MetricWriter, line: TrainingLine, on_loss: Callable[[int, float], None]
+        self,
+        config: RunConfig,
+        writer: MetricWriter,
+        line: TrainingLine,
+        watch: Callable[[int, Mapping[str, float]], None],
     ):
-        """on_loss: is told (step, loss) of every step, once it has been written."""
-        self._config, self._writer, self._line, self._on_loss = config, writer, line, on_loss
+        """watch: is told (step, metrics) of every step, once they have been written."""
+        self._config, self._writer, self._line, self._watch = config, writer, line, watch
+        self._flops_per_window = (
+            training_flops_per_token(config.model, config.model.max_seq_len) * config.model.max_seq_len
+        )
+        self._chip = find_chip(jax.devices()[0].device_kind)
         self._pending: _Pending | None = None
         self._last_time: float | None = None
 
     def record(
-        self, step: int, metrics: dict[str, jax.Array], *, samples: int, text_bytes: int | None, data_wait: float
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        *,
+        samples: int,
+        batch_size: int,
+        text_bytes: int | None,
+        data_wait: float,
     ) -> None:
         """The step has been dispatched: its metrics are still being computed.
 
@@ -41,7 +70,12 @@ class StepLog:
         """
         self.flush()
         self._pending = _Pending(
-            step=step, metrics=metrics, samples=samples, text_bytes=text_bytes, data_wait=data_wait
+            step=step,
+            metrics=metrics,
+            samples=samples,
+            batch_size=batch_size,
+            text_bytes=text_bytes,
+            data_wait=data_wait,
         )
 
     def flush(self) -> None:
@@ -49,17 +83,13 @@ class StepLog:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
         if pending.text_bytes:
             nats = values["loss"] * values["tokens"]
             values["bits_per_byte"] = nats / math.log(2) / pending.text_bytes
-        now = time.monotonic()
-        if self._last_time is not None:
-            values["step_time"] = now - self._last_time
-            values["tokens_per_second"] = values["tokens"] / max(values["step_time"], 1e-9)
-        self._last_time = now
-        values["data_wait"] = pending.data_wait
-        values["samples"] = pending.samples
+        values |= self._speed(pending, values["tokens"])
+        values |= {"data_wait": pending.data_wait, "samples": pending.samples, "host_memory": host_memory()}
+        values |= device_memory()
         if pending.step % self._config.log_every_steps == 0 or pending.step == self._config.num_steps:
             self._writer.write(pending.step, values)
         self._line.update(
@@ -67,8 +97,20 @@ class StepLog:
             loss=values["loss"],
             bits_per_byte=values.get("bits_per_byte"),
             tokens_per_second=values.get("tokens_per_second"),
+            mfu=values.get("mfu"),
         )
-        self._on_loss(pending.step, values["loss"])
+        self._watch(pending.step, values)
+
+    def _speed(self, pending: _Pending, tokens: float) -> dict[str, float]:
+        """Nothing for the first step and those after a pause: their time is not a step's."""
+        now = time.monotonic()
+        before, self._last_time = self._last_time, now
+        if before is None:
+            return {}
+        seconds = max(now - before, 1e-9)
+        flops = self._flops_per_window * pending.batch_size / seconds / jax.device_count()
+        speed = {"step_time": seconds, "tokens_per_second": tokens / seconds, "flops_per_second_per_device": flops}
+        return speed if self._chip is None else speed | {"mfu": flops / self._chip.peak_flops}
 
     def pause(self) -> None:
         """Something else ran (a save, an evaluation): the time until the next step is not a step time."""

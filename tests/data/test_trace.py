@@ -121,7 +121,7 @@ def run_directory(config, tmp_path_factory):
     (root / "config.json").write_text(to_json(config))
     lines = [{"step": step, "loss": 1.0, "samples": 4 * step} for step in range(1, 11)]
     lines += [{"step": step, "loss": 1.0, "samples": 40 + 8 * (step - 10)} for step in range(11, 18)]
-    lines += [{"step": 17, "eval_loss": 1.0}]
+    lines += [{"step": 17, "eval/loss": 1.0}]
     lines += [{"step": step, "loss": 1.0, "samples": 96 + 8 + 20 * (step - 18)} for step in range(18, 21)]
     (root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return root

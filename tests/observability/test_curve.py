@@ -29,7 +29,7 @@ def colours(picture):
 
 def test_two_lines(tmp_path):
     records = [
-        (s, {"loss": 2 + 8 * math.exp(-s / 20)} | ({"eval_loss": 3.0} if s % 25 == 0 else {})) for s in range(1, 101)
+        (s, {"loss": 2 + 8 * math.exp(-s / 20)} | ({"eval/loss": 3.0} if s % 25 == 0 else {})) for s in range(1, 101)
     ]
     picture = draw_curve(log(tmp_path / "m.jsonl", records), tmp_path / "new" / "curve.png", title="tiny")
     training, held_out = colours(picture)

@@ -65,8 +65,8 @@ def test_the_whole_road(undisturbed):
     output, said = undisturbed
     report = json.loads((output / "report.json").read_text())
     held_out = report["held_out"]
-    assert 0 < held_out["eval_loss"] < 9 and 1 < held_out["xz_bits_per_byte"] < 4
-    assert held_out["eval_bits_per_byte"] == pytest.approx(held_out["eval_loss"] / np.log(2) / 2.8, rel=0.5)
+    assert 0 < held_out["eval/loss"] < 9 and 1 < held_out["xz_bits_per_byte"] < 4
+    assert held_out["eval/bits_per_byte"] == pytest.approx(held_out["eval/loss"] / np.log(2) / 2.8, rel=0.5)
     assert 0 <= report["infill"]["edit_similarity"] <= 1 and report["infill"]["count"] == 64
     assert len(report["completions"]) == len(report["infills"]) == 2
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

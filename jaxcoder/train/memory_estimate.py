@@ -1,0 +1,108 @@
+"""What a training step needs of each device's memory, estimated from the configuration alone: nothing is compiled.
+
+Exact: weights and Adam's moments, fp32 arrays in the shards that the rules give them on the mesh. Estimated: gradients
+and activations. XLA decides what it fuses and when it frees; the factors below are what its buffers came to on CPUs
+(fp32, several sizes, meshes and policies), where the sum stays within a factor of 1.5 of the compiler's own figure
+(tests/train/test_memory_estimate.py). bf16 halves the activations here; no accelerator's compiler was asked.
+
+Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
+(F, Q and, of several heads, U are divided by the mesh axis `tensor`), L layers, V vocabulary rows of a device.
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxcoder.config import MeshConfig, RunConfig
+from jaxcoder.sharding.rules import MESH_AXES
+from jaxcoder.train.state import initial_state
+
+GRADIENT_COPIES = 1
+GRADIENT_COPIES_ACCUMULATING = 2
+"""With microbatches the sum and the summand exist at once."""
+WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "block": (17, 8)}
+"""(of D, of F) values a token that the backward pass of one block has at once, what it computes again included."""
+LOGITS_COPIES = 2
+"""Of one chunk in fp32: the logits and their gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on each device at the peak of a step."""
+
+    weights: int
+    moments: int
+    gradients: int
+    kept_activations: int
+    """What the forward pass keeps of every block for the backward pass."""
+    working: int
+    """The larger of one block's backward pass and the loss: they do not happen at once."""
+    gathered: int
+    """Whole copies of what is sharded: one block's weights and gradients, and the embedding table for the loss."""
+
+    @property
+    def total(self) -> int:
+        return (
+            self.weights + self.moments + self.gradients + self.kept_activations + self.working + self.gathered
+        )
+
+
+def estimate_memory(config: RunConfig) -> MemoryEstimate:
+    """The estimate for a run whose mesh is filled in (`resolve_mesh`); it need not exist on this machine."""
+    model, mesh = config.model, config.mesh
+    itemsize = 2 if config.compute.dtype == "bfloat16" else 4
+    batch = config.microbatch_size or config.global_batch_size
+    tokens = -(-batch // (mesh.data * mesh.fsdp)) * model.max_seq_len
+    weights, block = weight_bytes(config)
+    copies = GRADIENT_COPIES if batch == config.global_batch_size else GRADIENT_COPIES_ACCUMULATING
+
+    mlp = model.mlp_dim / mesh.tensor
+    of_d, of_f = WORKING_UNITS[config.compute.remat]
+    in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
+    rows = model.vocab_size // mesh.tensor
+    logits = LOGITS_COPIES * 4 * tokens * min(config.compute.loss_chunk_size, rows)
+    in_loss = logits + tokens * model.embed_dim * (4 + 2 * itemsize)
+    gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if mesh.fsdp > 1 else 0)
+    return MemoryEstimate(
+        weights=weights,
+        moments=2 * weights,
+        gradients=copies * weights,
+        kept_activations=int(tokens * model.num_layers * itemsize * kept_per_token(config)),
+        working=int(max(in_block, in_loss)),
+        gathered=int(gathered),
+    )
+
+
+def kept_per_token(config: RunConfig) -> float:
+    """Values that the forward pass keeps of one block for one token on one device, by the remat policy."""
+    model, tensor = config.model, config.mesh.tensor
+    queries = model.num_heads * model.head_dim / tensor
+    keys = model.num_kv_heads * model.head_dim / (tensor if model.num_kv_heads > 1 else 1)
+    mlp = model.mlp_dim / tensor
+    if config.compute.remat == "block":
+        return model.embed_dim
+    if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
+        return model.embed_dim + 3 * queries + 2 * keys + mlp
+    return 10 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
+
+
+def weight_bytes(config: RunConfig) -> tuple[int, int]:
+    """Bytes of all weights on one device, and of one block gathered over `fsdp`."""
+    model = abstract_state_on(config.mesh, config).model
+    on_one = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(model))
+    block = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
+    return on_one, block * config.mesh.fsdp
+
+
+def abstract_state_on(mesh: MeshConfig, config: RunConfig):
+    """Shapes and shardings of the training state on a mesh of devices that need not be there."""
+    shape = (mesh.data, mesh.fsdp, mesh.tensor)
+    abstract = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
+    with jax.sharding.use_abstract_mesh(abstract):
+        return jax.eval_shape(lambda: initial_state(config))
+
+
+def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
