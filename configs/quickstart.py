@@ -37,5 +37,5 @@ def quickstart() -> RunConfig:
             peak_learning_rate=6e-3, final_learning_rate=6e-4, warmup_steps=50, beta2=0.98, weight_decay=0.1
         ),
         checkpoint=CheckpointConfig(save_every_steps=600, save_every_seconds=30.0, keep_last=2),
-        eval=EvalConfig(every_steps=600, num_windows=1024),
+        eval=EvalConfig(every_steps=600, num_windows=1024, infill_gaps=64),
     )

@@ -109,11 +109,11 @@ def stages(
     build_store(paths.held_out_documents, tokenizer, paths.held_out_store, seed=SEED, progress=progress)
     say(f"Token store: {store.num_tokens:,} tokens, {store.bytes_per_token:.2f} bytes each ({paths.train_store})")
 
+    from jaxcoder.recipes.pretrain import pretrain
     from jaxcoder.recipes.quickstart_report import make_report, show_report
-    from jaxcoder.train.loop import train
 
     config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
-    result = train(config, directory_is_shared=True)
+    result = pretrain(config, directory_is_shared=True)
     if result.late_stop:
         raise Interrupted(
             "stopped; the training is finished and saved, its report is not.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.inference.generate import TextGenerator
-from jaxcoder.inference.infill_metrics import infill_scores, single_line_gaps
+from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
 from jaxcoder.inference.load import load_model
 from jaxcoder.inference.sampling import Sampling
 from jaxcoder.observability.curve import draw_curve

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcoder.inference.infill_metrics import edit_distance, edit_similarity, infill_scores, single_line_gaps
+from jaxcoder.evaluation.infilling import edit_distance, edit_similarity, infill_scores, single_line_gaps
 from jaxcoder.tokenizer.document import Document
 
 SOURCE = '''"""A module that does a thing."""

@@ -1,0 +1,1 @@
+"""Tasks that models are measured by, and their scores."""
