@@ -227,10 +227,7 @@ def _tracer(args: argparse.Namespace) -> "Tracer":
 
 def _is_run(name: str) -> bool:
     """Whether `name` is the directory of a run."""
-    import fsspec
-
-    filesystem, path = fsspec.url_to_fs(f"{name.rstrip('/')}/config.json")
-    return filesystem.exists(path)
+    return _exists(f"{name.rstrip('/')}/config.json")
 
 
 def _config_of(name: str) -> "RunConfig":
@@ -260,14 +257,16 @@ def _history(name: str, config: "RunConfig") -> "StepHistory":
 
 
 def _exists(path: str) -> bool:
-    import fsspec
+    from jaxcoder.tokenizer.addresses import access_errors, open_address
 
-    filesystem, path = fsspec.url_to_fs(path)
-    return filesystem.exists(path)
+    fs, inside = open_address(path)
+    with access_errors(path):
+        return fs.exists(inside)
 
 
 def _text(path: str) -> str:
-    import fsspec
+    from jaxcoder.tokenizer.addresses import access_errors, open_address
 
-    with fsspec.open(path, "r") as file:
+    fs, inside = open_address(path)
+    with access_errors(path), fs.open(inside, "r") as file:
         return file.read()
