@@ -22,7 +22,7 @@ def starcoderbase() -> RunConfig:
     Cost: 512 A100 80 GB for 26 days, 320,256 GPU hours.
     """
     model = ModelConfig(num_layers=40, embed_dim=6144, num_heads=48, head_dim=128, mlp_dim=24576, init_std=0.01275)
-    return _starcoder("starcoderbase", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
+    return _starcoder("starcoderbase", model, num_steps=250_000, global_batch_size=512, rates=(3e-4, 3e-5))
 
 
 def starcoderbase_7b() -> RunConfig:
@@ -33,7 +33,7 @@ def starcoderbase_7b() -> RunConfig:
     Cost: 512 A100 80 GB; about 151,000 GPU hours (this figure is ours).
     """
     model = ModelConfig(num_layers=42, embed_dim=4096, num_heads=32, head_dim=128, mlp_dim=16384, init_std=0.015625)
-    return _starcoder("starcoderbase_7b", model, num_steps=250_000, global_batch_size=512, peak_learning_rate=3e-4)
+    return _starcoder("starcoderbase_7b", model, num_steps=250_000, global_batch_size=512, rates=(3e-4, 3e-5))
 
 
 def starcoderbase_3b() -> RunConfig:
@@ -45,7 +45,7 @@ def starcoderbase_3b() -> RunConfig:
     """
     model = ModelConfig(num_layers=36, embed_dim=2816, num_heads=22, head_dim=128, mlp_dim=11264, init_std=0.01884)
     return _starcoder(
-        "starcoderbase_3b", model, num_steps=500_000, global_batch_size=256, peak_learning_rate=5e-4, every=5000
+        "starcoderbase_3b", model, num_steps=500_000, global_batch_size=256, rates=(5e-4, 5e-5), every=5000
     )
 
 
@@ -58,7 +58,7 @@ def starcoderbase_1b() -> RunConfig:
     """
     model = ModelConfig(num_layers=24, embed_dim=2048, num_heads=16, head_dim=128, mlp_dim=8192, init_std=0.02209)
     return _starcoder(
-        "starcoderbase_1b", model, num_steps=1_000_000, global_batch_size=128, peak_learning_rate=4e-4, every=10_000
+        "starcoderbase_1b", model, num_steps=1_000_000, global_batch_size=128, rates=(4e-4, 4e-5), every=10_000
     )
 
 
@@ -73,7 +73,7 @@ def tiny_starcoder_py() -> RunConfig:
     Cost: 32 A100 for 18 hours, 576 GPU hours.
     """
     model = ModelConfig(num_layers=20, embed_dim=768, num_heads=12, head_dim=64, mlp_dim=3072, init_std=0.03608)
-    return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=256, peak_learning_rate=4e-4)
+    return _starcoder("tiny_starcoder_py", model, num_steps=50_000, global_batch_size=256, rates=(4e-4, 4e-5))
 
 
 def santacoder() -> RunConfig:
@@ -111,15 +111,16 @@ def _starcoder(
     *,
     num_steps: int,
     global_batch_size: int,
-    peak_learning_rate: float,
+    rates: tuple[float, float],
     every: int = 2500,
 ) -> RunConfig:
+    """rates: learning rate at the peak and at the end."""
     return RunConfig(
         name=name,
         model=model,
         num_steps=num_steps,
         global_batch_size=global_batch_size,
-        optimizer=OptimizerConfig(peak_learning_rate=peak_learning_rate, final_learning_rate=peak_learning_rate / 10),
+        optimizer=OptimizerConfig(peak_learning_rate=rates[0], final_learning_rate=rates[1]),
         checkpoint=CheckpointConfig(save_every_steps=every),
         eval=EvalConfig(every_steps=every, num_windows=2 * global_batch_size),
     )

@@ -5,52 +5,101 @@
     jaxcoder train tiny_starcoder_py --data STORE --output-dir runs/tiny --global-batch-size 64
     jaxcoder train my_run.py:experiment --optimizer.peak-learning-rate 1e-4
 
+    jaxcoder train starcoderbase --data STORE --mesh.fsdp 64 --dry-run     what it needs, on any machine
+
 STORE is a directory made by `jaxcoder data build`. A run lives in its output directory: the same command continues it
 from the newest checkpoint, after Ctrl-C, a kill or a crash. `jaxcoder train NAME --help` shows every field of NAME.
 """
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxcoder.config import RunConfig
 
 PASSES_UNKNOWN_ARGUMENTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="name of a run, or FILE.py[:FUNCTION]")
-    parser.add_argument("--data", metavar="STORE", help="token store to train on, or `synthetic` (short for --data.store)")
+    parser.add_argument(
+        "--data", metavar="STORE", help="token store to train on, or `synthetic` (short for --data.store)"
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="short for --num-steps, with a warm-up that fits")
     parser.add_argument(
         "--variant",
         choices=("mended", "as_trained"),
-        help="set every switch for a defect of StarCoder's training: mended (the default of each), or as it was trained",
+        help="set every switch for a defect of StarCoder's training: mended (default), or as it was trained",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the run's configuration, size, FLOPs, memory, data and directory, and stop: nothing is computed",
     )
     parser.add_argument(
         "--accept-config-change", action="store_true", help="continue a run although its configuration has changed"
     )
+    parser.add_argument(
+        "--profile-steps", metavar="FIRST:LAST", help="record a profile of these steps (10:13) in OUTPUT_DIR/profile"
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from dataclasses import replace
-
     from jaxcoder import runtime
-    from jaxcoder.config.load import load_run, with_store
 
-    config = load_run(args.config, args.overrides, args.variant)
-    if args.data is not None:
-        config = with_store(config, args.data)
-    if args.steps is not None:
-        warmup = min(config.optimizer.warmup_steps, max(args.steps // 10, 0))
-        config = replace(config, num_steps=args.steps, optimizer=replace(config.optimizer, warmup_steps=warmup))
+    config = _config(args)
+    if args.dry_run:
+        return _dry_run(args, config)
     runtime.initialize(debug=args.debug)
     unseen = runtime.check_accelerator()
     if unseen:
         print(unseen)
 
-    from jaxcoder.train.loop import train
+    from jaxcoder.recipes.pretrain import pretrain
+    from jaxcoder.train.profile import ProfileSteps
 
-    result = train(config, accept_config_change=args.accept_config_change)
+    profile_steps = None if args.profile_steps is None else ProfileSteps.parse(args.profile_steps)
+    result = pretrain(config, accept_config_change=args.accept_config_change, profile_steps=profile_steps)
     directory = result.directory
     print(f"Finished step {result.step:,}. Checkpoint: {directory.checkpoints}, metrics: {directory.metrics_file}")
     if config.data.store != "synthetic":
         print(f"Go on with:  jaxcoder complete {directory.path} --prefix 'def '")
         print(f"             jaxcoder convert to-hf {directory.path} {directory.path}/hf")
     return None
+
+
+def _config(args: argparse.Namespace) -> "RunConfig":
+    """The run that the command line asks for. ConfigError where it says one thing twice."""
+    from dataclasses import replace
+
+    from jaxcoder.config.load import load_run, with_store
+    from jaxcoder.errors import ConfigError
+
+    given = {argument.partition("=")[0].replace("_", "-") for argument in args.overrides}
+    for short, value, long in (("--data", args.data, "--data.store"), ("--steps", args.steps, "--num-steps")):
+        if value is not None and long in given:
+            raise ConfigError(f"{short} and {long} are one option under two names: give one of them.")
+    config = load_run(args.config, args.overrides, args.variant)
+    if args.data is not None:
+        config = with_store(config, args.data)
+    if args.steps is not None:
+        if args.steps < 1:
+            raise ConfigError(f"--steps is {args.steps}: give 1 or more.")
+        warmup = min(config.optimizer.warmup_steps, args.steps // 10)
+        config = replace(config, num_steps=args.steps, optimizer=replace(config.optimizer, warmup_steps=warmup))
+    return config
+
+
+def _dry_run(args: argparse.Namespace, config: "RunConfig") -> None:
+    from jaxcoder import runtime
+    from jaxcoder.config.load import cost_of, docstring_of
+
+    runtime.initialize(share_accelerator=True, debug=args.debug)
+    import jax
+
+    from jaxcoder.recipes.start import open_weights
+    from jaxcoder.train.dry_run import dry_run
+
+    cost = cost_of(docstring_of(args.config))
+    for line in dry_run(config, num_devices=len(jax.devices()), cost=cost, open_weights=open_weights):
+        print(line)

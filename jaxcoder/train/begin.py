@@ -77,20 +77,20 @@ def starting_weights(
     if not config.init_from or steps_in(checkpoints):
         return None
     weights = open_weights(config.init_from)
-    check_model(weights, config)
+    check_model(weights.path, weights.model, config)
     check_tokenizer(weights.path, weights.tokenizer, tokenizer)
     return weights
 
 
-def check_model(weights: StartingWeights, config: RunConfig) -> None:
-    """Raises CheckpointError unless the run's model has the architecture of the weights."""
-    theirs, ours = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (weights.model, config.model))
+def check_model(path: str, model: ModelConfig, config: RunConfig) -> None:
+    """Raises CheckpointError unless the run's model has the architecture `model` of the weights at `path`."""
+    theirs, ours = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (model, config.model))
     different = [name for name in ARCHITECTURE if theirs[name] != ours[name]]
     if different:
         said = "; ".join(f"model.{name} is {ours[name]} and theirs {theirs[name]}" for name in different)
         options = " ".join(f"--model.{name.replace('_', '-')} {theirs[name]}" for name in different)
         raise CheckpointError(
-            f"the run cannot begin with the weights of `{weights.path}`, which are another model: {said}. "
+            f"the run cannot begin with the weights of `{path}`, which are another model: {said}. "
             f"Give other weights, or `{options}`."
         )
 

@@ -55,10 +55,10 @@ class RunDirectory:
         with filesystem.open(path, "r") as file:
             text = file.read()
         before = serialize.from_json(text, source=self.config_file)
-        changes = [line for line in serialize.diff(before, config) if not line.startswith(FREE_FIELDS)]
-        if changes and not accept_config_change:
+        changed = changes(before, config)
+        if changed and not accept_config_change:
             raise ConfigError(
-                f"`{self.path}` is a run with another configuration: {'; '.join(changes)}. Give another --output-dir, "
+                f"`{self.path}` is a run with another configuration: {'; '.join(changed)}. Give another --output-dir, "
                 "or --accept-config-change to continue it with the new one."
             )
 
@@ -77,6 +77,11 @@ class RunDirectory:
         """The config that the directory was claimed with."""
         with fsspec.open(self.config_file, "r") as file:
             return serialize.from_json(file.read(), source=self.config_file)
+
+
+def changes(before: RunConfig, config: RunConfig) -> list[str]:
+    """Every field that a run may not change silently and that differs, a line each."""
+    return [line for line in serialize.diff(before, config) if not line.startswith(FREE_FIELDS)]
 
 
 def _names(filesystem, path: str) -> list[str]:

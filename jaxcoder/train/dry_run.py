@@ -1,0 +1,225 @@
+"""What a run would be, in words, before it is paid for: sizes, cost, memory, data, and what would be written where.
+
+Nothing is compiled, read at length or written, and no device of the mesh has to be there.
+"""
+
+import math
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+
+from etils import epath
+
+from jaxcoder.checkpoint.find import is_checkpoint, steps_in
+from jaxcoder.checkpoint.inspect import choose, readable
+from jaxcoder.checkpoint.manifest import has_manifest, read_manifest
+from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.config.serialize import to_dict
+from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.data.open import SYNTHETIC, open_stream, store_paths
+from jaxcoder.data.schedule import BatchSchedule
+from jaxcoder.data.store import TokenStore
+from jaxcoder.errors import JaxcoderError
+from jaxcoder.models.flops import num_parameters, training_flops_per_token
+from jaxcoder.train.begin import OpenWeights, check_model, open_own_weights
+from jaxcoder.train.inputs import held_out_stores
+from jaxcoder.train.memory_estimate import estimate_memory
+from jaxcoder.train.run_directory import RunDirectory, changes
+
+WIDTH = 112
+_INDENT = " " * 14
+
+
+def dry_run(
+    config: RunConfig, *, num_devices: int, cost: str | None = None, open_weights: OpenWeights = open_own_weights
+) -> Iterator[str]:
+    """The lines of `jaxcoder train NAME --dry-run`. ConfigError, with every problem, for a run that cannot work.
+
+    num_devices: how many there are here; a mesh may ask for more. cost: what the run's docstring expects.
+    """
+    planned = planned_devices(config.mesh, num_devices)
+    validate(config, planned)
+    config = replace(config, mesh=resolve_mesh(config.mesh, planned))
+    yield f"Dry run of {config.name}: nothing is computed or written."
+    yield ""
+    yield from _configuration(config)
+    yield ""
+    yield from _work(config, cost)
+    yield ""
+    yield from _memory(config, planned, num_devices)
+    yield ""
+    yield from _data(config)
+    yield from _beginning(config, open_weights)
+    yield ""
+    yield from _directory(config)
+
+
+def planned_devices(mesh: MeshConfig, num_devices: int) -> int:
+    """How many devices the mesh means: what it asks for; where an axis takes the rest, those that are here, or as many
+    as its other axes need."""
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    given = math.prod(size for size in sizes if size > 0)
+    return num_devices if -1 in sizes and num_devices % given == 0 else given
+
+
+def num_samples(config: RunConfig) -> int:
+    """Windows that the whole run reads."""
+    return BatchSchedule.of(config.global_batch_size, config.data).span(config.num_steps)[0]
+
+
+def _configuration(config: RunConfig) -> Iterator[str]:
+    plain = to_dict(config)
+    sections = {name: value for name, value in plain.items() if isinstance(value, dict)}
+    yield from _row("run", _fields({name: value for name, value in plain.items() if name not in sections}))
+    for name, section in sections.items():
+        yield from _row(name, _fields(section))
+
+
+def _fields(values: dict) -> str:
+    return " ".join(f"{name}={value!r}" for name, value in values.items())
+
+
+def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
+    flops = training_flops_per_token(config.model, config.model.max_seq_len)
+    samples = num_samples(config)
+    tokens = samples * config.model.max_seq_len
+    yield from _row("parameters", f"{num_parameters(config.model):,}")
+    windows = f"{samples:,} windows of {config.model.max_seq_len:,}"
+    yield from _row("tokens", f"{tokens:,} in {counted(config.num_steps, 'step')}; {windows}")
+    yield from _row(
+        "FLOPs",
+        f"{flops:.4g} a token, {flops * tokens:.4g} in all (a multiply-add is 2, attention its causal half, a step 3 "
+        "forward passes, recomputation not counted)",
+    )
+    hours = flops * tokens / 1e14 / 3600
+    yield from _row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")
+    if cost is not None:
+        yield from _row("cost", f"{cost.rstrip('.')} (expected of the run as configs/ has it)")
+
+
+def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
+    mesh = config.mesh
+    axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+    yield from _row("mesh", f"{axes}: {counted(planned, 'device')} ({num_devices} here)")
+    estimate = estimate_memory(config)
+    yield from _row("memory", f"about {readable(estimate.total)} on each device; an estimate, nothing was compiled")
+    parts = {
+        "weights, fp32": estimate.weights,
+        "Adam's two moments, fp32": estimate.moments,
+        "gradients, fp32": estimate.gradients,
+        f"activations kept ({config.compute.remat})": estimate.kept_activations,
+        "a block's backward pass, or the loss": estimate.working,
+        "gathered copies": estimate.gathered,
+    }
+    for name, size in parts.items():
+        yield f"{_INDENT}{name:<38}{readable(size):>10}"
+    smaller = _smaller_microbatch(config)
+    if smaller is not None and estimate.kept_activations > estimate.weights:
+        total = readable(estimate_memory(replace(config, microbatch_size=smaller)).total)
+        yield from _row("", f"with --microbatch-size {smaller}: about {total}")
+    if config.compute.remat != "block":
+        in_blocks = replace(config, compute=replace(config.compute, remat="block"))
+        yield from _row("", f"with --compute.remat block: about {readable(estimate_memory(in_blocks).total)}")
+
+
+def _smaller_microbatch(config: RunConfig) -> int | None:
+    """One window on every device at a time, where that is less than now and divides every batch."""
+    smallest = config.mesh.data * config.mesh.fsdp
+    sizes = BatchSchedule.of(config.global_batch_size, config.data).batch_sizes
+    now = config.microbatch_size or config.global_batch_size
+    return smallest if smallest < now and not any(size % smallest for size in sizes) else None
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    if config.data.store == SYNTHETIC:
+        yield from _row("data", "synthetic: random tokens, no files")
+        return
+    try:
+        stream = open_stream(config)
+    except (JaxcoderError, OSError, ImportError) as error:
+        yield from _row("data", f"NOT READY: {error}")
+    else:
+        given = stream.mixture.counts(num_samples(config))
+        for path, store, windows, count in zip(store_paths(config), stream.stores, stream.windows, given, strict=True):
+            epochs = count / windows.windows_per_epoch
+            yield from _row("data", f"{path}: {_size(store)}; the run reads {epochs:.3g} epochs of it")
+    for name, path in held_out_stores(config.data):
+        try:
+            said = _size(TokenStore.open(path))
+        except (JaxcoderError, OSError, ImportError) as error:
+            said = f"NOT READY: {error}"
+        yield from _row("held out", f"{name}, {path}: {said}")
+
+
+def _size(store: TokenStore) -> str:
+    return f"{store.num_tokens:,} tokens, {store.num_documents:,} documents"
+
+
+def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
+    if not config.init_from:
+        return
+    try:
+        path, model = _starting_model(config.init_from, open_weights)
+        check_model(path, model, config)
+        yield from _row("begins with", f"the weights of {path}, and a fresh optimizer")
+    except (JaxcoderError, OSError, ImportError) as error:
+        yield from _row("begins with", f"NOT READY: {error}")
+
+
+def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelConfig]:
+    """The path and architecture of the weights; of checkpoints of ours only the manifest is read."""
+    if is_checkpoint(path):
+        directory = choose(path)
+        return str(directory), read_manifest(directory).model
+    weights = open_weights(path)
+    return weights.path, weights.model
+
+
+def _directory(config: RunConfig) -> Iterator[str]:
+    directory, size = RunDirectory.of(config), 12 * num_parameters(config.model)
+    keep = config.checkpoint
+    yield from _row("writes to", directory.path)
+    yield f"{_INDENT}config.json, metrics.jsonl" + (", tensorboard/" if config.tensorboard else "")
+    for_good = f", and those of every {keep.keep_every_steps:,} steps for good" if keep.keep_every_steps else ""
+    saves = f"every {keep.save_every_steps:,} steps" + (
+        f" or {keep.save_every_seconds:g} seconds" if keep.save_every_seconds else ""
+    )
+    yield from _row("", f"checkpoints/, {readable(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
+    yield from _row("", _what_is_there(directory, config))
+
+
+def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
+    path = epath.Path(directory.path)
+    try:
+        if path.exists() and not path.is_dir():
+            return "CANNOT BEGIN: that is a file; give another --output-dir"
+        others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+        if "config.json" not in others:
+            strangers = [name for name in others if not name.startswith(".") and name != "config.json.partial"]
+            if strangers:
+                return f"CANNOT BEGIN: {', '.join(strangers[:3])} is there already; give another --output-dir"
+            return "nothing is there: the run begins at step 0"
+        changed = changes(directory.read_config(), config)
+    except (JaxcoderError, OSError, ImportError) as error:
+        return f"CANNOT TELL what is there: {error}"
+    if changed:
+        return f"a run with another configuration is there: {'; '.join(changed)} (--accept-config-change continues it)"
+    checkpoints = epath.Path(directory.checkpoints)
+    finished = [step for step in steps_in(checkpoints) if has_manifest(checkpoints / str(step))]
+    if not finished:
+        return "this run is there, without a checkpoint: it begins at step 0"
+    if finished[-1] >= config.num_steps:
+        return f"this run is there and is finished, at step {finished[-1]:,}"
+    return f"this run is there: it continues after step {finished[-1]:,}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 device", "2 devices"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _row(title: str, text: str) -> list[str]:
+    """A titled paragraph; lines after the first are indented."""
+    wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent = title.ljust(len(_INDENT))
+    return wrapper.wrap(text)

@@ -1,0 +1,107 @@
+"""`jaxcoder train NAME --dry-run`: for every run, without data and devices; what is there is said, nothing is written."""
+
+import dataclasses
+import re
+
+import pytest
+from jaxcoder_configs.smoke import smoke
+
+from jaxcoder.cli.main import main
+from jaxcoder.config import Corpus, DataConfig, MeshConfig, RunConfig
+from jaxcoder.config.load import available_runs
+from jaxcoder.data.build import build_store
+from jaxcoder.errors import ConfigError
+from jaxcoder.models.flops import num_parameters
+from jaxcoder.tokenizer.document import Document
+from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.tokenizer.train import train_tokenizer
+from jaxcoder.train.dry_run import dry_run, planned_devices
+from jaxcoder.train.loop import train
+
+
+def said(config: RunConfig, num_devices: int = 1, **options) -> str:
+    """The lines as one, so that wrapping does not matter."""
+    return " ".join(" ".join(dry_run(config, num_devices=num_devices, **options)).split())
+
+
+@pytest.fixture
+def run(tmp_path) -> RunConfig:
+    return dataclasses.replace(
+        smoke(),
+        output_dir=str(tmp_path / "run"),
+        num_steps=2,
+        data=DataConfig(store="synthetic"),
+        optimizer=dataclasses.replace(smoke().optimizer, warmup_steps=1),
+    )
+
+
+@pytest.mark.parametrize("name", available_runs())
+def test_every_run(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Devices that every run's sizes divide by, and that are not here.
+    assert main(["train", name, "--dry-run", "--mesh.data", "1", "--mesh.fsdp", "32", "--global-batch-size", "64"]) == 0
+    lines = capsys.readouterr().out
+    for piece in ("parameters", "FLOPs", "multiply-add", "cost", "32 devices (8 here)", "weights, fp32", "writes to"):
+        assert piece in lines, piece
+    assert max(map(len, lines.splitlines())) <= 112
+    assert not list(tmp_path.iterdir())
+
+
+def test_figures_of_a_run(run):
+    text = said(run, cost="a cent.")
+    assert f"parameters {num_parameters(run.model):,}" in text
+    assert "tokens 1,024 in 2 steps; 16 windows of 64" in text and "cost a cent (expected" in text
+    assert "data 1 x fsdp 1 x tensor 1: 1 device (1 here)" in text
+    assert "nothing is there: the run begins at step 0" in text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "here", "expected"),
+    [
+        (MeshConfig(), 8, 8),
+        (MeshConfig(data=2, fsdp=32), 1, 64),
+        (MeshConfig(fsdp=4), 8, 4),
+        (MeshConfig(tensor=4), 1, 4),
+        (MeshConfig(tensor=4), 8, 8),
+    ],
+)
+def test_devices_that_a_mesh_means(mesh, here, expected):
+    assert planned_devices(mesh, here) == expected
+
+
+def test_what_cannot_work_is_refused(run):
+    with pytest.raises(ConfigError, match="(?s)num_steps is 0.*not a multiple of mesh.data x mesh.fsdp .64 devices"):
+        said(dataclasses.replace(run, num_steps=0, mesh=MeshConfig(fsdp=64)))
+
+
+def test_data_that_is_there_and_that_is_not(run, tmp_path):
+    text = "".join(f"x{i} = {i}\n" for i in range(3000))
+    write_documents([Document.from_text(text)], tmp_path / "documents.parquet")
+    store = build_store(tmp_path / "documents.parquet", train_tokenizer([text], 300), tmp_path / "store", seed=0)
+    there, gone = str(tmp_path / "store"), str(tmp_path / "gone")
+    one = said(dataclasses.replace(run, data=DataConfig(store=there, eval_store=gone)))
+    epochs = float(re.search(r"the run reads ([\d.]+) epochs", one)[1])
+    assert epochs == pytest.approx(16 / (store.num_tokens / 64), rel=0.1)
+    assert f"{store.num_tokens:,} tokens, 1 documents" in one and f"NOT READY: There is no token store at {gone}" in one
+    mixed = DataConfig(corpora=(Corpus(store=there, max_epochs=0.01), Corpus(store=there, max_epochs=0.01)))
+    assert "NOT READY: the caps of data.corpora allow" in said(dataclasses.replace(run, data=mixed))
+    assert "NOT READY: data.store is not set" in said(dataclasses.replace(run, data=DataConfig()))
+
+
+def test_what_is_in_the_directory(run, tmp_path):
+    train(dataclasses.replace(run, mesh=MeshConfig(fsdp=8)))
+    assert "this run is there and is finished, at step 2" in said(run)
+    longer = dataclasses.replace(run, num_steps=9)
+    assert "a run with another configuration is there: num_steps: 2 -> 9 (--accept-config-change" in said(longer)
+    again = dataclasses.replace(run, output_dir=str(tmp_path / "next"), init_from=run.output_dir)
+    assert f"begins with the weights of {run.output_dir}/checkpoints/2, and a fresh optimizer" in said(again)
+    wider = dataclasses.replace(again, model=dataclasses.replace(run.model, mlp_dim=128))
+    assert "NOT READY: the run cannot begin with the weights" in said(wider)
+    assert "NOT READY: init_from is `nowhere`" in said(dataclasses.replace(again, init_from="nowhere"))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    strange = dataclasses.replace(run, output_dir=str(tmp_path / "thesis"))
+    assert "CANNOT BEGIN: thesis.tex is there already" in said(strange)
+    old = tmp_path / "run" / "config.json"
+    old.write_text(old.read_text().replace('"seed"', '"sede"'))
+    assert "seed is missing; sede is unknown. Use the jaxcoder that wrote it" in said(run)
