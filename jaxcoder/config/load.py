@@ -140,7 +140,10 @@ def _function_in_file(name: str) -> RunFunction:
         raise ConfigError(f"{path!r} is no Python file: give a run's name, or path/to/file.py:function.")
     if not os.path.isfile(path):
         raise ConfigError(f"there is no file {path!r}: check the path, or give a run's name.")
-    functions = _run_functions(_import_file(path))
+    module = _import_file(path)
+    functions = _run_functions(module)
+    if not functions or wanted:
+        _refuse_parameters(module, path, wanted)
     if wanted and wanted not in functions:
         raise ConfigError(
             f"{path} has no function {wanted!r} that returns a RunConfig{_did_you_mean(wanted, functions)}: "
@@ -152,6 +155,24 @@ def _function_in_file(name: str) -> RunFunction:
             + (f"say which, as in {path}:{next(iter(functions))}." if functions else "write one.")
         )
     return functions[wanted or next(iter(functions))]
+
+
+def _refuse_parameters(module: ModuleType, path: str, wanted: str) -> None:
+    """Raises ConfigError if the function asked for, or the only ones there are, cannot be called without arguments."""
+    candidates = {
+        name: _required_parameters(function)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and not name.startswith("_")
+        and inspect.signature(function).return_annotation is inspect.Signature.empty
+    }
+    for name in [wanted] if wanted in candidates else [] if wanted else candidates:
+        if candidates[name]:
+            raise ConfigError(
+                f"the function {name} of {path} needs the arguments {', '.join(candidates[name])}: a run is made "
+                "without any, give each of them a default."
+            )
 
 
 def _import_file(path: str) -> ModuleType:

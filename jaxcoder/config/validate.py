@@ -5,11 +5,16 @@ Every problem names the field, its value and the way out. `resolve_mesh` fills i
 
 import dataclasses
 import math
+import struct
 from collections.abc import Iterator, Sequence
 
 from jaxcoder.config import fields
 from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.errors import ConfigError
+
+
+_SMALLEST = 2.0**-126  # smaller numbers of fp32 are flushed to zero by most devices
+_MOST_STEPS = 2**31 - 1
 
 
 def validate(config: RunConfig, num_devices: int) -> None:
@@ -43,10 +48,25 @@ def data_problems(data: DataConfig) -> list[str]:
     return [*_finite(data, "data."), *_data(data)]
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 device", "2,048 devices"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _fp32(value: float) -> float:
+    """The nearest number that fp32 has: what the devices compute with."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
 def _finite(config: RunConfig | DataConfig, prefix: str = "") -> Iterator[str]:
     for name, value in fields.leaves(config, prefix):
         if not fields.is_finite(value):
             yield f"{name} is {value}: give a finite number."
+        elif isinstance(value, float) and not math.isfinite(_fp32(value)):
+            yield f"{name} is {value}, which is infinite in fp32: give a smaller number."
 
 
 def _sizes(config: RunConfig) -> Iterator[str]:
@@ -63,8 +83,13 @@ def _sizes(config: RunConfig) -> Iterator[str]:
     for name in positive:
         if values[name] is not None and values[name] <= 0:
             yield f"{name} is {values[name]}: it has to be larger than 0."
+    for name in ("model.layer_norm_epsilon", "optimizer.epsilon"):
+        if values[name] > 0 and _fp32(values[name]) < _SMALLEST:
+            yield f"{name} is {values[name]}, which is nothing in fp32: give {_SMALLEST:.1e} or more."
+    if config.num_steps > _MOST_STEPS:
+        yield f"num_steps is {config.num_steps}: steps are counted in 32 bits, to {_MOST_STEPS}."
     if config.eval.infill_gaps < 0:
-        yield f"eval.infill_gaps is {config.eval.infill_gaps}: it cannot be negative."
+        yield f"eval.infill_gaps is {config.eval.infill_gaps}: it has to be 0 or larger."
     if not 0 <= config.seed < 2**63:
         yield f"seed is {config.seed}: it has to be from 0 to 2**63 - 1."
     if not config.name:
@@ -84,7 +109,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
         )
     for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
         rate = getattr(model, name)
-        if not 0 <= rate < 1:
+        if not 0 <= rate or not _fp32(rate) < 1:
             yield f"model.{name} is {rate}: a dropout rate is at least 0 and below 1."
 
 
@@ -156,21 +181,19 @@ def _optimizer(optimizer: OptimizerConfig, num_steps: int) -> Iterator[str]:
             yield f"optimizer.{name} is {value}: it has to be 0 or larger."
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
-        if not 0 <= value < 1:
+        if not 0 <= value or not _fp32(value) < 1:
             yield f"optimizer.{name} is {value}: it is at least 0 and below 1."
     if optimizer.final_learning_rate > optimizer.peak_learning_rate:
         yield (
             f"optimizer.final_learning_rate {optimizer.final_learning_rate} is above "
             f"optimizer.peak_learning_rate {optimizer.peak_learning_rate}: the cosine falls, lower the first."
         )
-    end, end_name = optimizer.decay_steps, "optimizer.decay_steps"
-    if end is None:
-        end, end_name = num_steps, "num_steps"
-    if optimizer.warmup_steps > end > 0:
-        yield (
-            f"optimizer.warmup_steps {optimizer.warmup_steps} is beyond {end_name} {end}: "
-            "the learning rate would never reach its peak, lower the warm-up or train longer."
-        )
+    for name, end in (("optimizer.decay_steps", optimizer.decay_steps), ("num_steps", num_steps)):
+        if end is not None and optimizer.warmup_steps > end > 0:
+            yield (
+                f"optimizer.warmup_steps {optimizer.warmup_steps} is beyond {name} {end}: "
+                "the learning rate would never reach its peak, lower the warm-up or raise the other."
+            )
 
 
 def _batch(config: RunConfig) -> Iterator[str]:
@@ -193,13 +216,13 @@ def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
         yield f"{' and '.join(free)} are both -1: at most one mesh axis can take the devices that are left."
     elif free and num_devices % given:
         yield (
-            f"the mesh {said} does not fit {num_devices} devices: {num_devices} is not a multiple of {given}, "
+            f"the mesh {said} does not fit {counted(num_devices, 'device')}: {num_devices} is not a multiple of {given}, "
             f"the product of the axes other than {free[0]}; change one of them to a divisor."
         )
     elif not free and given != num_devices:
         yield (
-            f"the mesh {said} is {given} devices, but there are {num_devices}: "
-            "set one axis to -1 to take what is left, or change the sizes."
+            f"the mesh {said} is {counted(given, 'device')}, but there {'is' if num_devices == 1 else 'are'} "
+            f"{num_devices:,}: set one axis to -1 to take what is left, or change the sizes."
         )
 
 
@@ -220,4 +243,4 @@ def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
     for name, size, axis, shards in split:
         if size > 0 and size % shards:
             nearest = max(1, round(size / shards)) * shards
-            yield f"{name} {size} is not a multiple of {axis} ({shards} devices): use {nearest}, or another mesh."
+            yield f"{name} {size} is not a multiple of {axis} ({counted(shards, 'device')}): use {nearest}, or another mesh."

@@ -6,6 +6,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcoder.config import MeshConfig
+from jaxcoder.config.validate import counted
 from jaxcoder.errors import ConfigError
 from jaxcoder.sharding.rules import MESH_AXES
 
@@ -17,7 +18,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     size = config.data * config.fsdp * config.tensor
     if min(shape) < 1 or size > len(devices):
         described = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
-        raise ConfigError(f"a mesh of {described} needs {size} devices and {len(devices)} are there: change `mesh`.")
+        raise ConfigError(
+            f"a mesh of {described} needs {counted(size, 'device')} and {len(devices)} can be had: change `mesh`."
+        )
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=devices[:size])
 
 

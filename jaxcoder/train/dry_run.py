@@ -15,7 +15,7 @@ from jaxcoder.checkpoint.inspect import choose, readable
 from jaxcoder.checkpoint.manifest import has_manifest, read_manifest
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.config.serialize import to_dict
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.validate import counted, resolve_mesh, validate
 from jaxcoder.data.open import SYNTHETIC, open_stream, store_paths
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.store import TokenStore
@@ -152,7 +152,7 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _size(store: TokenStore) -> str:
-    return f"{store.num_tokens:,} tokens, {store.num_documents:,} documents"
+    return f"{store.num_tokens:,} tokens, {counted(store.num_documents, 'document')}"
 
 
 def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
@@ -211,11 +211,6 @@ def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
     if finished[-1] >= config.num_steps:
         return f"this run is there and is finished, at step {finished[-1]:,}"
     return f"this run is there: it continues after step {finished[-1]:,}"
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 device", "2 devices"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _row(title: str, text: str) -> list[str]:

@@ -99,6 +99,9 @@ TWO = FILE + "def tiny() -> RunConfig:\n    return small()\n"
         (FILE.replace("mlp_dim", "mlp_dims"), "", r"argument 'mlp_dims' \(did you mean 'mlp_dim'\?\)"),
         (FILE.replace("num_steps=10", "num_steps='10'"), "", "num_steps is '10', but has to be a whole number"),
         (FILE.replace("small()", "small(layers)"), "", "needs the arguments layers"),
+        ("def run(layers, width): ...", "", "the function run of .* needs the arguments layers, width.*give each of"),
+        ("def run(layers): ...", ":run", "the function run of .* needs the arguments layers"),
+        ("def model(layers) -> int: ...", "", "has 0 functions.*write one"),
     ],
 )
 def test_files_that_do_not_work(file, text, suffix, expected):

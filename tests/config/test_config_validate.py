@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 
 import pytest
 from hypothesis import given, settings
@@ -71,6 +72,10 @@ def test_a_good_run_passes(num_devices):
         ("optimizer.peak_learning_rate", 1e-6, "optimizer.final_learning_rate 3e-05 is above"),
         ("optimizer.beta2", 1.0, "optimizer.beta2 is 1.0"),
         ("optimizer.decay_steps", 5, "optimizer.warmup_steps 10 is beyond optimizer.decay_steps 5"),
+        ("optimizer.beta1", 1 - 1e-12, "optimizer.beta1 is 0.999999999999"),  # 1 in fp32
+        ("optimizer.epsilon", 1e-40, "optimizer.epsilon is 1e-40, which is nothing in fp32"),
+        ("optimizer.peak_learning_rate", 1e39, "optimizer.peak_learning_rate is 1e+39, which is infinite in fp32"),
+        ("num_steps", 2**31, "num_steps is 2147483648: steps are counted in 32 bits"),
         ("optimizer.max_grad_norm", 0.0, "optimizer.max_grad_norm is 0.0"),
         ("checkpoint.save_every_steps", 0, "checkpoint.save_every_steps is 0"),
         ("checkpoint.keep_last", 0, "checkpoint.keep_last is 0"),
@@ -165,6 +170,43 @@ def test_resolve_mesh(mesh, num_devices, expected):
 def test_resolve_mesh_refuses():
     with pytest.raises(ConfigError, match="fsdp 4 x tensor 1 is 4 devices, but there are 8"):
         resolve_mesh(MeshConfig(fsdp=4), 8)
+
+
+def numbers(cls, prefix=""):
+    """Every field of a dataclass that may hold a number, by its dotted name; mesh sizes have -1 of their own."""
+    for name, hint in walk(cls):
+        if not name.startswith("mesh.") and {int, float} & {hint, *typing.get_args(hint)}:
+            yield prefix + name
+
+
+NUMBERS = [*numbers(RunConfig)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, -math.inf, 1e300])
+def test_no_field_takes_a_negative_or_infinite_number(name, value):
+    said = problems(changed(name, value))
+    assert name in said and f"{value}" in said
+
+
+@pytest.mark.parametrize("name", [*numbers(Corpus)])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_no_number_of_a_corpus_is_negative_or_infinite(name, value):
+    corpora = (Corpus(store="a", weight=1.0), changed(name, value, Corpus(store="b", weight=1.0)))
+    assert f"data.corpora.1.{name} is {value}" in problems(dataclasses.replace(GOOD, data=DataConfig(corpora=corpora)))
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_whatever_the_decay():
+    long = changed("optimizer.decay_steps", 600, changed("optimizer.warmup_steps", 200))
+    assert "optimizer.warmup_steps 200 is beyond num_steps 100" in problems(long)
+    validate(changed("optimizer.decay_steps", 600), 8)
+
+
+def test_one_device_is_one():
+    said = problems(changed("mesh.fsdp", 64), 1)
+    assert "data 1 x fsdp 64 x tensor 1 is 64 devices, but there is 1: set one axis to -1" in said
+    said = problems(changed("mesh.tensor", 2), 1)
+    assert "does not fit 1 device: 1 is not a multiple of 2" in said
 
 
 GARBAGE = st.one_of(

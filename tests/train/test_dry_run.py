@@ -82,7 +82,7 @@ def test_data_that_is_there_and_that_is_not(run, tmp_path):
     one = said(dataclasses.replace(run, data=DataConfig(store=there, eval_store=gone)))
     epochs = float(re.search(r"the run reads ([\d.]+) epochs", one)[1])
     assert epochs == pytest.approx(16 / (store.num_tokens / 64), rel=0.1)
-    assert f"{store.num_tokens:,} tokens, 1 documents" in one and f"NOT READY: There is no token store at {gone}" in one
+    assert f"{store.num_tokens:,} tokens, 1 document;" in one and f"NOT READY: There is no token store at {gone}" in one
     mixed = DataConfig(corpora=(Corpus(store=there, max_epochs=0.01), Corpus(store=there, max_epochs=0.01)))
     assert "NOT READY: the caps of data.corpora allow" in said(dataclasses.replace(run, data=mixed))
     assert "NOT READY: data.store is not set" in said(dataclasses.replace(run, data=DataConfig()))

@@ -1,0 +1,62 @@
+"""`jaxcoder train`: what the command line refuses, in one sentence, before anything is compiled or written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from jaxcoder_configs.smoke import smoke
+
+from jaxcoder.cli.main import main
+from jaxcoder.config.serialize import to_json
+from jaxcoder.runtime import held_alone
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, command: str) -> str:
+    assert main(["train", *command.split()]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("smoke --data a --data.store b", "--data and --data.store are one option under two names"),
+        ("smoke --data a --data.store=b", "--data and --data.store are one option under two names"),
+        ("smoke --data synthetic --steps 3 --num_steps 4", "--steps and --num-steps are one option under two names"),
+        ("smoke --data synthetic --steps 0", "--steps is 0: give 1 or more"),
+        ("smoke --data synthetic --num-steps 1", "warmup_steps 2 is beyond num_steps 1"),
+        ("smoke --data synthetic --mesh.fsdp 64", "the mesh data 1 x fsdp 64 x tensor 1 is 64 devices, but there are 8"),
+        ("smoke --data synthetic --profile-steps ten", "--profile-steps is 'ten': give the first and the last step"),
+        ("smoke --data synthetic --init-from nowhere", "init_from is `nowhere`, which does not exist"),
+        ("smoke", "data.store is not set"),
+    ],
+)
+def test_refusals(capsys, tmp_path, command, expected):
+    assert expected in refused(capsys, command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_of_another_version_names_its_fields(capsys, tmp_path):
+    plain = json.loads(to_json(smoke()))
+    plain["learning_rate"] = plain["optimizer"].pop("peak_learning_rate")
+    (tmp_path / "runs" / "smoke").mkdir(parents=True)
+    (tmp_path / "runs" / "smoke" / "config.json").write_text(json.dumps(plain))
+    said = refused(capsys, "smoke --data synthetic")
+    assert "learning_rate is unknown" in said and "optimizer.peak_learning_rate is missing" in said
+    assert "Use the jaxcoder that wrote it, or put these fields right" in said
+
+
+def test_two_runs_in_one_directory(tmp_path):
+    """The second one, in a process of its own, says who holds the directory and leaves it."""
+    command = [sys.executable, "-m", "jaxcoder.cli.main", "train", "smoke", "--data", "synthetic"]
+    with held_alone(str(tmp_path / "runs" / "smoke")):
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and "Traceback" not in second.stderr
+    assert "runs/smoke` is in use by process" in second.stderr and "give another --output-dir" in second.stderr
