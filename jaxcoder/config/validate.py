@@ -216,8 +216,8 @@ def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
         yield f"{' and '.join(free)} are both -1: at most one mesh axis can take the devices that are left."
     elif free and num_devices % given:
         yield (
-            f"the mesh {said} does not fit {counted(num_devices, 'device')}: {num_devices} is not a multiple of {given}, "
-            f"the product of the axes other than {free[0]}; change one of them to a divisor."
+            f"the mesh {said} does not fit {counted(num_devices, 'device')}: {num_devices} is not a multiple of "
+            f"{given}, the product of the axes other than {free[0]}; change one of them to a divisor."
         )
     elif not free and given != num_devices:
         yield (
@@ -243,4 +243,5 @@ def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
     for name, size, axis, shards in split:
         if size > 0 and size % shards:
             nearest = max(1, round(size / shards)) * shards
-            yield f"{name} {size} is not a multiple of {axis} ({counted(shards, 'device')}): use {nearest}, or another mesh."
+            devices = counted(shards, "device")
+            yield f"{name} {size} is not a multiple of {axis} ({devices}): use {nearest}, or another mesh."
