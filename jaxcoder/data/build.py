@@ -210,9 +210,11 @@ class _Stages:
         runs, summaries = self._encode(slices, encoding)
         counts = {f"num_{key}": sum(summary[key] for summary in summaries) for key in ("tokens", "documents")}
         counts["text_bytes"] = sum(summary["text_bytes"] for summary in summaries)
+        files = ", ".join(entry["name"] for entry in self._settings["inputs"])
         if not counts["num_documents"]:
-            files = ", ".join(entry["name"] for entry in self._settings["inputs"])
             raise DataError(f"There are no documents in {files}: give files that hold some.")
+        if counts["num_tokens"] == counts["num_documents"]:  # their end tokens
+            raise DataError(f"All {counts['num_documents']:,} documents in {files} are empty: give files that hold text.")
         paths, buckets = self._sort(runs, summaries, encoding.num_buckets)
         return counts, self._write(paths, buckets, counts["num_tokens"])
 

@@ -19,6 +19,7 @@ POSITION_BITS = 42  # documents are numbered in [0, 2**62): 2**20 files of 2**42
 _MOST_FILES = 1 << 20
 _BATCH_BYTES = 8 << 20  # of a parquet file, turned into Python objects at once
 _GZIP_RATIO = 5  # source code; only the size of the slices follows from it
+_ARROW_BYTES = 4096  # of a row that are not text: generous, because the text itself is counted later
 _ESCAPES = 6  # bytes of JSON that one byte of text may take (\u0000)
 
 
@@ -127,7 +128,9 @@ def _parquet_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
             for batch in table.iter_batches(batch_size, row_groups=groups, columns=columns, use_threads=False):
                 if batch.nbytes > most:
                     for index in range(batch.num_rows):  # before anything becomes a Python object
-                        check_size(batch.column(0).slice(index, 1).nbytes, most + 4096, part, f"row {row + index}")
+                        size = batch.column(0).slice(index, 1).nbytes
+                        if size > most + _ARROW_BYTES:
+                            check_size(size, most, part, f"row {row + index}")
                 for values in batch.to_pylist():
                     yield row, f"row {row}", values
                     row += 1

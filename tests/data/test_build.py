@@ -253,10 +253,15 @@ def test_no_documents(tokenizer, tmp_path):
         build_store(tmp_path / "absent.parquet", tokenizer, tmp_path / "store", seed=1)
 
 
-def test_empty_documents_are_kept(tokenizer, tmp_path):
-    write_documents([Document.from_text("", path=str(number)) for number in range(3)], tmp_path / "empty.jsonl")
-    store = build_store(tmp_path / "empty.jsonl", tokenizer, tmp_path / "store", seed=1)
-    assert store.read(0, 3).tolist() == [tokenizer.eos_id] * 3 and store.text_bytes == 0
+def test_empty_documents_are_kept_beside_others(tokenizer, tmp_path):
+    texts = ["", "x", ""]
+    documents = [Document.from_text(text, path=str(number)) for number, text in enumerate(texts)]
+    write_documents(documents, tmp_path / "some.jsonl")
+    store = build_store(tmp_path / "some.jsonl", tokenizer, tmp_path / "store", seed=1)
+    assert store.read(0, 4).tolist().count(tokenizer.eos_id) == 3 and store.text_bytes == 1
+    write_documents(documents[:1] * 3, tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match="All 3 documents in empty.jsonl are empty: give files that hold text"):
+        build_store(tmp_path / "empty.jsonl", tokenizer, tmp_path / "none", seed=1)
 
 
 def test_full_disk(tokenizer, documents_file, tmp_path, monkeypatch):
@@ -276,6 +281,9 @@ def test_a_document_above_the_limit_is_named(tokenizer, tmp_path):
         with pytest.raises(DataError, match=message):
             build_store(tmp_path / name, tokenizer, tmp_path / f"{name}-1", seed=1, max_document_bytes=1000)
         assert build_store(tmp_path / name, tokenizer, tmp_path / f"{name}-2", seed=1).num_documents == 3
+    write_documents([Document.from_text("x" * 20_000)], tmp_path / "large.parquet")  # seen before it is text
+    with pytest.raises(DataError, match=r"row 0 is a document of 20,0\d\d bytes, but the limit is 1,000,"):
+        build_store(tmp_path / "large.parquet", tokenizer, tmp_path / "0", seed=1, max_document_bytes=1000)
     (tmp_path / "one_line.jsonl").write_text('{"content": "' + "z" * 200_000 + '"}\n')
     with pytest.raises(DataError, match="one_line.jsonl, line at byte 0 .*of JSON.* is a document of .* bytes"):
         build_store(tmp_path / "one_line.jsonl", tokenizer, tmp_path / "3", seed=1, max_document_bytes=1000)
