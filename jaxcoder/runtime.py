@@ -5,8 +5,10 @@ that need it, so that the command line may import this module for its error sent
 """
 
 import errno
+import hashlib
 import logging
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,13 +37,16 @@ def initialize(
     compilation_cache_dir: str | None = None,
     num_cpu_devices: int | None = None,
     deterministic: bool = False,
+    share_accelerator: bool = False,
     debug: bool = False,
 ) -> None:
     """Sets JAX's process-wide options; call it before the first array is made. Calling it again is harmless.
 
-    compilation_cache_dir: where compiled programs are kept between processes (None: nowhere).
+    compilation_cache_dir: where compiled programs are kept between processes. None: JAX_COMPILATION_CACHE_DIR, else a
+        directory below ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     num_cpu_devices: virtual devices of the CPU backend, to try meshes without accelerators (None: leave as it is).
     deterministic: only GPU kernels that give the same bits every time; slower. CPUs and TPUs always do.
+    share_accelerator: take a GPU's memory as it is needed, so that another library has room beside JAX.
     debug: leaves the libraries' own logs on. Otherwise what they log is silenced: an error is raised as well, and a
         logged traceback beside our sentence only confuses.
     """
@@ -54,12 +59,57 @@ def initialize(
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    if share_accelerator:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     if compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
+    elif jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        directory = default_cache_dir()
+        if directory is not None:
+            jax.config.update("jax_compilation_cache_dir", directory)
+            jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     if num_cpu_devices is not None and jax.config.jax_num_cpu_devices != num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+
+
+CACHE_BYTES = 4 << 30
+"""Most that the default compilation cache grows to; what was not used for longest goes first."""
+
+
+def default_cache_dir() -> str | None:
+    """The user's own cache of compiled programs, made if need be; None where it cannot be made or written.
+
+    One for each kind of processor, since a home may be shared and a CPU's programs use its instructions. An entry that
+    a killed process left unfinished is removed: JAX notes the time of use beside an entry once it is whole, and would
+    neither read nor replace this one.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    directory = Path(root, "jaxcoder", "xla", _processor_key())
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for entry in directory.glob("*-cache"):
+            in_use = time.time() - entry.stat().st_mtime < 60
+            if not in_use and not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                entry.unlink(missing_ok=True)
+    except OSError:
+        return None
+    return str(directory) if os.access(directory, os.W_OK) else None
+
+
+def _processor_key() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
+
+
+def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with some variables set, for a process that it starts."""
+    return dict(os.environ) | dict(variables)
 
 
 def command_name(program: str | None = None) -> str:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -275,3 +276,38 @@ def test_initialize_sets_jax_options_in_a_fresh_process(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert done.stdout.split() == ["3", str(tmp_path), "1"], done.stderr
+
+
+def test_compiled_programs_are_kept_for_the_user(tmp_path):
+    """In ~/.cache/jaxcoder (or XDG_CACHE_HOME), bounded, one for each kind of processor; what a kill cut off goes."""
+    code = (
+        "from jaxcoder import runtime\n"
+        "runtime.initialize()\n"
+        "import jax\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))).block_until_ready()\n"
+        "print(jax.config.jax_compilation_cache_dir, jax.config.jax_compilation_cache_max_size)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "XLA_FLAGS"))}
+
+    def run(**variables: str) -> list[str]:
+        environment = kept | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)} | variables
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return done.stdout.split()
+
+    directory, most = run()
+    assert Path(directory).parent == tmp_path / "jaxcoder" / "xla" and int(most) == runtime.CACHE_BYTES
+    entry = next(Path(directory).glob("jit__lambda*-cache"))
+    whole = entry.read_bytes()
+    entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
+    entry.write_bytes(whole[:100])
+    os.utime(entry, (0, 0))
+    run()
+    assert entry.read_bytes() == whole
+
+    assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
+    assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
+    (tmp_path / "file").write_text("no directory")
+    assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[0] == "None"

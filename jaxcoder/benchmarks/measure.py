@@ -91,7 +91,7 @@ def side_by_side(
     calls = {}
     for name, call in contestants.items():
         call()
-        calls[name] = max(1, round(least_seconds / max(_seconds(call, 1, clock), 1e-6)))
+        calls[name] = max(1, round(least_seconds / max(_seconds(call, 1, clock), 1e-6))) if least_seconds else 1
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(runs):
         for name, call in contestants.items():

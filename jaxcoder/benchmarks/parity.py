@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", help="token store to read, with FIM; by default the tokens are random")
     parser.add_argument("--seed", type=int, default=1, help="of the batches (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak (default %(default)s)")
-    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="PyTorch's (default %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a loss (default %(default)s)")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="PyTorch's")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="most for a loss (default %(default)s)")
 
 
 class Curve(NamedTuple):
@@ -67,7 +67,9 @@ def _config(args: argparse.Namespace, architecture: ModelConfig) -> RunConfig:
 
     seq_len = min(256, architecture.max_seq_len) if args.seq_len is None else args.seq_len
     if not 1 <= seq_len <= architecture.max_seq_len:
-        raise ConfigError(f"--seq-len is {seq_len}: {args.directory} has positions for 1 to {architecture.max_seq_len}.")
+        raise ConfigError(
+            f"--seq-len is {seq_len}: {args.directory} has positions for 1 to {architecture.max_seq_len}."
+        )
     if args.tolerance < 0:
         raise ConfigError(f"--tolerance is {args.tolerance}: give a number of at least 0.")
     rate = args.learning_rate

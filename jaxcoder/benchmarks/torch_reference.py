@@ -32,13 +32,21 @@ def import_torch(purpose: str) -> tuple[ModuleType, ModuleType]:
         raise MissingExtraError(purpose, "bench") from error
 
 
-def torch_version() -> str | None:
-    """The installed version of torch where transformers is there too, else None."""
+def device(jax_platform: str) -> str | None:
+    """Where torch computes beside JAX on this platform; None without torch, or where torch cannot follow."""
     try:
         torch, _ = import_torch("")
     except MissingExtraError:
         return None
-    return str(torch.__version__)
+    if jax_platform == "cpu":
+        return "cpu"
+    return "cuda" if jax_platform == "gpu" and torch.cuda.is_available() else None
+
+
+def wait(device: str) -> None:
+    """Until everything that was asked of the device is done."""
+    if device == "cuda":
+        import_torch("")[0].cuda.synchronize()
 
 
 def open_model(directory: str | Path, *, attention: str = "eager"):
@@ -89,9 +97,12 @@ class TorchTrainer:
         self._config, self._dtype = config, getattr(self._torch, dtype)
         self._parameters = dict(model.named_parameters())  # the tied embedding counts once
         plain = {name for name in self._parameters if ".ln_" in name or name.endswith("bias")}
+        decaying, others = (
+            [p for name, p in self._parameters.items() if (name in plain) == is_plain] for is_plain in (False, True)
+        )
         groups = [
-            {"params": [p for name, p in self._parameters.items() if name not in plain], "weight_decay": config.weight_decay},
-            {"params": [p for name, p in self._parameters.items() if name in plain], "weight_decay": 0.0},
+            {"params": decaying, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = self._torch.optim.AdamW(
             groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True

@@ -4,10 +4,14 @@
     jaxcoder bench fim --fim-rate 1             every piece is cut
     jaxcoder bench encode --output encode.json  text to ids: tiktoken's path and the `tokenizers` library
     jaxcoder bench loader                       store to host batches, memory, and what accelerators eat
-    jaxcoder bench parity HF_DIR                ten steps from these weights, ours and PyTorch's (`[bench]` has torch)
+    jaxcoder bench train                        the step of the 164M model, PyTorch's beside it, a bare matmul
+    jaxcoder bench decode                       greedy decoding of one prompt and of eight, `transformers` beside it
+    jaxcoder bench compile                      compiling at 164M and 15.5B; starting a run with the cache
+    jaxcoder bench parity HF_DIR                ten steps from these weights give PyTorch's curve
 
-Medians of several runs in one process, in which the contestants take turns. Rates are per second of processor time,
-but a machine with other work to do still slows them down: compare rows of one table.
+PyTorch's rows need the extra `bench`. Medians of several runs in one process, in which the contestants take turns.
+Rates of `fim`, `encode` and `loader` are per second of processor time, but a machine with other work to do still slows
+them down: compare rows of one table.
 """
 
 import argparse
@@ -18,6 +22,9 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "fim": ("jaxcoder.benchmarks.fim", "fill-in-the-middle on windows of token ids"),
     "encode": ("jaxcoder.benchmarks.encode", "text to token ids"),
     "loader": ("jaxcoder.benchmarks.loader", "the whole stream, from the store to host batches"),
+    "train": ("jaxcoder.benchmarks.training", "the training step, beside PyTorch's and a bare matmul"),
+    "decode": ("jaxcoder.benchmarks.decoding", "greedy decoding, beside transformers' `generate`"),
+    "compile": ("jaxcoder.benchmarks.compiling", "compiling the step, and starting with and without the cache"),
     "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args) -> Report | Reports`, and the one-line help."""

@@ -6,8 +6,8 @@ Run by hand in an environment with torch 2.13 and transformers 5 (nothing in the
 
 Starts from the weights of tests/golden/hf/{mqa,mha} (make_hf_golden.py) with eager attention in fp32, and writes
 tests/golden/training/{mqa,mha}.npz: the windows and loss masks of every step, the losses, the norms of the gradients
-before clipping, and for every tensor the L2 norm of how far it moved. The test repeats OPTIMIZER: clipping is at work in
-the first steps only, some tokens do not count, the cosine ends a step early.
+before clipping, and for every tensor the L2 norm of how far it moved. The test repeats OPTIMIZER: clipping is at work
+in the first steps only, some tokens do not count, the cosine ends a step early.
 """
 
 from pathlib import Path

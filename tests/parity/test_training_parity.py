@@ -1,7 +1,7 @@
 """Ten optimizer steps give the curve of transformers' GPTBigCode with torch's AdamW; and faults would show.
 
-The goldens (tests/golden/make_training_golden.py) hold windows, losses and gradient norms; torch is not needed. Asked are
-1e-3 in the loss; held is 2e-5, another order of sums alone gives 3e-6.
+The goldens (tests/golden/make_training_golden.py) hold windows, losses and gradient norms; torch is not needed. Asked
+are 1e-3 in the loss; held is 2e-5, another order of sums alone gives 3e-6.
 """
 
 from dataclasses import replace

@@ -1,0 +1,207 @@
+"""`jaxcoder bench train`: tokens per second of the training step, beside PyTorch's GPTBigCode doing the same step.
+
+Both sides start from the same weights, read the same random tokens and do all of it: forward, backward, clipping,
+AdamW with fp32 weights and moments; dropout is off. On a GPU PyTorch's best is `torch.compile` with SDPA under autocast.
+Beside them the machine's bare matmul, of which model FLOPs (convention: `jaxcoder/models/flops.py`) are a share.
+
+Shapes: B batch, S sequence.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from jaxcoder.benchmarks import torch_reference
+from jaxcoder.benchmarks.measure import Report, environment, side_by_side
+from jaxcoder.config import RunConfig
+from jaxcoder.errors import ConfigError
+
+_OURS = "jaxcoder"
+_PACKAGES = ["jax", "flax", "optax"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="tiny_starcoder_py", help="a run's model (default %(default)s, 164M)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows of a step (default %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a window (default %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
+    parser.add_argument(
+        "--remat", choices=("none", "minimal", "block"), default="none",
+        help="what our backward pass recomputes (default %(default)s, as PyTorch does)",
+    )  # fmt: skip
+    parser.add_argument("--compile", action="store_true", help="a row of `torch.compile` on CPUs too")
+    parser.add_argument("--matmul-size", type=int, help="of the bare matmul (default: 4096 on CPUs, else 8192)")
+    parser.add_argument("--peak-tflops", type=float, help="the device's peak, for MFU: 989 for an H200 in bf16")
+    parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
+
+
+def run(args: argparse.Namespace) -> Report:
+    from jaxcoder import runtime
+
+    runtime.initialize(debug=args.debug, share_accelerator=True)
+    import jax
+
+    from jaxcoder.benchmarks import bare
+
+    on_cpu = jax.default_backend() == "cpu"
+    config = run_config(args, on_cpu)
+    dtype = config.compute.dtype
+    device = torch_reference.device(jax.default_backend())
+    steps, times = (1, 1) if on_cpu else (10, 50)  # in one count, so that waiting for the end costs little
+    ours = _Ours(config, steps)
+    contestants: dict[str, Callable[[], object]] = {_OURS: ours}
+    if device is not None:
+        contestants |= _torch_contestants(config, ours, device, steps, with_compile=args.compile)
+    size = args.matmul_size or (4096 if on_cpu else 8192)
+    products = bare.matmuls(size, dtype, times, device)
+    seconds = side_by_side(contestants | products, runs=args.runs, least_seconds=0.0, clock=time.perf_counter)
+    rates = {name: 2 * size**3 * times / seconds[name] for name in products}
+    return _report(args, config, contestants, {name: seconds[name] / steps for name in contestants}, rates, size)
+
+
+def run_config(args: argparse.Namespace, on_cpu: bool) -> RunConfig:
+    """The run named by --config with our batch, no dropout and a learning rate that does no harm."""
+    from jaxcoder.config.load import load_run
+
+    base = load_run(args.config)
+    for option, value in (("--batch-size", args.batch_size), ("--seq-len", args.seq_len), ("--runs", args.runs)):
+        if value < 1:
+            raise ConfigError(f"{option} is {value}: give at least 1.")
+    off = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
+    return replace(
+        base,
+        model=replace(base.model, max_seq_len=args.seq_len, **off),
+        global_batch_size=args.batch_size,
+        microbatch_size=None,
+        num_steps=1000,
+        compute=replace(base.compute, dtype=args.dtype or ("float32" if on_cpu else "bfloat16"), remat=args.remat),
+        optimizer=replace(base.optimizer, peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=10),
+    )
+
+
+def windows(config: RunConfig):
+    """Random tokens (B, S + 1) int32, the same for both sides."""
+    import numpy as np
+
+    shape = (config.global_batch_size, config.model.max_seq_len + 1)
+    return np.random.default_rng(config.seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+
+
+class _Ours:
+    """A count of `steps` of `jaxcoder train`'s steps on one device."""
+
+    def __init__(self, config: RunConfig, steps: int):
+        import jax
+
+        from jaxcoder.data.loader import make_batch
+        from jaxcoder.sharding.mesh import single_device_mesh
+        from jaxcoder.train.inputs import place
+        from jaxcoder.train.state import initial_state
+        from jaxcoder.train.step import make_train_step
+
+        self._steps, self._mesh = steps, single_device_mesh()
+        batch = make_batch(windows(config), end_id=None, pad_id=None, document_mask=False)
+        with jax.set_mesh(self._mesh):
+            self.state = jax.jit(lambda: initial_state(config))()
+            self._batch = place(batch, self._mesh)
+            self._step = make_train_step(config)
+        self.first_loss: float | None = None
+
+    def __call__(self) -> None:
+        import jax
+
+        with jax.set_mesh(self._mesh):
+            for _ in range(self._steps):
+                self.state, metrics = self._step(self.state, self._batch)
+                if self.first_loss is None:
+                    self.first_loss = float(metrics["loss"])
+        jax.block_until_ready((self.state, metrics))
+
+
+class _Theirs:
+    """The same count of PyTorch's steps."""
+
+    def __init__(self, trainer: torch_reference.TorchTrainer, config: RunConfig, device: str, steps: int):
+        torch, _ = torch_reference.import_torch("this benchmark")
+        ids = torch.from_numpy(windows(config).astype("int64")).to(device)
+        self._batch = ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(ids[:, 1:].shape, device=device)
+        self._trainer, self._device, self._steps = trainer, device, steps
+        self.first_loss: float | None = None
+
+    def __call__(self) -> None:
+        for _ in range(self._steps):
+            loss, _ = self._trainer(*self._batch, 1e-6)
+            if self.first_loss is None:
+                self.first_loss = float(loss)
+        torch_reference.wait(self._device)
+
+
+def _torch_contestants(config: RunConfig, ours: _Ours, device: str, steps: int, *, with_compile: bool):
+    from jaxcoder.benchmarks.parity import their_tensors
+    from jaxcoder.convert.hf_config import hf_config
+
+    keys, tensors = hf_config(config.model, end_of_text=0), their_tensors(ours.state.model)
+    ways = [("sdpa", False), ("eager", False)] if device == "cpu" else [("sdpa", True), ("sdpa", False)]
+    ways += [("sdpa", True)] if device == "cpu" and with_compile else []
+    contestants = {}
+    for attention, compiled in ways:
+        model = torch_reference.make_model(keys, tensors, attention=attention, device=device)
+        trainer = torch_reference.TorchTrainer(model, config.optimizer, dtype=config.compute.dtype, compiled=compiled)
+        name = f"PyTorch, {'torch.compile, ' if compiled else ''}{attention}"
+        contestants[name] = _Theirs(trainer, config, device, steps)
+    return contestants
+
+
+def _report(args, config: RunConfig, contestants, seconds: dict[str, float], rates: dict[str, float], size) -> Report:
+    from jaxcoder.models.flops import num_parameters, training_flops_per_token
+
+    tokens = config.global_batch_size * config.model.max_seq_len
+    flops = tokens * training_flops_per_token(config.model, config.model.max_seq_len)
+    best_rate = max(rates.values())
+    theirs = [taken for name, taken in seconds.items() if name != _OURS]
+    rows: list[dict[str, Any]] = []
+    for name, taken in seconds.items():
+        row = {
+            "way": name,
+            "ms": 1e3 * taken,
+            "tokens": tokens / taken,
+            "tflops": flops / taken / 1e12,
+            "share": f"{100 * flops / taken / best_rate:.1f} %",
+            "times": min(theirs) / taken if theirs else None,
+            "loss": f"{contestants[name].first_loss:.4f}",
+        }
+        if args.peak_tflops:
+            row["mfu"] = f"{100 * flops / taken / (args.peak_tflops * 1e12):.1f} %"
+        rows.append(row)
+    rows += [{"way": f"{name}, {size} x {size}", "tflops": rate / 1e12} for name, rate in rates.items()]
+    if not theirs:
+        rows.append({"way": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
+    columns = {"way": "way", "ms": "ms/step", "tokens": "tokens/s", "tflops": "TFLOP/s", "share": "of the best matmul"}
+    columns |= {"mfu": f"MFU of {args.peak_tflops:g} TFLOP/s"} if args.peak_tflops else {}
+    return Report(
+        title=f"Training step of {num_parameters(config.model) / 1e6:,.0f}M parameters, "
+        f"{config.global_batch_size} x {config.model.max_seq_len} tokens, {config.compute.dtype}",
+        settings={
+            "model": args.config,
+            "key/value heads": config.model.num_kv_heads,
+            "remat": config.compute.remat,
+            "GFLOP/token": round(flops / tokens / 1e9, 3),
+            "runs": args.runs,
+        },
+        columns=columns | {"times": "x PyTorch's best", "loss": "first loss"},
+        rows=rows,
+        targets={"ahead of PyTorch's best": seconds[_OURS] <= min(theirs)} if theirs else {},
+        environment=environment(_PACKAGES + (["torch", "transformers"] if theirs else [])) | devices(),
+    )
+
+
+def devices() -> dict[str, Any]:
+    """What JAX computes on, where it is no CPU, and what else the machine was doing."""
+    import os
+
+    import jax
+
+    found = {} if jax.default_backend() == "cpu" else {"device": jax.devices()[0].device_kind}
+    return found | {"load": round(os.getloadavg()[0], 1)}
