@@ -71,8 +71,8 @@ def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the co
     config = _from_plain(cls, plain, "", problems)
     if problems:
         raise ConfigError(
-            f"{source} does not fit this version of jaxcoder: {'; '.join(problems)}. Use the jaxcoder that wrote it, or "
-            "put these fields right in the file."
+            f"{source} does not fit this version of jaxcoder: {'; '.join(problems)}. Use the jaxcoder that wrote it, "
+            "or put these fields right in the file."
         )
     return config
 

@@ -1,4 +1,4 @@
-"""`jaxcoder train NAME --dry-run`: for every run, without data and devices; what is there is said, nothing is written."""
+"""`jaxcoder train NAME --dry-run`: every run, without data and devices; what is there is said, nothing is written."""
 
 import dataclasses
 import re
