@@ -340,7 +340,8 @@ class RayCluster:
     """A Ray cluster as mapper: Ray places the tasks, retries those of lost nodes and scales; paths travel, never data.
 
     `address` joins a running cluster (default: RAY_ADDRESS, else a cluster of this machine alone). Every node needs the
-    same versions of Python and jaxcoder, and a file system or object store that all of them see.
+    same versions of Python and jaxcoder, and a file system or object store that all of them see. DataError if there is
+    no such cluster.
     """
 
     def __init__(self, address: str | None = None, *, wave: int = 1024):
@@ -350,7 +351,14 @@ class RayCluster:
             raise MissingExtraError("Running tasks on a Ray cluster", "cluster") from None
         if not ray.is_initialized():
             environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}}
-            ray.init(address, runtime_env=environment, include_dashboard=False, log_to_driver=False)
+            try:
+                ray.init(address, runtime_env=environment, include_dashboard=False, log_to_driver=False)
+            except ConnectionError:
+                which = "that is running" if address in (None, "auto") else f"at {address}"
+                raise DataError(
+                    f"There is no Ray cluster {which}: start one with `ray start --head`, correct its address, or run "
+                    "without Ray, on all cores of this machine."
+                ) from None
         self._ray, self._wave = ray, wave
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:

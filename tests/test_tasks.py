@@ -221,6 +221,17 @@ def test_ray_is_an_extra(monkeypatch):
         RayCluster()
 
 
+def test_no_ray_cluster(monkeypatch):
+    ray = pytest.importorskip("ray", reason="needs the extra `cluster`")
+
+    def refuse(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(DataError, match="no Ray cluster that is running: start one with `ray start --head`"):
+        RayCluster("auto")
+
+
 def test_the_same_stage_on_ray(tmp_path):
     pytest.importorskip("ray", reason="needs the extra `cluster`")
     stage = make(tmp_path, fails_on_poison, ["a", "poison", "b"], log=tmp_path / "log")

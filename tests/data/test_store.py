@@ -119,13 +119,12 @@ def test_the_damaged_shard_is_named_among_others(tokenizer, documents_file, tmp_
 
 def test_chunks_of_end_tokens_alone_have_a_checksum_too(tokenizer, tmp_path):
     assert tokenizer.eos_id == 0  # what zarr takes for "nothing was written"
-    (tmp_path / "empty.jsonl").write_text('{"content": ""}\n' * 20_000)
-    build_store(tmp_path / "empty.jsonl", tokenizer, tmp_path / "store", seed=1, shard_tokens=8192)
-    opened = TokenStore.open(tmp_path / "store")
-    assert not opened.read(0, 20_000).any()
-    flip(tmp_path / "store/tokens/c/1", 10)
-    with pytest.raises(DataError, match="tokens/c/1 cannot be read"):
-        TokenStore.open(tmp_path / "store").read(8192, 9000)
+    (tmp_path / "empty.jsonl").write_text('{"content": ""}\n' * 30_000 + '{"content": "x"}\n')
+    store = build_store(tmp_path / "empty.jsonl", tokenizer, tmp_path / "store", seed=1, shard_tokens=8192)
+    shard = next(k for k in range(3) if not store.read(k * 8192, (k + 1) * 8192).any())
+    flip(tmp_path / f"store/tokens/c/{shard}", 10)
+    with pytest.raises(DataError, match=f"tokens/c/{shard} cannot be read"):
+        TokenStore.open(tmp_path / "store").read(shard * 8192, shard * 8192 + 808)
 
 
 def test_another_tokenizer_or_vocabulary(store):
