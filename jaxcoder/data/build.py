@@ -214,7 +214,7 @@ class _Stages:
         if not counts["num_documents"]:
             raise DataError(f"There are no documents in {files}: give files that hold some.")
         if counts["num_tokens"] == counts["num_documents"]:  # their end tokens
-            raise DataError(f"All {counts['num_documents']:,} documents in {files} are empty: give files that hold text.")
+            raise DataError(f"All {counts['num_documents']:,} documents in {files} are empty: give some with text.")
         paths, buckets = self._sort(runs, summaries, encoding.num_buckets)
         return counts, self._write(paths, buckets, counts["num_tokens"])
 

@@ -260,7 +260,7 @@ def test_empty_documents_are_kept_beside_others(tokenizer, tmp_path):
     store = build_store(tmp_path / "some.jsonl", tokenizer, tmp_path / "store", seed=1)
     assert store.read(0, 4).tolist().count(tokenizer.eos_id) == 3 and store.text_bytes == 1
     write_documents(documents[:1] * 3, tmp_path / "empty.jsonl")
-    with pytest.raises(DataError, match="All 3 documents in empty.jsonl are empty: give files that hold text"):
+    with pytest.raises(DataError, match="All 3 documents in empty.jsonl are empty: give some with text"):
         build_store(tmp_path / "empty.jsonl", tokenizer, tmp_path / "none", seed=1)
 
 
