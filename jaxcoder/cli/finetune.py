@@ -18,11 +18,11 @@ PASSES_UNKNOWN_ARGUMENTS = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="WEIGHTS", help="a run, a checkpoint, or a directory in PyTorch format")
-    parser.add_argument("--data", required=True, metavar="STORE", help="token store to train on")
+    parser.add_argument("--data", metavar="STORE", help="token store to train on")
     parser.add_argument(
         "--held-out",
-        required=True,
         action="append",
+        default=[],
         metavar="STORE",
         help="token store of held-out documents, in one language or several; may be given several times",
     )
@@ -36,6 +36,12 @@ def run(args: argparse.Namespace) -> int | None:
     from jaxcoder import runtime
     from jaxcoder.errors import ConfigError
 
+    if "--help" in args.overrides:  # `finetune WEIGHTS --help`: the fields of the run
+        from jaxcoder.config.load import load_run
+
+        load_run("starcoder", ["--help"])
+    if args.data is None:
+        raise ConfigError("there is nothing to train on: give `--data STORE`.")
     given = {argument.partition("=")[0].replace("_", "-") for argument in args.overrides}
     for short, long in (("--steps", "--num-steps"), ("WEIGHTS", "--init-from"), ("--data", "--data.store")):
         if long in given:

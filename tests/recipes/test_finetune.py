@@ -147,3 +147,9 @@ def test_the_table():
     lines = table(languages)
     assert lines[1].split() == ["Python*", "1,000", "1.0000", "0.9000", "-10.0%"]
     assert lines[-1] == "Of 2 other languages, 1 became worse; the one that changed for the worst is C, by +5.0%."
+
+
+def test_help_and_what_is_left_out(capsys):
+    assert main(["finetune", "x", "--help"]) == 0
+    assert "--optimizer.peak-learning-rate" in capsys.readouterr().out
+    assert main(["finetune", "x"]) == 2 and "nothing to train on: give `--data STORE`" in capsys.readouterr().err
