@@ -5,13 +5,20 @@ so the floor is what a bare product of as few rows needs to read a matrix: its b
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from jaxcoder.benchmarks import torch_reference
-from jaxcoder.benchmarks.measure import Report, Reports, environment, side_by_side
+from jaxcoder.benchmarks.measure import (
+    Report,
+    Reports,
+    add_clock_argument,
+    clock_name,
+    clock_of,
+    environment,
+    side_by_side,
+)
 from jaxcoder.benchmarks.training import devices
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.errors import ConfigError
@@ -30,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
     parser.add_argument("--matrix-size", type=int, help="of the bare product (default: 6144 on CPUs, else 16384)")
     parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
+    add_clock_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Reports:
@@ -95,7 +103,7 @@ def _batch(args, rows: int, size: int, model, their_model, device: str | None) -
     for name, generate in generators.items():
         contestants[name] = lambda generate=generate: generate(args.new_tokens)
         contestants[f"{name}: one token"] = lambda generate=generate: generate(1)
-    seconds = side_by_side(contestants, runs=args.runs, least_seconds=0.0, clock=time.perf_counter)
+    seconds = side_by_side(contestants, runs=args.runs, least_seconds=0.0, clock=clock_of(args))
 
     read = {name: size**2 * width * times / seconds[name] for name in products}
     weights = width * (num_parameters(model.config) - model.config.max_seq_len * model.config.embed_dim)
@@ -116,7 +124,7 @@ def _batch(args, rows: int, size: int, model, their_model, device: str | None) -
     table += [{"way": f"{name}, {size} x {size}", "read": rate / 1e9} for name, rate in read.items()]
     if their_model is None:
         table.append({"way": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
-    settings = {"model": args.config, "new tokens": args.new_tokens, "runs": args.runs}
+    settings = {"model": args.config, "new tokens": args.new_tokens, "runs": args.runs, "seconds": clock_name(args)}
     if their_model is not None:
         same = np.mean([np.array_equal(*pair) for pair in zip(*(np.array(a) for a in answers.values()), strict=True)])
         settings["prompts with the same answer"] = f"{100 * same:.0f} %"

@@ -5,6 +5,7 @@ comparable; those of training and decoding, which use every core or an accelerat
 contestants take turns in every run, and the median over the runs counts.
 """
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -104,6 +105,23 @@ def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float])
     for _ in range(times):
         call()
     return (clock() - start) / times
+
+
+def add_clock_argument(parser: argparse.ArgumentParser) -> None:
+    """For benchmarks that use every core, and so are measured on the wall."""
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count seconds of processor time: on a busy machine, with OMP_NUM_THREADS=1 (CPUs only)",
+    )
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    return time.process_time if args.processor_time else time.perf_counter
+
+
+def clock_name(args: argparse.Namespace) -> str:
+    return "of processor time" if args.processor_time else "on the wall"
 
 
 def stdlib_sources(most_bytes: int) -> list[str]:

@@ -8,13 +8,12 @@ Shapes: B batch, S sequence.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from jaxcoder.benchmarks import torch_reference
-from jaxcoder.benchmarks.measure import Report, environment, side_by_side
+from jaxcoder.benchmarks.measure import Report, add_clock_argument, clock_name, clock_of, environment, side_by_side
 from jaxcoder.config import RunConfig
 from jaxcoder.errors import ConfigError
 
@@ -35,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matmul-size", type=int, help="of the bare matmul (default: 4096 on CPUs, else 8192)")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak, for MFU: 989 for an H200 in bf16")
     parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
+    add_clock_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> Report:
         contestants |= _torch_contestants(config, ours, device, steps, with_compile=args.compile)
     size = args.matmul_size or (4096 if on_cpu else 8192)
     products = bare.matmuls(size, dtype, times, device)
-    seconds = side_by_side(contestants | products, runs=args.runs, least_seconds=0.0, clock=time.perf_counter)
+    seconds = side_by_side(contestants | products, runs=args.runs, least_seconds=0.0, clock=clock_of(args))
     rates = {name: 2 * size**3 * times / seconds[name] for name in products}
     return _report(args, config, contestants, {name: seconds[name] / steps for name in contestants}, rates, size)
 
@@ -189,6 +189,7 @@ def _report(args, config: RunConfig, contestants, seconds: dict[str, float], rat
             "remat": config.compute.remat,
             "GFLOP/token": round(flops / tokens / 1e9, 3),
             "runs": args.runs,
+            "seconds": clock_name(args),
         },
         columns=columns | {"times": "x PyTorch's best", "loss": "first loss"},
         rows=rows,
