@@ -114,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explained is None:
             return 1
         code = _report(explained)
-        if argv is None and isinstance(explained, Interrupted):
-            # The stop may have come in the middle of XLA's work: taking the interpreter down under its threads can
-            # crash, and a scheduler would see that instead of the exit code.
+        if argv is None:
+            # XLA's or Arrow's threads may be at work still: taking the interpreter down under them can crash, and a
+            # scheduler would see that instead of the exit code.
             sys.stdout.flush()
             os._exit(code)
         return code

@@ -7,10 +7,9 @@
     <output_dir>/profile/         of --profile-steps
 """
 
-import fsspec
-
 from jaxcoder.config import RunConfig, serialize
 from jaxcoder.errors import ConfigError
+from jaxcoder.tokenizer.addresses import access_errors, open_address
 
 FREE_FIELDS = ("output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "optimizer.max_skipped")
 """Fields that may change on resuming: they do not change what is computed, but for rounding on another mesh."""
@@ -35,9 +34,14 @@ class RunDirectory:
         """Writes the config, or compares it with the one that is there. `is_shared`: other files may lie beside it.
 
         Raises ConfigError when the directory holds something else, or a run of another configuration (unless that is
-        accepted). The config that is there stays: `adopt` replaces it once the run is known to go on.
+        accepted); DataError when it cannot be reached. The config that is there stays: `adopt` replaces it once the run
+        is known to go on.
         """
-        filesystem, path = fsspec.core.url_to_fs(self.config_file)
+        with access_errors(self.path, "write to"):
+            self._claim(config, accept_config_change, is_shared)
+
+    def _claim(self, config: RunConfig, accept_config_change: bool, is_shared: bool) -> None:
+        filesystem, path = open_address(self.config_file)
         if not filesystem.exists(path):
             parent = filesystem._parent(path)
             if filesystem.isfile(parent):
@@ -64,7 +68,7 @@ class RunDirectory:
 
     def adopt(self, config: RunConfig) -> None:
         """The config replaces the one that is there, after the run was found able to continue with it."""
-        filesystem, path = fsspec.core.url_to_fs(self.config_file)
+        filesystem, path = open_address(self.config_file)
         if filesystem.cat_file(path) != serialize.to_json(config).encode():
             self._write(filesystem, path, config)
 
@@ -75,8 +79,9 @@ class RunDirectory:
 
     def read_config(self) -> RunConfig:
         """The config that the directory was claimed with."""
-        with fsspec.open(self.config_file, "r") as file:
-            return serialize.from_json(file.read(), source=self.config_file)
+        filesystem, path = open_address(self.config_file)
+        with access_errors(self.config_file):
+            return serialize.from_json(filesystem.cat_file(path).decode(), source=self.config_file)
 
 
 def changes(before: RunConfig, config: RunConfig) -> list[str]:
