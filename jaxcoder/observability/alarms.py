@@ -91,8 +91,8 @@ class UnstableGradients:
         if (now := statistics.median(recent)) > self.grown * usual:
             return self._noticed(step, f"gradient norms have grown from {usual:.3g} to {now:.3g} (medians)")
         if sum(norm > self.jumped * usual for norm in recent) >= self.jumps:
-            text = f"{self.jumps} of the last {self.recent} gradient norms are more than {self.jumped:.0f} times {usual:.3g}"
-            return self._noticed(step, text + ", the median before them")
+            text = f"{self.jumps} of the last {self.recent} gradient norms are more than {self.jumped:.0f} times"
+            return self._noticed(step, f"{text} {usual:.3g}, the median before them")
         return None
 
     def _noticed(self, step: int, text: str) -> Alarm:
@@ -123,7 +123,9 @@ class LanguageRegression:
                 self._said.pop(language, None)
             elif mean < mean_then and bits > self._said.get(language, best) * self.margin:
                 self._said[language] = bits
-                risen.append(f"{language} from {best:.4f} (step {step_then:,}) to {bits:.4f}, mean {mean_then:.4f} to {mean:.4f}")
+                risen.append(
+                    f"{language} from {best:.4f} (step {step_then:,}) to {bits:.4f}, mean {mean_then:.4f} to {mean:.4f}"
+                )
         if not risen:
             return None
         return Alarm(self.name, step, f"held-out bits per byte rise while the mean falls: {'; '.join(risen)}")

@@ -1,7 +1,8 @@
 """The state that a run begins or goes on with: its newest checkpoint, other weights (`init_from`), or random ones.
 
-Other weights are opened and compared with the run before anything is computed. Only they are taken; optimizer, step, data and schedule begin anew. What can be opened here are checkpoints of
-ours; whoever knows other formats hands `train` an opener of its own (`jaxcoder/recipes/start.py`).
+Other weights are opened and compared with the run before anything is computed. Only they are taken; optimizer, step,
+data and schedule begin anew. What can be opened here are checkpoints of ours; whoever knows other formats hands `train`
+an opener of its own (`jaxcoder/recipes/start.py`).
 """
 
 from collections.abc import Callable

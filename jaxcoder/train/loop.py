@@ -233,7 +233,7 @@ def sized(config: RunConfig, global_batch_size: int) -> RunConfig:
 
 
 def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> MetricWriter:
-    """metrics.jsonl, and TensorBoard when asked for, by process 0; lines after `step` belong to steps that will be done again."""
+    """metrics.jsonl, and TensorBoard when asked for, by process 0; lines after `step` will be written again."""
     if jax.process_index():
         return MultiWriter([])
     writers: list[MetricWriter] = [JsonlWriter(directory.metrics_file, resume_from_step=step)]

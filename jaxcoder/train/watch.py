@@ -66,8 +66,8 @@ class Watch:
         if self._skipped_in_row >= limit:
             first = step - limit + 1
             raise TrainingError(
-                f"the {what} was not finite in {limit} steps in a row ({first:,} to {step:,}), which were skipped: look "
-                f"at their files with `jaxcoder data trace {self._directory.path} --step {first}`, lower "
+                f"the {what} was not finite in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
+                f"their files with `jaxcoder data trace {self._directory.path} --step {first}`, lower "
                 "optimizer.peak_learning_rate, or raise optimizer.max_skipped_steps; the same command continues from "
                 "the last checkpoint."
             )

@@ -76,7 +76,8 @@ def last_manifest(run: RunConfig):
 
 
 def losses(run: RunConfig) -> list[tuple]:
-    return [(r["step"], r["loss"], r["samples"]) for r in read_metrics(run.output_dir + "/metrics.jsonl") if "loss" in r]
+    records = read_metrics(run.output_dir + "/metrics.jsonl")
+    return [(record["step"], record["loss"], record["samples"]) for record in records if "loss" in record]
 
 
 def test_stages_interrupted_equal_undisturbed(corpora, tmp_path, monkeypatch):

@@ -26,7 +26,9 @@ NUM_ROWS, SEQ_LEN, END, PAD = 16, 24, 0, 1
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if math.prod(shape) <= 8]
 
 
-def run_config(*, kv_heads: int, dropout: float, document_mask: bool, microbatch_size: int | None, remat: str) -> RunConfig:
+def run_config(
+    *, kv_heads: int, dropout: float, document_mask: bool, microbatch_size: int | None, remat: str
+) -> RunConfig:
     model = ModelConfig(
         num_layers=2, embed_dim=32, num_heads=8, head_dim=4, mlp_dim=64, num_kv_heads=kv_heads, vocab_size=64,
         max_seq_len=SEQ_LEN, embed_dropout=dropout, residual_dropout=dropout, attention_dropout=dropout, init_std=0.1,
