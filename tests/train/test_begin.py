@@ -93,7 +93,7 @@ def test_it_begins_with_those_weights_and_a_fresh_optimizer(base, stores, tmp_pa
                 np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
         assert found["optimizer/count"] == found["step"] == 2  # and not 5
         lines = [json.loads(line) for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()]
-        assert [line["samples"] for line in lines] == [8, 16]
+        assert [line["samples"] for line in lines if "loss" in line] == [8, 16]
 
 
 def test_its_own_checkpoint_comes_first(base, stores, tmp_path):
