@@ -21,7 +21,7 @@ from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.loader import Batch, batches
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream
-from jaxcoder.errors import Interrupted
+from jaxcoder.errors import ConfigError, Interrupted
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.observability.console import TrainingLine
@@ -73,6 +73,11 @@ def train(
     TrainingError when too many steps in a row are not finite.
     """
     validate(config, len(jax.devices()))
+    if profile_steps is not None and profile_steps.first > config.num_steps:
+        raise ConfigError(
+            f"--profile-steps begins at step {profile_steps.first:,}, but the run has {config.num_steps:,}: give earlier "
+            "ones."
+        )
     config = dataclasses.replace(config, mesh=resolve_mesh(config.mesh, len(jax.devices())))
     mesh = make_mesh(config.mesh)
     stream, held_out_streams, tokenizer = open_streams(config)
