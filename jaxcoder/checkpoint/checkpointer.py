@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.find import Warn, newest_whole, steps_in, warn_user
+from jaxcoder.checkpoint.inspect import readable
 from jaxcoder.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -59,7 +60,7 @@ class Checkpointer:
         self._small_files = _small_files(run, save_tokenizer)
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._saving_step = -1
+        self._saving_step, self._saving_bytes = -1, 0
         self._bad: set[int] = set()
         self._last_save_time = time.monotonic()
         if jax.process_index() == 0:
@@ -96,6 +97,8 @@ class Checkpointer:
             metadata=metadata,
             mesh=_mesh_of(arrays),
         )
+        self._saving_step = step
+        self._saving_bytes = sum(array.size * array.dtype.itemsize for array in arrays.values())
         try:
             if jax.process_index() == 0:
                 _remove(path)
@@ -104,7 +107,7 @@ class Checkpointer:
             response = array_files.save_async(path, arrays)
         except Exception as error:
             raise self._failed(step, error) from error
-        self._saving_step, self._last_save_time = step, time.monotonic()
+        self._last_save_time = time.monotonic()
         # A daemon: a second Ctrl-C must not wait for a disk. The save is then unfinished, and the one before counts.
         self._saving = threading.Thread(target=self._finish, args=(path, manifest, response), daemon=True)
         self._saving.start()
@@ -219,7 +222,8 @@ class Checkpointer:
         reason = "the disk is full" if _is_disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved to {self.directory} ({reason}); {kept_words}. "
-            "Make room there, or see to it that the directory can be written, and run the same command again."
+            f"One needs {readable(self._saving_bytes)} and a little more: make room there, or see to it that the "
+            "directory can be written, and run the same command again."
         )
 
 

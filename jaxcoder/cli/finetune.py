@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, metavar="N", help="optimizer steps, with a warm-up that fits (default: 8500)"
     )
+    parser.add_argument(
+        "--accept-config-change", action="store_true", help="continue a fine-tune although its configuration has changed"
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -59,5 +62,6 @@ def run(args: argparse.Namespace) -> int | None:
         output_dir=args.output_dir,
         num_steps=args.steps,
         overrides=args.overrides,
+        accept_config_change=args.accept_config_change,
     )
     return None

@@ -66,6 +66,7 @@ def finetune(
     output_dir: str,
     num_steps: int | None = None,
     overrides: Sequence[str] = (),
+    accept_config_change: bool = False,
     say: Say = print,
 ) -> list[Language]:
     """Evaluates the weights, trains them on, evaluates again; returns, writes and shows what became of each language.
@@ -83,10 +84,11 @@ def finetune(
     validate(config, len(jax.devices()))
     trained_on = check_stores(weights, store, held_out)
     root = Path(output_dir)
-    RunDirectory.of(config).claim(config, is_shared=(root / "before.json").exists())
+    is_shared = (root / "before.json").exists()
+    RunDirectory.of(config).claim(config, accept_config_change=accept_config_change, is_shared=is_shared)
     with held_alone(str(root), lock=LOCK):
         before = measured_before(config, weights, root / "before.json", say)
-        result = pretrain(config, directory_is_shared=True)
+        result = pretrain(config, accept_config_change=accept_config_change, directory_is_shared=True)
         if result.late_stop:
             raise Interrupted(
                 "stopped; the training is finished and saved, its report is not.",

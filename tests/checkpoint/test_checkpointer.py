@@ -241,7 +241,7 @@ def test_failed_save_is_raised_by_poll_and_keeps_the_last(tmp_path, monkeypatch)
 
     monkeypatch.setattr(array_files, "save_async", lambda path, arrays: Full())
     checkpointer.save(2, arrays, {})
-    with pytest.raises(CheckpointError, match="step 2 .*the disk is full.*step 1 is kept"):
+    with pytest.raises(CheckpointError, match="step 2 .*the disk is full.*step 1 is kept. One needs 64 bytes"):
         for _ in range(200):
             checkpointer.poll()
             time.sleep(0.01)
@@ -271,7 +271,7 @@ def test_a_real_full_disk(tmp_path):
         print("latest", checkpointer.latest_step())
     """
     done = _python(script, tmp_path)
-    assert "the disk is full" in done.stdout and "latest 1" in done.stdout, done.stdout + done.stderr
+    assert "the disk is full" in done.stdout and "One needs 4 MB" in done.stdout and "latest 1" in done.stdout, done.stdout + done.stderr
 
 
 def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
