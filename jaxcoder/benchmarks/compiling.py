@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--virtual", action="store_true", help="on virtual CPU devices in any case")
     parser.add_argument("--start", default="tiny_starcoder_py", metavar="CONFIG", help="run to start, or `none`")
     parser.add_argument("--start-seq-len", type=int, default=1024, help="of that run (default %(default)s)")
+    parser.add_argument("--start-dtype", choices=("float32", "bfloat16"), help="its dtype (CPUs emulate bfloat16)")
     parser.add_argument("--runs", type=int, default=1, help="the best of so many (default %(default)s)")
 
 
@@ -175,6 +176,7 @@ def _first_step(args: argparse.Namespace, output: Path, variables: dict[str, str
 
     settings = ["--data", "synthetic", "--steps", "1000", "--global-batch-size", "1", "--log-every-steps", "1"]
     settings += ["--model.max-seq-len", str(args.start_seq_len), "--output-dir", str(output)]
+    settings += ["--compute.dtype", args.start_dtype] if args.start_dtype else []
     command = [sys.executable, "-m", "jaxcoder.cli.main", "train", args.start, *settings]
     start = time.perf_counter()
     with open(output.with_suffix(".log"), "w+") as log:
