@@ -139,7 +139,7 @@ def train(
             if is_last or checkpointer.is_due(run.step):
                 run.save()
         if not run.eval_metrics:  # the run was complete already
-            run.evaluate()
+            run.eval_metrics = run.measure()
         checkpointer.wait()
         return TrainResult(
             directory=directory, step=run.step, eval_metrics=run.eval_metrics, late_stop=stop.exit_code
@@ -191,19 +191,23 @@ class Run:
         self.checkpointer.poll()
 
     def evaluate(self) -> None:
-        """Held-out loss and everything else that is to be measured on these weights; the dropout is off."""
-        if self.held_out is None:
+        """`measure`, written, said and watched."""
+        if self.held_out is None and not self.evaluations:
             return
         self.log.flush()
         began = time.monotonic()
-        metrics = self.held_out(self.state.model)
-        for evaluation in self.evaluations:
-            metrics |= evaluation(self.state.model)
-        self.eval_metrics = metrics
+        self.eval_metrics = metrics = self.measure()
         self.writer.write(self.step, metrics | {"eval_seconds": time.monotonic() - began})
         self.line.say(f"step {self.step:,}: {said(metrics)}")
         self.watch(self.step, metrics)
         self.log.pause()
+
+    def measure(self) -> dict[str, float]:
+        """Held-out loss and everything else that is to be measured on these weights, without dropout."""
+        metrics = {} if self.held_out is None else self.held_out(self.state.model)
+        for evaluation in self.evaluations:
+            metrics |= evaluation(self.state.model)
+        return metrics
 
     def save(self) -> None:
         """Starts a checkpoint of this step, which is finished in the background."""
@@ -260,8 +264,10 @@ def describe(config: RunConfig, mesh: Mesh) -> str:
 
 def said(metrics: Mapping[str, float]) -> str:
     """The gist of an evaluation, in a line."""
-    text = f"held-out loss {metrics['eval/loss']:.4f}, {metrics['eval/bits_per_byte']:.4f} bits per byte"
+    parts = []
+    if "eval/loss" in metrics:
+        parts.append(f"held-out loss {metrics['eval/loss']:.4f}, {metrics['eval/bits_per_byte']:.4f} bits per byte")
     if "eval/infill/exact_match" in metrics:
         exact, similar = metrics["eval/infill/exact_match"], metrics["eval/infill/edit_similarity"]
-        text += f"; infilled lines exact {exact:.1%}, edit similarity {similar:.3f}"
-    return text
+        parts.append(f"infilled lines exact {exact:.1%}, edit similarity {similar:.3f}")
+    return "; ".join(parts) or "evaluated"

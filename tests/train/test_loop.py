@@ -136,8 +136,9 @@ def test_interrupted_and_continued_equals_undisturbed(run_on_mesh, tmp_path, sto
 def test_a_finished_run_is_left_as_it_is(run_on_mesh, tmp_path, stores):
     run = config(tmp_path / "run", stores, num_steps=2)
     first = run_on_mesh(run)
-    before = weights(run)
+    before, lines = weights(run), (tmp_path / "run/metrics.jsonl").read_bytes()
     again = run_on_mesh(run)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
     assert again.eval_metrics == first.eval_metrics and again.eval_metrics["eval/tokens"] == 13 * 64
     assert_same(before, weights(run))
 
