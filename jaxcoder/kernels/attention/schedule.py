@@ -1,0 +1,164 @@
+"""Which keys each query sees, and which blocks of keys a block of queries visits: found in O(S) outside the kernel.
+
+Every mask of this operation (causal at any offset, documents, pads, whole blocks) lets a query see one interval of
+keys, [start, end), because a document is contiguous. Two int32 a query therefore say all of it, and a block of queries
+visits the blocks of keys between the least start and the greatest end. Blocks of keys that every query of the block
+sees whole are visited in steps of `block_kv` without a mask; the edges before and after them in steps of `edge_kv`.
+
+Shapes: B batch, S queries, T keys, Q = S / block_q blocks of queries, P = T / span_kv spans of keys (a span is what
+is held in fast memory at once).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcoder.errors import ConfigError
+from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Block shapes of one kernel; positions unless said otherwise."""
+
+    block_q: int = 128
+    """Positions of a block of queries, a multiple of 128."""
+    heads: int = 16
+    """Query heads folded into the rows of a block; fewer where the number of heads asks for it."""
+    chunk_heads: int = 1
+    """Heads of a row chunk, the unit of the software pipeline: a chunk is chunk_heads * block_q rows."""
+    block_kv: int = 512
+    """Keys of a step that needs no mask; a multiple of edge_kv."""
+    edge_kv: int = 512
+    """Keys of a step under the mask; a multiple of 128."""
+    span_kv: int = 8192
+    """Most keys held in fast memory at once; longer sequences are taken span by span."""
+
+    def fit(self, q_len: int, kv_len: int, num_heads: int) -> "Blocks":
+        """The same, cut to what a shape needs: q_len queries, kv_len keys, num_heads query heads per key/value head."""
+        heads = largest_divisor(num_heads, self.heads)
+        edge_kv = min(self.edge_kv, round_up(kv_len, 128))
+        block_kv = edge_kv * max(1, min(self.block_kv, kv_len) // edge_kv)
+        num_spans = -(-kv_len // max(self.span_kv, block_kv))
+        return Blocks(
+            block_q=self.block_q,
+            heads=heads,
+            chunk_heads=largest_divisor(heads, self.chunk_heads),
+            block_kv=block_kv,
+            edge_kv=edge_kv,
+            span_kv=round_up(-(-kv_len // num_spans), block_kv),
+        )
+
+
+class Intervals(NamedTuple):
+    """int32 (B, S) each: query s of row b sees keys start <= t < end; both 0 where it sees none."""
+
+    start: jax.Array
+    end: jax.Array
+
+
+class Visits(NamedTuple):
+    """int32 (B, P, Q) each: the steps of a block of queries in a span, counted from the span's first key.
+
+    edge, edges_before, edges: the first edge step (in steps of edge_kv), how many come before the whole blocks, and
+    how many there are; full, fulls: the first whole block (in steps of block_kv) and how many there are.
+    span: the span to hold, the nearest that the block of queries needs, so that what it skips is never fetched.
+    """
+
+    edge: jax.Array
+    edges_before: jax.Array
+    edges: jax.Array
+    full: jax.Array
+    fulls: jax.Array
+    span: jax.Array
+
+
+def intervals(spec: AttentionSpec, context: AttentionContext, batch: int, q_len: int, kv_len: int) -> Intervals:
+    """The keys that each query sees, from the mask's specification.
+
+    Raises ConfigError where segment ids are concrete and an id comes back after another one.
+    """
+    positions = jnp.arange(q_len, dtype=jnp.int32)[None]
+    start, end = jnp.zeros((batch, q_len), jnp.int32), jnp.full((batch, q_len), kv_len, jnp.int32)
+    if context.segment_ids is not None:
+        check_contiguous("segment_ids", context.segment_ids)
+        if context.kv_segment_ids is context.segment_ids:
+            start, end = _own_segments(context.segment_ids)
+        else:
+            check_contiguous("kv_segment_ids", context.kv_segment_ids)
+            start, end = jax.vmap(_other_segments)(context.segment_ids, context.kv_segment_ids)
+    if spec.causal:
+        end = jnp.minimum(end, jnp.clip(positions + context.q_offset + 1, 0, kv_len))
+    is_empty = start >= end
+    return Intervals(jnp.where(is_empty, 0, start), jnp.where(is_empty, 0, end))
+
+
+def visits(keys: Intervals, blocks: Blocks, num_spans: int) -> Visits:
+    """The steps of every block of queries; keys (B, S) with S a multiple of block_q."""
+    batch = keys.start.shape[0]
+    start, end = (x.reshape(batch, 1, -1, blocks.block_q) for x in keys)
+    offset = blocks.span_kv * jnp.arange(num_spans, dtype=jnp.int32)[:, None, None]
+    start, end = (jnp.clip(x - offset, 0, blocks.span_kv) for x in (start, end))
+    is_empty = start >= end
+    first, last = jnp.where(is_empty, blocks.span_kv, start).min(-1), jnp.where(is_empty, 0, end).max(-1)
+    some = first < last
+    edge = jnp.where(some, first // blocks.edge_kv, 0)
+    edge_end = jnp.where(some, -(-last // blocks.edge_kv), 0)
+    full = -(-jnp.where(is_empty, 0, start).max(-1) // blocks.block_kv)
+    full_end = jnp.where(is_empty, 0, end).min(-1) // blocks.block_kv
+    fulls = jnp.maximum(full_end - full, 0)
+    per_full = blocks.block_kv // blocks.edge_kv
+    edges_before = jnp.where(fulls > 0, full * per_full - edge, edge_end - edge)
+    span = jnp.arange(num_spans, dtype=jnp.int32)[:, None]
+    nearest = jnp.clip(
+        span,
+        jnp.where(some, span, num_spans - 1).min(1, keepdims=True),
+        jnp.where(some, span, 0).max(1, keepdims=True),
+    )
+    nearest = jnp.where(some.any(1, keepdims=True), nearest, 0)
+    return Visits(edge, edges_before, edge_end - edge - fulls * per_full, full, fulls, nearest)
+
+
+def check_contiguous(name: str, ids: jax.Array) -> None:
+    """Raises ConfigError for concrete ids, (B, S), in which an id other than 0 comes back after another one."""
+    if isinstance(ids, jax.core.Tracer):
+        return
+    for row in np.asarray(ids):
+        runs = row[np.flatnonzero(np.diff(row, prepend=row[0] - 1))]
+        runs = runs[runs != 0]
+        if len(np.unique(runs)) != len(runs):
+            again = next(int(x) for i, x in enumerate(runs) if x in runs[:i])
+            raise ConfigError(f"flash_tpu needs {name} whose documents are contiguous, and got id {again} in two places.")
+
+
+def _own_segments(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each position, (B, S), the run of equal ids around it; empty for pads."""
+    length = ids.shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    is_border = ids[:, 1:] != ids[:, :-1]
+    begins = jnp.pad(is_border, ((0, 0), (1, 0)), constant_values=True)
+    ends = jnp.pad(is_border, ((0, 0), (0, 1)), constant_values=True)
+    start = jax.lax.cummax(jnp.where(begins, positions, 0), axis=1)
+    end = jax.lax.cummin(jnp.where(ends, positions + 1, length), axis=1, reverse=True)
+    return jnp.where(ids == 0, 0, start), jnp.where(ids == 0, 0, end)
+
+
+def _other_segments(ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of each query id, (S,), the run of keys, (T,), with the same id; empty for pads and for ids without keys."""
+    order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
+    of = kv_ids[order]
+    first, last = jnp.searchsorted(of, ids, side="left"), jnp.searchsorted(of, ids, side="right") - 1
+    is_empty = (ids == 0) | (first > last)
+    start, end = order[jnp.minimum(first, len(of) - 1)], order[jnp.maximum(last, 0)] + 1
+    return jnp.where(is_empty, 0, start), jnp.where(is_empty, 0, end)
+
+
+def largest_divisor(number: int, most: int) -> int:
+    return max(d for d in range(1, min(number, most) + 1) if number % d == 0)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
