@@ -9,7 +9,7 @@ Shapes: B batch, S queries, T keys, Q = S / block_q blocks of queries, P = T / s
 is held in fast memory at once).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -37,14 +37,17 @@ class Blocks:
     span_kv: int = 8192
     """Most keys held in fast memory at once; longer sequences are taken span by span."""
 
+    vmem_mib: int = 40
+    """Fast memory that the kernel may use."""
+
     def fit(self, q_len: int, kv_len: int, num_heads: int) -> "Blocks":
         """The same, cut to what a shape needs: q_len queries, kv_len keys, num_heads query heads per key/value head."""
         heads = largest_divisor(num_heads, self.heads)
         edge_kv = min(self.edge_kv, round_up(kv_len, 128))
         block_kv = edge_kv * max(1, min(self.block_kv, kv_len) // edge_kv)
         num_spans = -(-kv_len // max(self.span_kv, block_kv))
-        return Blocks(
-            block_q=self.block_q,
+        return replace(
+            self,
             heads=heads,
             chunk_heads=largest_divisor(heads, self.chunk_heads),
             block_kv=block_kv,

@@ -57,12 +57,22 @@ def keep_mask(key: jax.Array, rate: float, *coordinates: jax.Array) -> jax.Array
     Returns:
         bool of the broadcast shape.
     """
+    return survives(outer_words(key, *coordinates[:-1]), coordinates[-1], rate)
+
+
+def outer_words(key: jax.Array, *coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """All but the last coordinate of `keep_mask`, folded into two words of their broadcast shape: uint32 each."""
     words = key[0], key[1]
-    for coordinate in coordinates[:-1]:
+    for coordinate in coordinates:
         words = _fold(*words, coordinate.astype(jnp.uint32))
+    return words
+
+
+def survives(words: tuple[jax.Array, jax.Array], last: jax.Array, rate: float) -> jax.Array:
+    """`keep_mask` from the words of the outer coordinates and the last coordinate, which broadcast."""
     a, b = words
     # Two words, so that the rows of two outer coordinates are not shifted copies of each other.
-    bits = lowbias32((a + coordinates[-1].astype(jnp.uint32) * jnp.uint32(_GOLDEN)) ^ b)
+    bits = lowbias32((a + last.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) ^ b)
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 

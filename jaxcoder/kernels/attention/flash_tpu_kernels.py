@@ -1,0 +1,319 @@
+"""The two Pallas (Mosaic) kernels of flash_tpu.py, forward and backward.
+
+Shapes: B batch, G key/value heads, H query heads, S queries, T keys, K head_dim; P spans of keys. A block has `heads`
+query heads of `block_q` queries; folded one below the other they are rows, and a chunk is the rows of `chunk_heads`.
+
+The schedule, both ways. Grid (B, G, H / G / heads, S / block_q, P); the backward kernel is called for one span at a
+time, so its P is 1. A span of K and V stays in VMEM while the grid walks over heads and queries. A grid step visits the
+keys that its queries see, and no others (schedule.py): whole blocks without a mask, then the edges under one. A visit
+takes its rows chunk by chunk, and issues the scores of the next chunk before the softmax of this one, so that the
+matrix unit and the vector unit work at the same time; heads of a block share every load of K and V.
+
+Forward: scores (rows, keys) from K transposed; statistics (rows, 128): the maximum in every lane, the sum of each lane.
+Backward: scores transposed, (keys, rows), so that nothing is transposed in the loop; dK and dV of the span are
+accumulated in fp32 over heads and queries and leave once; dQ is finished when its block of queries is.
+Scores are in base 2: q is scaled by scale * log2(e) as it is folded.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxcoder.kernels.attention.mask import MASKED_SCORE, AttentionSpec
+from jaxcoder.kernels.attention.schedule import Blocks, Visits
+from jaxcoder.kernels.dropout.api import survives
+
+LOG2_E = math.log2(math.e)
+HIDDEN = 2 * MASKED_SCORE
+"""Score of a key that a query does not see: below the first maximum, so that its weight is exactly zero."""
+LANES = 128
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is static about one kernel: the specification and the padded sizes."""
+
+    spec: AttentionSpec
+    blocks: Blocks
+    batch: int
+    heads: int
+    groups: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+    interpret: object
+
+    @property
+    def grid(self) -> tuple[int, int, int, int, int]:
+        """Rows of the batch, key/value heads, blocks of heads of each, blocks of queries, spans of keys."""
+        blocks, per_group = self.blocks, self.heads // self.groups
+        spans = self.kv_len // blocks.span_kv
+        return self.batch, self.groups, per_group // blocks.heads, self.q_len // blocks.block_q, spans
+
+    @property
+    def num_chunks(self) -> int:
+        return self.blocks.heads // self.blocks.chunk_heads
+
+    @property
+    def rows(self) -> int:
+        """Of a chunk."""
+        return self.blocks.chunk_heads * self.blocks.block_q
+
+
+class Specs:
+    """Where the blocks of a grid step lie in the arrays; `grid` and `table` as the kernel has them."""
+
+    def __init__(self, sizes: Sizes, grid: tuple[int, ...]):
+        blocks, head_dim = sizes.blocks, sizes.head_dim
+
+        def spec(shape, index):
+            return pl.BlockSpec(shape, lambda b, g, h, i, p, table: index(b, g, g * grid[2] + h, i, table, p))
+
+        def span(table, b, p, i):
+            return read_visits(table, grid, b, p, i).span
+
+        self.q = spec((1, blocks.block_q, blocks.heads * head_dim), lambda b, g, h, i, t, p: (b, i, h))
+        self.kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, span(t, b, p, i), g))
+        self.kv_transposed = spec((1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g, span(t, b, p, i)))
+        self.d_kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, 0, g))
+        self.seen = spec((1, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, 0, i))
+        self.statistics = spec((1, blocks.heads, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
+        self.words = spec((1, blocks.heads, 2, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
+
+
+def read_visits(table, grid, row, span, q_block) -> Visits:
+    """The steps of one block of queries in one span, from the prefetched table."""
+    at = ((row * grid[4] + span) * grid[3] + q_block) * len(Visits._fields)
+    return Visits(*(table[at + i] for i in range(len(Visits._fields))))
+
+
+def forward(sizes: Sizes, table, q, k_transposed, v, start, end, words):
+    """q (B, S, H * K); k (B, G * K, T); v (B, T, G * K); start, end (B, 1, S); words (B, H, 2, S) or None.
+
+    Returns out (B, S, H * K) and log-sum-exp (B, H, 1, S).
+    """
+    specs, chunks = Specs(sizes, sizes.grid), sizes.num_chunks
+    return pl.pallas_call(
+        partial(_forward_kernel, sizes),
+        name="flash_forward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=sizes.grid,
+            in_specs=[specs.q, specs.kv_transposed, specs.kv, specs.seen, specs.seen, words is not None and specs.words or None],
+            out_specs=[specs.q, specs.statistics],
+            scratch_shapes=[
+                pltpu.VMEM((chunks, sizes.rows, sizes.head_dim), q.dtype),
+                pltpu.VMEM((chunks, sizes.rows, LANES), jnp.float32),
+                pltpu.VMEM((chunks, sizes.rows, LANES), jnp.float32),
+                pltpu.VMEM((chunks, sizes.rows, sizes.head_dim), jnp.float32),
+                None if words is None else pltpu.VMEM((2, chunks, sizes.rows, LANES), jnp.uint32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((sizes.batch, sizes.heads, 1, sizes.q_len), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=sizes.blocks.vmem_mib << 20,
+        ),
+        interpret=sizes.interpret,
+    )(table, q, k_transposed, v, start, end, words)
+
+
+def _forward_kernel(
+    sizes, table, q_ref, k_ref, v_ref, start_ref, end_ref, words_ref, out_ref, lse_ref,
+    rows_ref, max_ref, sum_ref, acc_ref, row_words_ref=None,
+):  # fmt: skip
+    blocks, dtype, rate = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate
+    span = pl.program_id(4)
+
+    @pl.when(span == 0)
+    def _():
+        max_ref[...] = jnp.full(max_ref.shape, MASKED_SCORE, jnp.float32)
+        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+        for c, head, rows, lanes in _heads(sizes):
+            rows_ref[c, rows] = _scaled(q_ref[0, :, lanes], sizes)
+            for word in range(2 if rate else 0):
+                row_words_ref[word, c, rows] = _column(words_ref[0, head, word : word + 1])
+
+    def visit(first_key, size, masked):
+        k, v = k_ref[0, :, pl.ds(first_key, size)], v_ref[0, pl.ds(first_key, size), :]
+        keys = span * blocks.span_kv + first_key + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        mask = _mask(blocks, _column(start_ref[0])[:, :1], _column(end_ref[0])[:, :1], keys, 0) if masked else None
+        next_scores = _dot(rows_ref[0], k)
+        for c in range(sizes.num_chunks):
+            scores = next_scores
+            if c + 1 < sizes.num_chunks:
+                next_scores = _dot(rows_ref[c + 1], k)
+            scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+            largest = jnp.maximum(max_ref[c], scores.max(1, keepdims=True))
+            shrink = jnp.exp2(max_ref[c] - largest)
+            weights = jnp.exp2(scores - _wide(largest, size))
+            max_ref[c] = largest
+            sum_ref[c] = sum_ref[c] * shrink + sum(weights[:, i : i + LANES] for i in range(0, size, LANES))
+            if rate:
+                words = _wide(row_words_ref[0, c], size), _wide(row_words_ref[1, c], size)
+                weights = jnp.where(survives(words, keys, rate), weights, 0.0)
+            acc_ref[c] = acc_ref[c] * _wide(shrink, sizes.head_dim) + _dot(weights.astype(dtype), v)
+
+    _walk(read_visits(table, sizes.grid, pl.program_id(0), span, pl.program_id(3)), blocks, visit)
+
+    @pl.when(span == sizes.grid[4] - 1)
+    def _():
+        for c, head, rows, lanes in _heads(sizes):
+            total = sum_ref[c, rows].sum(1, keepdims=True)
+            is_empty = total == 0.0
+            safe = jnp.where(is_empty, 1.0, total)
+            out_ref[0, :, lanes] = (acc_ref[c, rows] / (safe * (1.0 - rate))).astype(dtype)
+            log_sum_exp = jnp.where(is_empty, MASKED_SCORE, (max_ref[c, rows] + jnp.log2(safe)) / LOG2_E)
+            lse_ref[0, head] = log_sum_exp.T[:1]
+
+
+def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words):
+    """As `forward` takes them, of one span; d_out (B, S, H * K), log2_sum_exp and delta (B, H, 1, S).
+
+    Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
+    """
+    grid = (*sizes.grid[:4], 1)
+    specs, chunks, rows, head_dim = Specs(sizes, grid), sizes.num_chunks, sizes.rows, sizes.head_dim
+    d_kv = jax.ShapeDtypeStruct((sizes.batch, sizes.blocks.span_kv, k.shape[2]), jnp.float32)
+    return pl.pallas_call(
+        partial(_backward_kernel, sizes, grid),
+        name="flash_backward",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                specs.q, specs.kv, specs.kv_transposed, specs.kv, specs.q, specs.statistics, specs.statistics,
+                specs.seen, specs.seen, None if words is None else specs.words,
+            ],
+            out_specs=[specs.q, specs.d_kv, specs.d_kv],
+            scratch_shapes=[
+                pltpu.VMEM((chunks, rows, head_dim), q.dtype),
+                pltpu.VMEM((chunks, head_dim, rows), q.dtype),
+                pltpu.VMEM((chunks, rows, head_dim), q.dtype),
+                pltpu.VMEM((chunks, head_dim, rows), q.dtype),
+                pltpu.VMEM((chunks, head_dim, rows), jnp.float32),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype if sizes.grid[4] == 1 else jnp.float32), d_kv, d_kv],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=sizes.blocks.vmem_mib << 20,
+        ),
+        interpret=sizes.interpret,
+    )(table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words)  # fmt: skip
+
+
+def _backward_kernel(
+    sizes, grid, table, q_ref, k_ref, kt_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, end_ref, words_ref,
+    dq_ref, dk_ref, dv_ref, q_rows_ref, q_cols_ref, do_rows_ref, do_cols_ref, acc_ref,
+):  # fmt: skip
+    blocks, dtype, rate = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate
+    todo = read_visits(table, grid, pl.program_id(0), 0, pl.program_id(3))
+
+    @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
+    def _():
+        dk_ref[...] = jnp.zeros(dk_ref.shape, jnp.float32)
+        dv_ref[...] = jnp.zeros(dv_ref.shape, jnp.float32)
+
+    acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+    for c, _, rows, lanes in _heads(sizes):
+        q, d_out = _scaled(q_ref[0, :, lanes], sizes), do_ref[0, :, lanes]
+        q_rows_ref[c, rows], q_cols_ref[c, :, rows] = q, q.T
+        do_rows_ref[c, rows], do_cols_ref[c, :, rows] = d_out, d_out.T
+
+    def of_chunk(ref, c, word=0):
+        """A row of every head of the chunk, (1, rows)."""
+        heads = range(c * blocks.chunk_heads, (c + 1) * blocks.chunk_heads)
+        return jnp.concatenate([ref[0, head, word : word + 1] for head in heads], axis=1)
+
+    def visit(first_key, size, masked):
+        at = pl.ds(first_key, size)
+        k, k_transposed, v = k_ref[0, at, :], kt_ref[0, :, at], v_ref[0, at, :]
+        keys = todo.span * blocks.span_kv + first_key + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
+        mask = _mask(blocks, start_ref[0], end_ref[0], keys, 1) if masked else None
+
+        def products(c):
+            return _dot(k, q_cols_ref[c]), _dot(v, do_cols_ref[c])
+
+        following = products(0)
+        for c in range(sizes.num_chunks):
+            scores, d_weights = following
+            if c + 1 < sizes.num_chunks:
+                following = products(c + 1)
+            scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+            weights = jnp.exp2(scores - of_chunk(lse_ref, c))
+            kept = weights
+            if rate:
+                keep = survives((of_chunk(words_ref, c, 0), of_chunk(words_ref, c, 1)), keys, rate)
+                kept = jnp.where(keep, weights * (1.0 / (1.0 - rate)), 0.0)
+                d_weights = jnp.where(keep, d_weights * (1.0 / (1.0 - rate)), 0.0)
+            d_scores = (weights * (d_weights - of_chunk(delta_ref, c))).astype(dtype)
+            dv_ref[0, at, :] += _dot(kept.astype(dtype), do_rows_ref[c])
+            dk_ref[0, at, :] += _dot(d_scores, q_rows_ref[c])
+            acc_ref[c] += _dot(k_transposed, d_scores)
+
+    _walk(todo, blocks, visit)
+
+    for c, _, rows, lanes in _heads(sizes):
+        dq_ref[0, :, lanes] = (acc_ref[c, :, rows] * sizes.spec.scale).T.astype(dq_ref.dtype)
+
+    @pl.when((pl.program_id(2) == grid[2] - 1) & (pl.program_id(3) == grid[3] - 1))
+    def _():
+        dk_ref[...] = dk_ref[...] / LOG2_E  # what is left of the scale folded into q
+
+
+def _walk(todo: Visits, blocks: Blocks, visit) -> None:
+    """Calls visit(first key, number of keys, masked) for every step; keys count from the span's first."""
+    per_full = blocks.block_kv // blocks.edge_kv
+
+    def edge(i, _):
+        skipped = jnp.where(i >= todo.edges_before, todo.fulls * per_full, 0)
+        visit(pl.multiple_of((todo.edge + i + skipped) * blocks.edge_kv, blocks.edge_kv), blocks.edge_kv, True)
+
+    def full(i, _):
+        visit(pl.multiple_of((todo.full + i) * blocks.block_kv, blocks.block_kv), blocks.block_kv, False)
+
+    jax.lax.fori_loop(0, todo.fulls, full, None)
+    jax.lax.fori_loop(0, todo.edges, edge, None)
+
+
+def _heads(sizes: Sizes):
+    """Of each head of a block: its chunk, its index, its rows in the chunk, its lanes in the arrays."""
+    for head in range(sizes.blocks.heads):
+        chunk, i = divmod(head, sizes.blocks.chunk_heads)
+        rows = slice(i * sizes.blocks.block_q, (i + 1) * sizes.blocks.block_q)
+        yield chunk, head, rows, slice(head * sizes.head_dim, (head + 1) * sizes.head_dim)
+
+
+def _scaled(q, sizes: Sizes):
+    return (q.astype(jnp.float32) * (sizes.spec.scale * LOG2_E)).astype(q.dtype)
+
+
+def _mask(blocks: Blocks, start, end, keys, rows_axis: int):
+    """bool over keys and the rows of a chunk: does the row see the key?"""
+    mask = (keys >= start) & (keys < end)
+    return mask if blocks.chunk_heads == 1 else jnp.concatenate([mask] * blocks.chunk_heads, axis=rows_axis)
+
+
+def _column(row):
+    """(1, n) to (n, LANES), the same in every lane."""
+    return jnp.broadcast_to(row, (LANES, row.shape[1])).T
+
+
+def _wide(x, size: int):
+    """(rows, LANES), the same in every lane, to (rows, size)."""
+    return x[:, :size] if size <= LANES else jnp.concatenate([x] * (size // LANES), axis=1)
+
+
+def _dot(a, b):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
