@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["gelu_tanh", "gelu"]
-AttentionBackend = Literal["reference", "blockwise"]
+AttentionBackend = Literal["reference", "blockwise", "flash_tpu"]
 RematPolicy = Literal["none", "minimal", "block"]
 Dtype = Literal["bfloat16", "float32"]
 

@@ -11,7 +11,24 @@ from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import blockwise, reference
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
-BACKENDS = {"reference": reference.attention, "blockwise": blockwise.attention}
+
+def _flash_tpu(spec, q, k, v, context):
+    """Pallas is imported only where its kernels run."""
+    from jaxcoder.kernels.attention import flash_tpu
+    from jaxcoder.kernels.attention.blocks_tpu import for_device
+
+    platform, kind = _device()
+    if platform != "tpu":
+        raise ConfigError(
+            f"attention with implementation `flash_tpu` needs a TPU, and this runs on {kind}: take `blockwise`, or None."
+        )
+    forward_blocks, backward_blocks = for_device(kind)
+    return flash_tpu.attention(
+        spec, q, k, v, context, forward_blocks=forward_blocks, backward_blocks=backward_blocks
+    )
+
+
+BACKENDS = {"reference": reference.attention, "blockwise": blockwise.attention, "flash_tpu": _flash_tpu}
 
 
 def attention(
@@ -42,7 +59,8 @@ def attention(
         batch_offset, head_offset: global index of the first row and head, so that shards draw their part of one mask.
         scale: factor of the scores, default K ** -0.5.
         dropout_rate: of the probabilities; needs dropout_key, uint32 (2,) (see kernels/dropout).
-        implementation: a name of BACKENDS, or None for the best one for this device and shape.
+        implementation: a name of BACKENDS, or None for the best one for this device and shape. `flash_tpu` takes
+            segments that are contiguous: no id but 0 comes back after another one.
         return_log_sum_exp: also return the log-sum-exp of the scores, fp32 (B, H, S), for merging parts.
     Returns:
         (B, S, H, K) in q's dtype.
@@ -69,8 +87,20 @@ def attention(
 
 
 def _best(q: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else `blockwise`, faster even where one block holds all."""
-    return "reference" if q.shape[1] == 1 else "blockwise"
+    """`reference` for one query, where blocks gain nothing; else our kernels where the device and the dtype have them."""
+    if q.shape[1] == 1:
+        return "reference"
+    has_kernel = _device()[0] == "tpu" and q.dtype in (jnp.bfloat16, jnp.float32)
+    return "flash_tpu" if has_kernel else "blockwise"
+
+
+def _device() -> tuple[str, str]:
+    """Platform and kind of what the program is traced for: the mesh's device where it is described, else the default."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        return described.platform or jax.default_backend(), described.device_kind
+    device = jax.local_devices()[0]
+    return device.platform, device.device_kind
 
 
 def _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key) -> None:
@@ -79,6 +109,8 @@ def _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key) -> N
         raise ConfigError(f"attention takes q (B, S, H, K) and k, v (B, T, G, K), and got {shapes}.")
     if q.shape[2] % k.shape[2]:
         raise ConfigError(f"attention needs a number of query heads that key/value heads divide, and got {shapes}.")
+    if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
+        raise ConfigError(f"attention takes floating point q, k and v, and got {q.dtype}, {k.dtype} and {v.dtype}.")
     for name, ids, like in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
         if ids is not None and ids.shape != like.shape[:2]:
             raise ConfigError(f"attention takes {name} of shape {like.shape[:2]}, and got {ids.shape}.")

@@ -1,0 +1,16 @@
+"""Block shapes of flash_tpu by TPU generation, chosen by the compiler's static cycle estimates."""
+
+from jaxcoder.kernels.attention.schedule import Blocks
+
+TABLE: dict[str, tuple[Blocks, Blocks]] = {
+    "default": (
+        Blocks(block_q=128, chunk_heads=1, block_kv=1024, edge_kv=512, vmem_mib=40),
+        Blocks(block_q=128, chunk_heads=2, block_kv=512, edge_kv=512, vmem_mib=48),
+    ),
+}
+"""Generation -> blocks of the forward and of the backward kernel."""
+
+
+def for_device(device_kind: str) -> tuple[Blocks, Blocks]:
+    """Blocks for a device by the name JAX gives it, such as "TPU v5 lite" or "TPU v5"."""
+    return TABLE.get(device_kind, TABLE["default"])
