@@ -1,12 +1,20 @@
 """What the machine gives at best: a bare matmul, and reading memory in a matrix-vector product; by JAX and by torch."""
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcoder.benchmarks import torch_reference
+
+
+def devices() -> dict[str, Any]:
+    """What JAX computes on, where it is no CPU, and what else the machine was doing."""
+    found = {} if jax.default_backend() == "cpu" else {"device": jax.devices()[0].device_kind}
+    return found | {"load": round(os.getloadavg()[0], 1)}
 
 
 def matmuls(size: int, dtype: str, times: int, torch_device: str | None) -> dict[str, Callable[[], object]]:

@@ -19,7 +19,6 @@ from jaxcoder.benchmarks.measure import (
     environment,
     side_by_side,
 )
-from jaxcoder.benchmarks.training import devices
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.errors import ConfigError
 
@@ -142,7 +141,7 @@ def _batch(args, rows: int, size: int, model, their_model, device: str | None) -
         },
         rows=table,
         targets={"ahead of PyTorch": table[0]["tokens"] >= table[1]["tokens"]} if their_model is not None else {},
-        environment=environment(["jax"] + (["torch", "transformers"] if their_model is not None else [])) | devices(),
+        environment=environment(["jax"] + (["torch", "transformers"] if their_model is not None else [])) | bare.devices(),
     )
 
 

@@ -2,13 +2,16 @@
 
 Both sides start from the same weights, read the same random tokens and do all of it: forward, backward, clipping,
 AdamW with fp32 weights and moments; dropout is off. On a GPU PyTorch's best is `torch.compile` with SDPA under autocast.
-Beside them the machine's bare matmul, of which model FLOPs (convention: `jaxcoder/models/flops.py`) are a share.
+Beside them the machine's bare matmul, of which model FLOPs (convention: `jaxcoder/models/flops.py`) are a share. Each
+runs in a process of its own, in turns.
 
 Shapes: B batch, S sequence.
 """
 
 import argparse
-from collections.abc import Callable
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,8 @@ from jaxcoder.config import RunConfig
 from jaxcoder.errors import ConfigError
 
 _OURS = "jaxcoder"
+_COUNTS = 2
+"""Of each run of a contestant, in a process of its own."""
 _PACKAGES = ["jax", "flax", "optax"]
 
 
@@ -38,6 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report:
+    config = run_config(args)
+    first = _alone(_OURS, args)  # says what it runs on, and leaves its compiled program in the cache
+    platform = first["platform"]
+    device = torch_reference.device(platform)
+    sides = [_OURS, *(_torch_ways(device, args.compile) if device else {})]
+    products = ["matmul, JAX", *(["matmul, PyTorch"] if device else [])]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*sides, *products)}
+    for _ in range(args.runs):
+        for name, results in found.items():
+            results.append(_alone(name, args))
+    seconds = {name: statistics.median(result["seconds"] for result in results) for name, results in found.items()}
+    losses = {name: found[name][0]["loss"] for name in sides}
+    size = _matmul_size(args, platform)
+    rates = {name: 2 * size**3 / seconds[name] for name in products}
+    return _report(args, config, {name: seconds[name] for name in sides}, losses, rates, size, first["devices"])
+
+
+def _alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """`_measure` in a process of its own: neither side computes beside the other's memory and threads."""
+    plain = argparse.Namespace(**{key: value for key, value in vars(args).items() if key != "output"})
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure, name, plain).result()
+
+
+def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of one training step, or of one matmul: the median of a few counts after one to warm up."""
     from jaxcoder import runtime
 
     runtime.initialize(debug=args.debug, share_accelerator=True)
@@ -45,23 +77,29 @@ def run(args: argparse.Namespace) -> Report:
 
     from jaxcoder.benchmarks import bare
 
-    on_cpu = jax.default_backend() == "cpu"
-    config = run_config(args, on_cpu)
-    dtype = config.compute.dtype
-    device = torch_reference.device(jax.default_backend())
-    steps, times = (1, 1) if on_cpu else (10, 50)  # in one count, so that waiting for the end costs little
-    ours = _Ours(config, steps)
-    contestants: dict[str, Callable[[], object]] = {_OURS: ours}
-    if device is not None:
-        contestants |= _torch_contestants(config, ours, device, steps, with_compile=args.compile)
-    size = args.matmul_size or (4096 if on_cpu else 8192)
-    products = bare.matmuls(size, dtype, times, device)
-    seconds = side_by_side(contestants | products, runs=args.runs, least_seconds=0.0, clock=clock_of(args))
-    rates = {name: 2 * size**3 * times / seconds[name] for name in products}
-    return _report(args, config, contestants, {name: seconds[name] / steps for name in contestants}, rates, size)
+    platform = jax.default_backend()
+    config = run_config(args, platform)
+    device = torch_reference.device(platform) if name != _OURS else None
+    steps, times = (1, 1) if platform == "cpu" else (10, 50)  # in one count, so that waiting for the end costs little
+    if name.startswith("matmul"):
+        size = _matmul_size(args, platform)
+        call, steps = bare.matmuls(size, config.compute.dtype, times, device)[name], times
+    else:
+        call = _Ours(config, steps) if name == _OURS else _theirs(name, config, device, steps, args.compile)
+    counts = side_by_side({name: call}, runs=_COUNTS, least_seconds=0.0, clock=clock_of(args))
+    return {
+        "seconds": counts[name] / steps,
+        "loss": getattr(call, "first_loss", None),
+        "platform": platform,
+        "devices": bare.devices(),
+    }
 
 
-def run_config(args: argparse.Namespace, on_cpu: bool) -> RunConfig:
+def _matmul_size(args: argparse.Namespace, platform: str) -> int:
+    return args.matmul_size or (4096 if platform == "cpu" else 8192)
+
+
+def run_config(args: argparse.Namespace, platform: str = "cpu") -> RunConfig:
     """The run named by --config with our batch, no dropout and a learning rate that does no harm."""
     from jaxcoder.config.load import load_run
 
@@ -76,7 +114,7 @@ def run_config(args: argparse.Namespace, on_cpu: bool) -> RunConfig:
         global_batch_size=args.batch_size,
         microbatch_size=None,
         num_steps=1000,
-        compute=replace(base.compute, dtype=args.dtype or ("float32" if on_cpu else "bfloat16"), remat=args.remat),
+        compute=replace(base.compute, dtype=args.dtype or ("float32" if platform == "cpu" else "bfloat16"), remat=args.remat),
         optimizer=replace(base.optimizer, peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=10),
     )
 
@@ -138,23 +176,34 @@ class _Theirs:
         torch_reference.wait(self._device)
 
 
-def _torch_contestants(config: RunConfig, ours: _Ours, device: str, steps: int, *, with_compile: bool):
+def _torch_ways(device: str, with_compile: bool) -> dict[str, tuple[str, bool]]:
+    """Name -> (attention, whether `torch.compile` is used): PyTorch's best ones on the device."""
+    ways = [("sdpa", False), ("eager", False)] if device == "cpu" else [("sdpa", True), ("sdpa", False)]
+    ways += [("sdpa", True)] if device == "cpu" and with_compile else []
+    return {f"PyTorch, {'torch.compile, ' if compiled else ''}{how}": (how, compiled) for how, compiled in ways}
+
+
+def _theirs(name: str, config: RunConfig, device: str, steps: int, with_compile: bool) -> _Theirs:
+    """PyTorch's side with the weights that ours begins with."""
     from jaxcoder.benchmarks.parity import their_tensors
     from jaxcoder.convert.hf_config import hf_config
 
-    keys, tensors = hf_config(config.model, end_of_text=0), their_tensors(ours.state.model)
-    ways = [("sdpa", False), ("eager", False)] if device == "cpu" else [("sdpa", True), ("sdpa", False)]
-    ways += [("sdpa", True)] if device == "cpu" and with_compile else []
-    contestants = {}
-    for attention, compiled in ways:
-        model = torch_reference.make_model(keys, tensors, attention=attention, device=device)
-        trainer = torch_reference.TorchTrainer(model, config.optimizer, dtype=config.compute.dtype, compiled=compiled)
-        name = f"PyTorch, {'torch.compile, ' if compiled else ''}{attention}"
-        contestants[name] = _Theirs(trainer, config, device, steps)
-    return contestants
+    attention, compiled = _torch_ways(device, with_compile)[name]
+    keys, tensors = hf_config(config.model, end_of_text=0), their_tensors(_Ours(config, steps).state.model)
+    model = torch_reference.make_model(keys, tensors, attention=attention, device=device)
+    trainer = torch_reference.TorchTrainer(model, config.optimizer, dtype=config.compute.dtype, compiled=compiled)
+    return _Theirs(trainer, config, device, steps)
 
 
-def _report(args, config: RunConfig, contestants, seconds: dict[str, float], rates: dict[str, float], size) -> Report:
+def _report(
+    args: argparse.Namespace,
+    config: RunConfig,
+    seconds: dict[str, float],
+    losses: dict[str, float],
+    rates: dict[str, float],
+    size: int,
+    devices: dict[str, Any],
+) -> Report:
     from jaxcoder.models.flops import num_parameters, training_flops_per_token
 
     tokens = config.global_batch_size * config.model.max_seq_len
@@ -170,7 +219,7 @@ def _report(args, config: RunConfig, contestants, seconds: dict[str, float], rat
             "tflops": flops / taken / 1e12,
             "share": f"{100 * flops / taken / best_rate:.1f} %",
             "times": min(theirs) / taken if theirs else None,
-            "loss": f"{contestants[name].first_loss:.4f}",
+            "loss": f"{losses[name]:.4f}",
         }
         if args.peak_tflops:
             row["mfu"] = f"{100 * flops / taken / (args.peak_tflops * 1e12):.1f} %"
@@ -194,15 +243,5 @@ def _report(args, config: RunConfig, contestants, seconds: dict[str, float], rat
         columns=columns | {"times": "x PyTorch's best", "loss": "first loss"},
         rows=rows,
         targets={"ahead of PyTorch's best": seconds[_OURS] <= min(theirs)} if theirs else {},
-        environment=environment(_PACKAGES + (["torch", "transformers"] if theirs else [])) | devices(),
+        environment=environment(_PACKAGES + (["torch", "transformers"] if theirs else [])) | devices,
     )
-
-
-def devices() -> dict[str, Any]:
-    """What JAX computes on, where it is no CPU, and what else the machine was doing."""
-    import os
-
-    import jax
-
-    found = {} if jax.default_backend() == "cpu" else {"device": jax.devices()[0].device_kind}
-    return found | {"load": round(os.getloadavg()[0], 1)}
