@@ -95,7 +95,7 @@ def test_activations_differ():
     assert 1e-5 < np.abs(exact - scores(make(), TOKENS)).max() < 1e-1
 
 
-MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+MESHES = [(1, 1, 1), (2, 2, 2), (1, 2, 4)]  # tests/train/test_step_meshes.py draws more
 
 
 def on_mesh(shape, config, dropout: bool):
@@ -117,9 +117,7 @@ def on_mesh(shape, config, dropout: bool):
         return float(value), jax.tree.map(np.asarray, gradients), specs
 
 
-@pytest.mark.parametrize(
-    "kv_heads, dropout", [(1, False), (1, True), (4, True)], ids=["mqa", "mqa_dropout", "mha_dropout"]
-)
+@pytest.mark.parametrize("kv_heads, dropout", [(1, True), (4, True)], ids=["mqa_dropout", "mha_dropout"])
 def test_every_mesh_gives_the_same_loss_and_gradients(kv_heads, dropout):
     config = replace(CONFIG, num_kv_heads=kv_heads)
     expected = on_mesh(MESHES[0], config, dropout)
