@@ -1,21 +1,28 @@
 """Every backend of attention against the reference: values, log-sum-exp and gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.kernels.attention import blockwise
+from jaxcoder.kernels.attention import blockwise, flash_tpu
 from jaxcoder.kernels.attention.api import BACKENDS, attention
+from jaxcoder.kernels.attention.schedule import Blocks
 
 OTHERS = sorted(set(BACKENDS) - {"reference"})
+SMALL = Blocks(block_kv=256, edge_kv=128, span_kv=256, chunk_heads=2)
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
+    """Small blocks, and kernels interpreted; this file's sequences are short, test_flash_tpu.py has longer ones."""
     monkeypatch.setattr(blockwise, "BLOCK_Q", 16)
     monkeypatch.setattr(blockwise, "BLOCK_KV", 32)
+    interpreted = partial(flash_tpu.attention, forward_blocks=SMALL, backward_blocks=SMALL, interpret=True)
+    monkeypatch.setitem(BACKENDS, "flash_tpu", interpreted)
 
 
 def draw(batch, q_len, kv_len, heads, groups, head_dim=8, seed=0):
@@ -58,8 +65,17 @@ def run(case, implementation, q, k, v):
     return attention(q, k, v, implementation=implementation, return_log_sum_exp=True, **options)
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
-@pytest.mark.parametrize("name", CASES)
+IN_TIME = {"grouped", "later_queries", "dropout_documents"}
+"""Cases of interpreted kernels in every run; the others are marked slow, for each takes seconds to compile."""
+
+BACKENDS_AND_CASES = [
+    pytest.param(other, name, marks=[pytest.mark.slow] if other == "flash_tpu" and name not in IN_TIME else [])
+    for other in OTHERS
+    for name in CASES
+]
+
+
+@pytest.mark.parametrize("implementation, name", BACKENDS_AND_CASES)
 def test_values_and_gradients_equal_the_reference(name, implementation):
     case = CASES[name]
     inputs = draw(*case["shape"])
@@ -150,3 +166,16 @@ def test_bad_input_is_named():
         attention(q, k, v, segment_ids=jnp.ones((1, 5), jnp.int32))
     with pytest.raises(ConfigError, match="dropout_key"):
         attention(q, k, v, dropout_rate=0.1)
+    with pytest.raises(ConfigError, match="floating point q, k and v, and got int32"):
+        attention(q.astype(jnp.int32), k, v)
+    with pytest.raises(ConfigError, match="contiguous, and got id 1 in two places"):
+        attention(q, k, v, segment_ids=jnp.array([[1, 2, 0, 1]]), implementation="flash_tpu")
+    with pytest.raises(ConfigError, match="all bfloat16 or all float32"):
+        attention(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), implementation="flash_tpu")
+
+
+def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
+    monkeypatch.undo()
+    q, k, v = draw(1, 4, 4, 4, 1)
+    with pytest.raises(ConfigError, match="`flash_tpu` needs a TPU, and this runs on cpu"):
+        attention(q, k, v, implementation="flash_tpu")
