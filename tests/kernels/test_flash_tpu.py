@@ -75,9 +75,10 @@ def assert_close(got, want, bound):
     for name, a, b in zip(("out", "log_sum_exp", "dq", "dk", "dv"), got, want):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.isfinite(a).all(), name
-        # Documents of one token have gradients of exactly zero: there the rounding of the inputs is the measure.
+        # Short documents have gradients of almost zero (dP minus its mean), left of inputs of size one: in bf16 their
+        # error is that of what was subtracted, so a bound on elements counts beside the one on the norm.
         error, size = np.linalg.norm(a - b), np.linalg.norm(b)
-        assert error <= bound * (size + 0.3 * np.sqrt(b.size)), (name, error, size, b.size)
+        assert error <= bound * (size + np.sqrt(b.size)), (name, error, size, b.size)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -136,7 +137,7 @@ def test_under_shard_map_vmap_and_checkpoint(monkeypatch):
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(heads, whole, whole), out_specs=whole, check_vma=False)
     got = jax.jit(jax.grad(jax.checkpoint(sharded), argnums=(0, 1, 2)))(q, k, v)
     for a, b in zip(got, want):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
     mapped = jax.vmap(lambda q: attention(q, k, v, implementation="flash_tpu"))(jnp.stack([q, 2 * q]))
     np.testing.assert_allclose(mapped[1], attention(2 * q, k, v, implementation="reference"), atol=2e-5)
