@@ -3,25 +3,27 @@
     jaxcoder bench attention --device v5p                            cost of a visit, forward and backward
     jaxcoder bench attention --device v6e --heads 16 --block-kv 1024 --edge-kv 512
 
-The estimator walks the compiled bundles, but reads scalars from memory as 0. So the schedule of a causal sequence of one
-document is computed from the grid's own indices, by shifts and comparisons, which it follows. The lengths that it can
-walk give, by least squares, what a whole block costs and what a block of queries costs besides (its edges under the
+The estimator walks the compiled bundles, but reads scalars from memory as 0. So the schedule of a causal sequence of
+one document is computed from the grid's own indices, by shifts and comparisons, which it follows. The lengths that it
+can walk give, by least squares, what a whole block costs and what a block of queries costs besides (its edges under the
 mask, its loads and stores); from these follow the lengths that it can't. The residuals are part of the answer.
 Each compilation is a process of its own, for the estimator ends the process on what it cannot model.
 """
 
 import argparse
-import glob
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+
+from jaxcoder.errors import ConfigError
+from jaxcoder.runtime import environment_with
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "7x": "tpu7x:2x2x1"}
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "7x": 524288}
@@ -62,8 +64,9 @@ class Row:
         triangle = self.of_peak(self.per_head, self.length**2 / 2)
         return (
             f"{self.device:4} {self.kernel:8} a whole block {self.full:7.0f} cycles "
-            f"({self.of_peak(self.full, rows * self.block_kv):.1%} of peak), {self.rest:.0f} a block of queries besides, "
-            f"largest residual {self.residual:.1%}; {self.length} causal: {self.per_head:.0f} a head, {triangle:.1%} useful"
+            f"({self.of_peak(self.full, rows * self.block_kv):.1%} of peak), {self.rest:.0f} a block of queries "
+            f"besides, largest residual {self.residual:.1%}; {self.length} causal: {self.per_head:.0f} a head, "
+            f"{triangle:.1%} useful"
         )
 
 
@@ -95,7 +98,6 @@ def run(args: argparse.Namespace) -> AttentionReport:
         chosen = ("heads", "chunk_heads", "block_q", "block_kv", "edge_kv")
         options = {name: value for name in chosen if (value := vars(args)[name]) is not None}
         rows.append(measure(args.device, kernel, args.length, args.head_dim, options))
-        print(rows[-1].text(), flush=True)
     return AttentionReport(rows)
 
 
@@ -141,10 +143,10 @@ def _cycles(device: str, kernel: str, length: int, head_dim: int, options) -> in
         )
         case = json.dumps([device, kernel, length, head_dim, options])
         command = [sys.executable, "-c", f"from {__name__} import _compile; _compile(*{case})"]
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
-        found = [re.findall(r'"flash[^"]*"\s+estimated_cycles: (\d+)', open(f).read()) for f in glob.glob(f"{folder}/*")]
-        if not (cycles := [int(x) for each in found for x in each]):
-            raise RuntimeError(f"the estimator gave nothing for {case}: {done.stderr[-2000:]}")
+        done = subprocess.run(command, env=environment_with(environment), capture_output=True, text=True)
+        profiles = "".join(path.read_text() for path in Path(folder).iterdir())
+        if not (cycles := [int(x) for x in re.findall(r'"flash[^"]*"\s+estimated_cycles: (\d+)', profiles)]):
+            raise ConfigError(f"The estimator gave no cycles for {case}; it ended with {done.stderr[-300:]!r}.")
         return sum(cycles)
 
 

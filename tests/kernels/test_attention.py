@@ -168,7 +168,7 @@ def test_bad_input_is_named():
         attention(q, k, v, dropout_rate=0.1)
     with pytest.raises(ConfigError, match="floating point q, k and v, and got int32"):
         attention(q.astype(jnp.int32), k, v)
-    with pytest.raises(ConfigError, match="contiguous, and got id 1 in two places"):
+    with pytest.raises(ConfigError, match="contiguous documents, and got id 1 in two places"):
         attention(q, k, v, segment_ids=jnp.array([[1, 2, 0, 1]]), implementation="flash_tpu")
     with pytest.raises(ConfigError, match="all bfloat16 or all float32"):
         attention(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), implementation="flash_tpu")

@@ -1,4 +1,4 @@
-"""Our TPU kernels, interpreted on CPUs: drawn contents against fp32, races, transformations; compiled for absent TPUs."""
+"""Our TPU kernels, interpreted on CPUs: drawn contents, races, transformations; compiled for absent TPUs."""
 
 import importlib.util
 import os

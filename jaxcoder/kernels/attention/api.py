@@ -20,12 +20,11 @@ def _flash_tpu(spec, q, k, v, context):
     platform, kind = _device()
     if platform != "tpu":
         raise ConfigError(
-            f"attention with implementation `flash_tpu` needs a TPU, and this runs on {kind}: take `blockwise`, or None."
+            f"attention with implementation `flash_tpu` needs a TPU, and this runs on {kind}: "
+            "take `blockwise`, or None."
         )
     forward_blocks, backward_blocks = for_device(kind)
-    return flash_tpu.attention(
-        spec, q, k, v, context, forward_blocks=forward_blocks, backward_blocks=backward_blocks
-    )
+    return flash_tpu.attention(spec, q, k, v, context, forward_blocks=forward_blocks, backward_blocks=backward_blocks)
 
 
 BACKENDS = {"reference": reference.attention, "blockwise": blockwise.attention, "flash_tpu": _flash_tpu}
@@ -87,7 +86,7 @@ def attention(
 
 
 def _best(q: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else our kernels where the device and the dtype have them."""
+    """`reference` for one query, where blocks gain nothing; else our kernels where device and dtype have them."""
     if q.shape[1] == 1:
         return "reference"
     has_kernel = _device()[0] == "tpu" and q.dtype in (jnp.bfloat16, jnp.float32)
@@ -95,7 +94,7 @@ def _best(q: jax.Array) -> str:
 
 
 def _device() -> tuple[str, str]:
-    """Platform and kind of what the program is traced for: the mesh's device where it is described, else the default."""
+    """Platform and kind of what is traced for: the mesh's device where it is described, else the default."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform or jax.default_backend(), described.device_kind

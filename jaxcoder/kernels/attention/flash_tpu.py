@@ -46,7 +46,8 @@ def attention(
     batch, q_len, heads, head_dim = q.shape
     kv_len, groups = k.shape[1], k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ConfigError(f"flash_tpu takes q, k and v all bfloat16 or all float32, and got {q.dtype}, {k.dtype}, {v.dtype}.")
+        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
+        raise ConfigError(f"flash_tpu takes q, k and v all bfloat16 or all float32, and got {dtypes}.")
     both = [blocks.fit(q_len, kv_len, heads // groups) for blocks in (forward_blocks, backward_blocks)]
     q_pad = round_up(q_len, both[0].block_q) - q_len
     kv_pad = round_up(kv_len, max(blocks.span_kv for blocks in both)) - kv_len

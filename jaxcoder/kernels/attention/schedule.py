@@ -134,7 +134,7 @@ def check_contiguous(name: str, ids: jax.Array) -> None:
         runs = runs[runs != 0]
         if len(np.unique(runs)) != len(runs):
             again = next(int(x) for i, x in enumerate(runs) if x in runs[:i])
-            raise ConfigError(f"flash_tpu needs {name} whose documents are contiguous, and got id {again} in two places.")
+            raise ConfigError(f"flash_tpu needs {name} with contiguous documents, and got id {again} in two places.")
 
 
 def _own_segments(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
