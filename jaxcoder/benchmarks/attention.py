@@ -26,6 +26,8 @@ from jaxcoder.errors import ConfigError
 from jaxcoder.runtime import environment_with
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "7x": "tpu7x:2x2x1"}
+KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "7x": "TPU7x"}
+"""As JAX names the devices."""
 FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "7x": 524288}
 """bf16, of one core."""
 LENGTHS = (1024, 2048, 4096)
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> AttentionReport:
 
 
 def measure(device: str, kernel: str, length: int, head_dim: int, options: dict[str, int]) -> Row:
-    blocks = _blocks(kernel, options)
+    blocks = _blocks(device, kernel, options)
     lengths = [n for n in LENGTHS if n >= blocks.block_kv]
     counts = np.array([_causal_steps(blocks, n) for n in lengths], float)
     cycles = np.array([_cycles(device, kernel, n, head_dim, options) for n in lengths], float)
@@ -116,10 +118,10 @@ def measure(device: str, kernel: str, length: int, head_dim: int, options: dict[
     )  # fmt: skip
 
 
-def _blocks(kernel: str, options: dict[str, int]):
+def _blocks(device: str, kernel: str, options: dict[str, int]):
     from jaxcoder.kernels.attention.blocks_tpu import for_device
 
-    return replace(for_device("default")[0 if kernel == "forward" else 1], **options)
+    return replace(for_device(KINDS[device])[0 if kernel == "forward" else 1], **options)
 
 
 def _causal_steps(blocks, length: int) -> tuple[int, int]:
@@ -160,7 +162,7 @@ def _compile(device: str, kernel: str, length: int, head_dim: int, options) -> N
     from jaxcoder.kernels.attention import flash_tpu_kernels as kernels
     from jaxcoder.kernels.attention.mask import AttentionSpec
 
-    blocks = _blocks(kernel, options)
+    blocks = _blocks(device, kernel, options)
     blocks = blocks.fit(length, length, blocks.heads)
     kernels.read_visits = partial(_causal_visits, blocks)
     heads, spec = blocks.heads, AttentionSpec(causal=True, scale=head_dim**-0.5, dropout_rate=0.0)

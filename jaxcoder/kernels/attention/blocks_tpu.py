@@ -7,8 +7,12 @@ TABLE: dict[str, tuple[Blocks, Blocks]] = {
         Blocks(block_q=128, chunk_heads=1, block_kv=1024, edge_kv=512, vmem_mib=40),
         Blocks(block_q=128, chunk_heads=2, block_kv=512, edge_kv=512, vmem_mib=48),
     ),
+    "TPU v6 lite": (
+        Blocks(block_q=128, chunk_heads=2, block_kv=1024, edge_kv=512, vmem_mib=40),
+        Blocks(block_q=128, chunk_heads=2, block_kv=512, edge_kv=512, vmem_mib=48),
+    ),
 }
-"""Generation -> blocks of the forward and of the backward kernel."""
+"""Device kind (or `default`) -> blocks of the forward and of the backward kernel."""
 
 
 def for_device(device_kind: str) -> tuple[Blocks, Blocks]:
