@@ -301,7 +301,8 @@ def test_inspect(tmp_path, capsys):
     ):
         assert words in said, words
     largest = max((run / "checkpoints" / "5").rglob("*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1] + b"!")
+    content = largest.read_bytes()
+    largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert main(["checkpoint", "inspect", str(run)]) == 0
     assert main(["checkpoint", "inspect", str(run), "--verify"]) == 2
     assert "was altered" in capsys.readouterr().err
