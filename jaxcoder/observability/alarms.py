@@ -116,8 +116,10 @@ class LanguageRegression:
         if mean is None or not math.isfinite(mean):
             return None
         risen = []
-        for language, bits in sorted(_languages(metrics).items()):
+        for language, bits in sorted(languages_of(metrics).items()):
             best, mean_then, step_then = self._best.get(language, (math.inf, math.inf, step))
+            if not math.isfinite(bits):
+                continue
             if bits < best:
                 self._best[language] = (bits, mean, step)
                 self._said.pop(language, None)
@@ -131,11 +133,12 @@ class LanguageRegression:
         return Alarm(self.name, step, f"held-out bits per byte rise while the mean falls: {'; '.join(risen)}")
 
 
-def _languages(metrics: Mapping[str, Any]) -> dict[str, float]:
+def languages_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Held-out bits per byte of every language in the metrics of an evaluation."""
     return {
         name[len(LANGUAGE_PREFIX) : -len(LANGUAGE_SUFFIX)]: value
         for name, value in metrics.items()
-        if name.startswith(LANGUAGE_PREFIX) and name.endswith(LANGUAGE_SUFFIX) and math.isfinite(value)
+        if name.startswith(LANGUAGE_PREFIX) and name.endswith(LANGUAGE_SUFFIX)
     }
 
 

@@ -11,7 +11,6 @@ whole or not at all, so the same command, run again after any interruption, goes
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,13 @@ from jaxcoder.config.load import apply_overrides, load_run
 from jaxcoder.config.serialize import fingerprint
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.store import TokenStore
-from jaxcoder.errors import ConfigError, Interrupted
+from jaxcoder.errors import ConfigError
+from jaxcoder.observability.alarms import LANGUAGE_PREFIX, languages_of
 from jaxcoder.recipes.pretrain import pretrain
 from jaxcoder.recipes.start import open_weights
-from jaxcoder.runtime import held_alone, resume_command
+from jaxcoder.runtime import held_alone
 from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.tokenizer.atomic import write_text
 from jaxcoder.train.begin import StartingWeights, check_tokenizer
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import open_streams
@@ -37,7 +38,6 @@ from jaxcoder.train.state import initial_state
 LOCK = ".finetune.lock"
 SCHEDULE = "starcoder"
 """The run of configs/ whose schedule a fine-tune takes."""
-PREFIX, SUFFIX = "eval/lang/", "/bits_per_byte"
 
 Say = Callable[[str], None]
 
@@ -89,12 +89,7 @@ def finetune(
     with held_alone(str(root), lock=LOCK):
         before = measured_before(config, weights, root / "before.json", say)
         result = pretrain(config, accept_config_change=accept_config_change, directory_is_shared=True)
-        if result.late_stop:
-            raise Interrupted(
-                "stopped; the training is finished and saved, its report is not.",
-                exit_code=result.late_stop,
-                resume_command=resume_command(),
-            )
+        result.raise_late_stop()
         languages = compare(before, result.eval_metrics, trained_on)
         write_report(root, base, languages, before, result.eval_metrics, say)
         return languages
@@ -161,29 +156,25 @@ def measured_before(config: RunConfig, weights: StartingWeights, path: Path, say
         model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
         metrics = HeldOut(config, streams, mesh)(model)
     say(f"Before: {metrics['eval/bits_per_byte']:.4f} bits per byte of all held-out text.")
-    write_whole(path, json.dumps({"settings": settings, "metrics": metrics}, indent=1) + "\n")
+    write_text(path, json.dumps({"settings": settings, "metrics": metrics}, indent=1) + "\n")
     return metrics
 
 
 def compare(before: dict[str, float], after: dict[str, float], trained_on: set[str]) -> list[Language]:
     """Every language of both, what was trained on first, then by what it lost."""
-    names = [name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in before if _is_language(name)]
+    bits_before, bits_after = languages_of(before), languages_of(after)
     languages = [
         Language(
             name=name,
             is_trained_on=name in trained_on,
-            tokens=int(before[f"{PREFIX}{name}/tokens"]),
-            before=before[f"{PREFIX}{name}{SUFFIX}"],
-            after=after[f"{PREFIX}{name}{SUFFIX}"],
+            tokens=int(before[f"{LANGUAGE_PREFIX}{name}/tokens"]),
+            before=bits,
+            after=bits_after[name],
         )
-        for name in names
-        if before[f"{PREFIX}{name}{SUFFIX}"] > 0
+        for name, bits in bits_before.items()
+        if bits > 0
     ]
     return sorted(languages, key=lambda language: (not language.is_trained_on, -language.change))
-
-
-def _is_language(metric: str) -> bool:
-    return metric.startswith(PREFIX) and metric.endswith(SUFFIX)
 
 
 def table(languages: Sequence[Language]) -> list[str]:
@@ -219,14 +210,8 @@ def write_report(
         "after": after,
     }
     lines = table(languages)
-    write_whole(root / "retention.json", json.dumps(report, indent=1) + "\n")
-    write_whole(root / "retention.txt", "\n".join(lines) + "\n")
+    write_text(root / "retention.json", json.dumps(report, indent=1) + "\n")
+    write_text(root / "retention.txt", "\n".join(lines) + "\n")
     for line in ("", *lines):
         say(line)
     say(f"Written to {root / 'retention.json'}; the weights are in {root / 'checkpoints'}.")
-
-
-def write_whole(path: Path, content: str) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(content)
-    os.replace(partial, path)

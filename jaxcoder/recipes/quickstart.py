@@ -23,9 +23,9 @@ from jaxcoder.config import RunConfig
 from jaxcoder.config.load import load_run
 from jaxcoder.corpus.gather import CorpusSummary, gather
 from jaxcoder.data.build import build_store
-from jaxcoder.errors import ConfigError, Interrupted
+from jaxcoder.errors import ConfigError
 from jaxcoder.protocols import Progress
-from jaxcoder.runtime import held_alone, resume_command
+from jaxcoder.runtime import held_alone
 from jaxcoder.tokenizer.document_files import read_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
@@ -114,12 +114,7 @@ def stages(
 
     config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
     result = pretrain(config, directory_is_shared=True)
-    if result.late_stop:
-        raise Interrupted(
-            "stopped; the training is finished and saved, its report is not.",
-            exit_code=result.late_stop,
-            resume_command=resume_command(),
-        )
+    result.raise_late_stop()
     report = make_report(paths, result.eval_metrics, progress)
     show_report(paths, report, say)
     return report

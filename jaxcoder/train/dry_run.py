@@ -24,7 +24,7 @@ from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.begin import OpenWeights, check_model, open_own_weights
 from jaxcoder.train.inputs import held_out_stores
 from jaxcoder.train.memory_estimate import estimate_memory
-from jaxcoder.train.run_directory import RunDirectory, changes
+from jaxcoder.train.run_directory import RunDirectory, changes, strangers_among
 
 WIDTH = 112
 _INDENT = " " * 14
@@ -195,7 +195,7 @@ def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
             return "CANNOT BEGIN: that is a file; give another --output-dir"
         others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
         if "config.json" not in others:
-            strangers = [name for name in others if not name.startswith(".") and name != "config.json.partial"]
+            strangers = strangers_among(others)
             if strangers:
                 return f"CANNOT BEGIN: {', '.join(strangers[:3])} is there already; give another --output-dir"
             return "nothing is there: the run begins at step 0"

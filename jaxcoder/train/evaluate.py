@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.observability.alarms import LANGUAGE_PREFIX
 from jaxcoder.train.inputs import HeldOutStream, held_out_batches, place
 from jaxcoder.train.step import make_eval_step
 
@@ -58,7 +59,7 @@ class HeldOut:
                     total.add(*sums)
         metrics = everything.metrics("eval")
         for name, sums in sorted(by_language.items()):
-            metrics |= sums.metrics(f"eval/lang/{name}")
+            metrics |= sums.metrics(f"{LANGUAGE_PREFIX}{name}")
         if len(by_corpus) > 1:
             for name, sums in by_corpus.items():
                 metrics |= sums.metrics(f"eval/corpus/{name}")

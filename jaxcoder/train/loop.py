@@ -55,6 +55,15 @@ class TrainResult:
     late_stop: int
     """Exit code of a SIGTERM or Ctrl-C that came after the last step, for whoever has more to do; else 0."""
 
+    def raise_late_stop(self) -> None:
+        """For a recipe that has a report to make: Interrupted if a stop was asked for after the last step."""
+        if self.late_stop:
+            raise Interrupted(
+                "stopped; the training is finished and saved, its report is not.",
+                exit_code=self.late_stop,
+                resume_command=resume_command(),
+            )
+
 
 def train(
     config: RunConfig,

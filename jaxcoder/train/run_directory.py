@@ -46,8 +46,7 @@ class RunDirectory:
             parent = filesystem._parent(path)
             if filesystem.isfile(parent):
                 raise ConfigError(f"the output directory `{self.path}` is a file: give another --output-dir.")
-            ours = ("config.json.partial",)  # a killed process may leave it
-            strangers = [name for name in _names(filesystem, parent) if not name.startswith(".") and name not in ours]
+            strangers = strangers_among(_names(filesystem, parent))
             if strangers and not is_shared:
                 raise ConfigError(
                     f"the output directory `{self.path}` holds other things ({', '.join(strangers[:3])}) and no run: "
@@ -82,6 +81,11 @@ class RunDirectory:
         filesystem, path = open_address(self.config_file)
         with access_errors(self.config_file):
             return serialize.from_json(filesystem.cat_file(path).decode(), source=self.config_file)
+
+
+def strangers_among(names: list[str]) -> list[str]:
+    """What may not lie in a directory that a run without a config is to have; a killed process may leave the others."""
+    return [name for name in names if not name.startswith(".") and name != "config.json.partial"]
 
 
 def changes(before: RunConfig, config: RunConfig) -> list[str]:
