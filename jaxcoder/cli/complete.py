@@ -22,6 +22,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from jaxcoder.cli.start import start_jax
+
 if TYPE_CHECKING:
     from jaxcoder.inference.generate import Completion, TextGenerator
     from jaxcoder.inference.prompts import Prompt
@@ -139,12 +141,7 @@ def _samplings(args: argparse.Namespace) -> list:
 
 
 def _load(args: argparse.Namespace) -> "TextGenerator":
-    from jaxcoder import runtime
-
-    runtime.initialize(debug=args.debug)
-    unseen = runtime.check_accelerator()
-    if unseen:
-        _status(unseen)
+    start_jax(debug=args.debug, say=_status)
 
     import jax
 

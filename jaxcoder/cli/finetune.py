@@ -13,6 +13,8 @@ Interrupt it whenever you like: the same command goes on where it was.
 
 import argparse
 
+from jaxcoder.cli.start import start_jax
+
 PASSES_UNKNOWN_ARGUMENTS = True
 
 
@@ -36,7 +38,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from jaxcoder import runtime
     from jaxcoder.errors import ConfigError
 
     if "--help" in args.overrides:  # `finetune WEIGHTS --help`: the fields of the run
@@ -49,10 +50,7 @@ def run(args: argparse.Namespace) -> int | None:
     for short, long in (("--steps", "--num-steps"), ("WEIGHTS", "--init-from"), ("--data", "--data.store")):
         if long in given:
             raise ConfigError(f"{long} is {short} here: give that.")
-    runtime.initialize(debug=args.debug)
-    unseen = runtime.check_accelerator()
-    if unseen:
-        print(unseen)
+    start_jax(debug=args.debug)
     from jaxcoder.recipes.finetune import finetune
 
     finetune(

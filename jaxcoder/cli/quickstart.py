@@ -11,6 +11,8 @@ files it has not seen, what it writes, and the commands to go on with.
 import argparse
 from pathlib import Path
 
+from jaxcoder.cli.start import start_jax
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -21,16 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from jaxcoder import runtime
     from jaxcoder.errors import ConfigError
     from jaxcoder.observability.console import ConsoleProgress
     from jaxcoder.recipes.quickstart import quickstart
 
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}: give 1 or more.")
-    runtime.initialize(debug=args.debug)
-    unseen = runtime.check_accelerator()
-    if unseen:
-        print(unseen)
+    start_jax(debug=args.debug)
     quickstart(args.output_dir, source=args.source, num_steps=args.steps, progress=ConsoleProgress(), say=print)
     return None

@@ -14,6 +14,8 @@ from the newest checkpoint, after Ctrl-C, a kill or a crash. `jaxcoder train NAM
 import argparse
 from typing import TYPE_CHECKING
 
+from jaxcoder.cli.start import start_jax
+
 if TYPE_CHECKING:
     from jaxcoder.config import RunConfig
 
@@ -45,15 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int | None:
-    from jaxcoder import runtime
-
     config = _config(args)
     if args.dry_run:
         return _dry_run(args, config)
-    runtime.initialize(debug=args.debug)
-    unseen = runtime.check_accelerator()
-    if unseen:
-        print(unseen)
+    start_jax(debug=args.debug)
 
     from jaxcoder.recipes.pretrain import pretrain
     from jaxcoder.train.profile import ProfileSteps

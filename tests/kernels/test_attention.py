@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.kernels.attention import blockwise, flash_tpu
+from jaxcoder.kernels.attention import api, blockwise, flash_tpu
 from jaxcoder.kernels.attention.api import BACKENDS, attention
 from jaxcoder.kernels.attention.schedule import Blocks
 
@@ -179,3 +179,18 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
     q, k, v = draw(1, 4, 4, 4, 1)
     with pytest.raises(ConfigError, match="`flash_tpu` needs a TPU, and this runs on cpu"):
         attention(q, k, v, implementation="flash_tpu")
+
+
+def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
+    q = jnp.zeros((1, 128, 4, 64), jnp.bfloat16)
+    for device, expected in (
+        (("tpu", "TPU v5"), "flash_tpu"),
+        (("tpu", "TPU v5 lite"), "flash_tpu"),
+        (("tpu", "TPU v6 lite"), "flash_tpu"),
+        (("tpu", "TPU v4"), "blockwise"),
+        (("gpu", "NVIDIA H200"), "blockwise"),
+        (("cpu", "cpu"), "blockwise"),
+    ):
+        monkeypatch.setattr(api, "_device", lambda device=device: device)
+        assert api._best(q) == expected, device
+    assert api._best(q[:, :1]) == "reference"

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import blockwise, reference
+from jaxcoder.kernels.attention.blocks_tpu import COMPILED, for_device
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
 
 def _flash_tpu(spec, q, k, v, context):
     """Pallas is imported only where its kernels run."""
     from jaxcoder.kernels.attention import flash_tpu
-    from jaxcoder.kernels.attention.blocks_tpu import for_device
 
     platform, kind = _device()
     if platform != "tpu":
@@ -89,7 +89,8 @@ def _best(q: jax.Array) -> str:
     """`reference` for one query, where blocks gain nothing; else our kernels where device and dtype have them."""
     if q.shape[1] == 1:
         return "reference"
-    has_kernel = _device()[0] == "tpu" and q.dtype in (jnp.bfloat16, jnp.float32)
+    platform, kind = _device()
+    has_kernel = platform == "tpu" and kind in COMPILED and q.dtype in (jnp.bfloat16, jnp.float32)
     return "flash_tpu" if has_kernel else "blockwise"
 
 
