@@ -5,30 +5,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_oracle import hostile_segments
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec, visible
 from jaxcoder.kernels.attention.schedule import Blocks, Intervals, intervals, visits
-
-
-def hostile_segments(rng: np.random.Generator, length: int) -> np.ndarray:
-    """Contiguous documents with ids in any order: of length 1, with a border in every block, pads between and after."""
-    kind = rng.integers(5)
-    if kind == 0:
-        sizes = np.ones(length, int)
-    elif kind == 1:
-        sizes = np.full(length, 127)
-    else:
-        sizes = rng.geometric(float(rng.choice([0.3, 0.02, 0.005])), length)
-    borders = np.cumsum(sizes)
-    of = np.searchsorted(borders, np.arange(length), side="right")
-    ids = rng.permutation(np.arange(1, of.max() + 2)) * 7
-    ids[rng.random(len(ids)) < rng.choice([0.0, 0.2, 1.0], p=[0.6, 0.35, 0.05])] = 0
-    drawn = ids[of]
-    if rng.random() < 0.5:
-        drawn[length - rng.integers(length + 1) :] = 0
-    return drawn.astype(np.int32)
 
 
 LENGTHS = ((700, 700), (300, 610), (130, 1))

@@ -41,6 +41,7 @@ def attention(
     q_offset: jax.Array | int = 0,
     batch_offset: jax.Array | int = 0,
     head_offset: jax.Array | int = 0,
+    kv_offset: jax.Array | int = 0,
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -55,7 +56,8 @@ def attention(
         segment_ids: int32 (B, S); queries see only keys of their own segment, and 0 is pad: it sees nothing and its
             output is zero. kv_segment_ids: int32 (B, T), default segment_ids (then S must equal T).
         q_offset: position of the first query minus position of the first key; may be negative or traced.
-        batch_offset, head_offset: global index of the first row and head, so that shards draw their part of one mask.
+        batch_offset, head_offset, kv_offset: global index of the first row, head and key, so that shards draw their
+            part of one dropout mask; they matter for nothing else.
         scale: factor of the scores, default K ** -0.5.
         dropout_rate: of the probabilities; needs dropout_key, uint32 (2,) (see kernels/dropout).
         implementation: a name of BACKENDS, or None for the best one for this device and shape. `flash_tpu` takes
@@ -76,6 +78,7 @@ def attention(
         q_offset=jnp.asarray(q_offset, jnp.int32),
         batch_offset=jnp.asarray(batch_offset, jnp.int32),
         head_offset=jnp.asarray(head_offset, jnp.int32),
+        kv_offset=jnp.asarray(kv_offset, jnp.int32),
         dropout_key=dropout_key if dropout_rate else None,
     )
     name = implementation or _best(q)

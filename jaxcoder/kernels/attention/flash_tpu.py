@@ -18,7 +18,7 @@ from jaxcoder.kernels.attention import flash_tpu_kernels as kernels
 from jaxcoder.kernels.attention.flash_tpu_kernels import Sizes
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 from jaxcoder.kernels.attention.schedule import Blocks, Intervals, Visits, intervals, round_up, visits
-from jaxcoder.kernels.dropout.api import outer_words
+from jaxcoder.kernels.dropout.api import later, outer_words
 
 
 def attention(
@@ -126,8 +126,9 @@ def _dropout_words(context: AttentionContext, batch: int, heads: int, q_len: int
     """uint32 (B, H, 2, S): what the dropout hash needs of a row, its coordinates but the key."""
     samples = jnp.arange(batch, dtype=jnp.uint32) + context.batch_offset.astype(jnp.uint32)
     all_heads = jnp.arange(heads, dtype=jnp.uint32) + context.head_offset.astype(jnp.uint32)
-    positions = jnp.arange(q_len, dtype=jnp.int32) + context.q_offset
-    return jnp.stack(outer_words(context.dropout_key, samples[:, None, None], all_heads[:, None], positions), 2)
+    positions = jnp.arange(q_len, dtype=jnp.int32) + context.q_offset + context.kv_offset
+    words = outer_words(context.dropout_key, samples[:, None, None], all_heads[:, None], positions)
+    return jnp.stack(later(words, context.kv_offset), 2)
 
 
 def _pack(x, length, head_dim):

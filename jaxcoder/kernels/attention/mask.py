@@ -30,7 +30,8 @@ class AttentionContext:
 
     segment_ids (B, S), kv_segment_ids (B, T): int32 or None; 0 sees nothing and is seen by nothing.
     q_offset: position of the first query minus position of the first key.
-    batch_offset, head_offset: global indices of the first row and head, for dropout; dropout_key: uint32 (2,) or None.
+    batch_offset, head_offset, kv_offset: global indices of the first row, head and key, for dropout;
+    dropout_key: uint32 (2,) or None.
     """
 
     segment_ids: jax.Array | None
@@ -39,6 +40,7 @@ class AttentionContext:
     batch_offset: jax.Array
     head_offset: jax.Array
     dropout_key: jax.Array | None
+    kv_offset: jax.Array | int = 0
 
 
 def visible(
@@ -74,7 +76,7 @@ def dropout_scale(
         spec.dropout_rate,
         rows[:, None, None, None],
         heads[:, None, None],
-        q_positions[:, None],
-        k_positions,
+        q_positions[:, None] + context.kv_offset,
+        k_positions + context.kv_offset,
     )
     return jnp.where(keep, jnp.float32(1.0 / (1.0 - spec.dropout_rate)), 0.0)

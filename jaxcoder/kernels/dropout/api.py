@@ -76,6 +76,12 @@ def survives(words: tuple[jax.Array, jax.Array], last: jax.Array, rate: float) -
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
+def later(words: tuple[jax.Array, jax.Array], offset: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """The words with which `survives` sees last coordinates that count from `offset`."""
+    a, b = words
+    return a + jnp.asarray(offset).astype(jnp.uint32) * jnp.uint32(_GOLDEN), b
+
+
 def _fold(a: jax.Array, b: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     a = lowbias32((a + x * jnp.uint32(_GOLDEN)) ^ b)
     return a, lowbias32(b + a)
