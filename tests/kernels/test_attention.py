@@ -65,7 +65,7 @@ def run(case, implementation, q, k, v):
     return attention(q, k, v, implementation=implementation, return_log_sum_exp=True, **options)
 
 
-IN_TIME = {"grouped", "later_queries", "dropout_documents"}
+IN_TIME = {"dropout_documents"}
 """Cases of interpreted kernels in every run; the others are marked slow, for each takes seconds to compile."""
 
 BACKENDS_AND_CASES = [
@@ -131,7 +131,7 @@ def test_pads_are_zero_and_nothing_leaks_into_gradients(implementation):
         assert np.all(np.asarray(gradient)[np.asarray(segments) == 0] == 0.0)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ["reference", "blockwise", pytest.param("flash_tpu", marks=pytest.mark.slow)])
 def test_shards_draw_their_part_of_one_dropout_mask(implementation):
     q, k, v = draw(4, 40, 40, 4, 1)
     key = jnp.array([3, 4], jnp.uint32)
@@ -156,22 +156,52 @@ def test_blockwise_never_makes_the_whole_matrix(monkeypatch):
     assert temporaries("reference") > matrix
 
 
-def test_bad_input_is_named():
+Q, KV = (1, 4, 4, 8), (1, 4, 1, 8)
+BAD = {
+    "an unknown implementation": (Q, KV, dict(implementation="flesh"), "no implementation `flesh`: choose one of refe"),
+    "heads that do not divide": (Q, (1, 4, 3, 8), {}, r"number of heads G that divides q's H, and got 3 of 4 in q \(1, 4"),
+    "other head dimensions": (Q, (1, 4, 1, 16), {}, r"k, v \(B, T, G, K\), and got q .*, k \(1, 4, 1, 16\)"),
+    "too few dimensions": ((4, 4, 8), KV, {}, r"takes q \(B, S, H, K\) and .* got q \(4, 4, 8\)"),
+    "no keys": (Q, (1, 0, 1, 8), {}, r"sizes of 1 or more, and got .* k \(1, 0, 1, 8\)"),
+    "segments of another shape": (Q, KV, dict(segment_ids=np.ones((1, 5), np.int32)), r"int32 \(1, 4\), and got int32 \(1, 5\)"),
+    "segments of one row": (Q, KV, dict(segment_ids=np.ones(4, np.int32)), r"segment_ids int32 \(1, 4\), and got int32 \(4,\)"),
+    "segments of floats": (Q, KV, dict(segment_ids=np.ones((1, 4), np.float32)), "int32 .* got float32"),
+    "segments of keys alone": (Q, KV, dict(kv_segment_ids=np.ones((1, 4), np.int32)), r"takes segment_ids \(1, 4\) too"),
+    "segments of queries alone": (
+        Q, (1, 6, 1, 8), dict(segment_ids=np.ones((1, 4), np.int32)), r"takes kv_segment_ids \(1, 6\) too, and got q"
+    ),
+    "an offset for each row": (Q, KV, dict(q_offset=np.zeros(1, np.int32)), r"q_offset as one integer, and got int32 \(1,\)"),
+    "half an offset": (Q, KV, dict(kv_offset=0.5), "kv_offset as one integer, and got float32"),
+    "a rate above 1": (Q, KV, dict(dropout_rate=10), r"dropout_rate in \[0, 1\), and got 10"),
+    "dropout without a key": (Q, KV, dict(dropout_rate=0.1), r"dropout_key uint32 \(2,\), .* got None"),
+    "a key of JAX's": (Q, KV, dict(dropout_rate=0.1, dropout_key=jax.random.key(0)), r"uint32 \(2,\), .* key<fry> \(\)"),
+    "a document in two places": (
+        Q, KV, dict(segment_ids=np.array([[1, 2, 0, 1]], np.int32), implementation="flash_tpu"),
+        r"every document is contiguous, and got segment_ids \(1, 4\) with id 1 in two places .* `blockwise`",
+    ),
+    "a head dimension without a kernel": (
+        (1, 4, 4, 512), (1, 4, 1, 512), dict(implementation="flash_tpu"),
+        r"`flash_tpu` has kernels for head dimensions to 256, and got q \(1, 4, 4, 512\): take `blockwise`",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named_in_one_sentence(name):
+    q_shape, kv_shape, options, message = BAD[name]
+    with pytest.raises(ConfigError, match=message) as error:
+        attention(jnp.zeros(q_shape), jnp.zeros(kv_shape), jnp.zeros(kv_shape), **options)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_bad_dtypes_are_named():
     q, k, v = draw(1, 4, 4, 4, 1)
-    with pytest.raises(ConfigError, match="no implementation `flesh`"):
-        attention(q, k, v, implementation="flesh")
-    with pytest.raises(ConfigError, match="key/value heads divide"):
-        attention(q, jnp.zeros((1, 4, 3, 8)), jnp.zeros((1, 4, 3, 8)))
-    with pytest.raises(ConfigError, match="segment_ids of shape"):
-        attention(q, k, v, segment_ids=jnp.ones((1, 5), jnp.int32))
-    with pytest.raises(ConfigError, match="dropout_key"):
-        attention(q, k, v, dropout_rate=0.1)
-    with pytest.raises(ConfigError, match="floating point q, k and v, and got int32"):
+    with pytest.raises(ConfigError, match=r"floating point q, k and v, and got int32, float32 and float32 in q \(1, 4"):
         attention(q.astype(jnp.int32), k, v)
-    with pytest.raises(ConfigError, match="contiguous documents, and got id 1 in two places"):
-        attention(q, k, v, segment_ids=jnp.array([[1, 2, 0, 1]]), implementation="flash_tpu")
-    with pytest.raises(ConfigError, match="all bfloat16 or all float32"):
+    with pytest.raises(ConfigError, match="all bfloat16 or all float32, and got q float32, k bfloat16, v bfloat16"):
         attention(q, k.astype(jnp.bfloat16), v.astype(jnp.bfloat16), implementation="flash_tpu")
+    with pytest.raises(ConfigError, match="all bfloat16 or all float32, and got q float16, .* or take `blockwise`"):
+        attention(*(x.astype(jnp.float16) for x in (q, k, v)), implementation="flash_tpu")
 
 
 def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
@@ -192,5 +222,8 @@ def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
         (("cpu", "cpu"), "blockwise"),
     ):
         monkeypatch.setattr(api, "_device", lambda device=device: device)
-        assert api._best(q) == expected, device
-    assert api._best(q[:, :1]) == "reference"
+        assert api._best(q, q, q) == expected, device
+        assert api._best(q[:, :1], q, q) == "reference"
+        assert api._best(q, q.astype(jnp.float32), q) == "blockwise"
+        wide = jnp.zeros((1, 128, 1, 512), jnp.bfloat16)
+        assert api._best(wide, wide, wide) == "blockwise"

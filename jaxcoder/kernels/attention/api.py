@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import blockwise, reference
-from jaxcoder.kernels.attention.blocks_tpu import COMPILED, for_device
+from jaxcoder.kernels.attention.blocks_tpu import COMPILED, MOST_HEAD_DIM, for_device
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
 
@@ -66,9 +66,10 @@ def attention(
     Returns:
         (B, S, H, K) in q's dtype.
     Raises:
-        ConfigError for shapes that do not fit or an unknown implementation.
+        ConfigError for what does not fit: it names the argument, its shape and what is accepted.
     """
-    _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key)
+    scalars = dict(q_offset=q_offset, batch_offset=batch_offset, head_offset=head_offset, kv_offset=kv_offset)
+    _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_key)
     spec = AttentionSpec(
         causal=causal, scale=float(q.shape[-1] ** -0.5 if scale is None else scale), dropout_rate=float(dropout_rate)
     )
@@ -81,19 +82,20 @@ def attention(
         kv_offset=jnp.asarray(kv_offset, jnp.int32),
         dropout_key=dropout_key if dropout_rate else None,
     )
-    name = implementation or _best(q)
+    name = _best(q, k, v) if implementation is None else implementation
     if name not in BACKENDS:
         raise ConfigError(f"attention has no implementation `{name}`: choose one of {', '.join(BACKENDS)}.")
     out, log_sum_exp = BACKENDS[name](spec, q, k, v, context)
     return (out, log_sum_exp) if return_log_sum_exp else out
 
 
-def _best(q: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else our kernels where device and dtype have them."""
+def _best(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+    """`reference` for one query, where blocks gain nothing; else our kernels where device, dtypes and shape have them."""
     if q.shape[1] == 1:
         return "reference"
     platform, kind = _device()
-    has_kernel = platform == "tpu" and kind in COMPILED and q.dtype in (jnp.bfloat16, jnp.float32)
+    is_typed = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)
+    has_kernel = platform == "tpu" and kind in COMPILED and is_typed and q.shape[3] <= MOST_HEAD_DIM
     return "flash_tpu" if has_kernel else "blockwise"
 
 
@@ -106,20 +108,38 @@ def _device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def _check(q, k, v, segment_ids, kv_segment_ids, dropout_rate, dropout_key) -> None:
+def _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_key) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ConfigError(f"attention takes q (B, S, H, K) and k, v (B, T, G, K), and got {shapes}.")
+    if 0 in q.shape + k.shape:
+        raise ConfigError(f"attention takes q, k and v with sizes of 1 or more, and got {shapes}.")
     if q.shape[2] % k.shape[2]:
-        raise ConfigError(f"attention needs a number of query heads that key/value heads divide, and got {shapes}.")
+        raise ConfigError(
+            f"attention takes k and v with a number of heads G that divides q's H, and got {k.shape[2]} of "
+            f"{q.shape[2]} in {shapes}."
+        )
     if not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (q, k, v)):
-        raise ConfigError(f"attention takes floating point q, k and v, and got {q.dtype}, {k.dtype} and {v.dtype}.")
-    for name, ids, like in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
-        if ids is not None and ids.shape != like.shape[:2]:
-            raise ConfigError(f"attention takes {name} of shape {like.shape[:2]}, and got {ids.shape}.")
+        raise ConfigError(
+            f"attention takes floating point q, k and v, and got {q.dtype}, {k.dtype} and {v.dtype} in {shapes}."
+        )
     if segment_ids is None and kv_segment_ids is not None:
-        raise ConfigError("attention with kv_segment_ids needs segment_ids too.")
+        raise ConfigError(f"attention with kv_segment_ids {kv_segment_ids.shape} takes segment_ids {q.shape[:2]} too.")
+    for name, ids, like in (("segment_ids", segment_ids, q), ("kv_segment_ids", kv_segment_ids, k)):
+        if ids is not None and (ids.shape != like.shape[:2] or not jnp.issubdtype(ids.dtype, jnp.integer)):
+            raise ConfigError(f"attention takes {name} int32 {like.shape[:2]}, and got {ids.dtype} {ids.shape}.")
     if segment_ids is not None and kv_segment_ids is None and q.shape[1] != k.shape[1]:
-        raise ConfigError(f"attention with segment_ids and unequal lengths ({shapes}) needs kv_segment_ids too.")
-    if not 0.0 <= dropout_rate < 1.0 or (dropout_rate and dropout_key is None):
-        raise ConfigError(f"attention dropout takes a rate in [0, 1) and a dropout_key, and got rate {dropout_rate}.")
+        raise ConfigError(
+            f"attention with segment_ids and unequal lengths S and T takes kv_segment_ids {k.shape[:2]} too, and got "
+            f"{shapes}."
+        )
+    for name, value in scalars.items():
+        if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            raise ConfigError(f"attention takes {name} as one integer, and got {jnp.result_type(value)} {jnp.shape(value)}.")
+    if not 0.0 <= dropout_rate < 1.0:
+        raise ConfigError(f"attention takes a dropout_rate in [0, 1), and got {dropout_rate}.")
+    if dropout_rate and (dropout_key is None or dropout_key.shape != (2,) or dropout_key.dtype != jnp.uint32):
+        got = "None" if dropout_key is None else f"{dropout_key.dtype} {dropout_key.shape}"
+        raise ConfigError(
+            f"attention with a dropout_rate takes a dropout_key uint32 (2,), as kernels/dropout makes it, and got {got}."
+        )

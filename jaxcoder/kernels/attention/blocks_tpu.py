@@ -17,6 +17,9 @@ TABLE: dict[str, tuple[Blocks, Blocks]] = {
 COMPILED = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
 """Device kinds that the kernels were compiled for. On a v4 they want more fast memory than it has."""
 
+MOST_HEAD_DIM = 256
+"""Beyond, the kernels want more fast memory than a v5p has."""
+
 
 def for_device(device_kind: str) -> tuple[Blocks, Blocks]:
     """Blocks for a device by the name JAX gives it, such as "TPU v5 lite" or "TPU v5"."""

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import flash_tpu_kernels as kernels
+from jaxcoder.kernels.attention.blocks_tpu import MOST_HEAD_DIM
 from jaxcoder.kernels.attention.flash_tpu_kernels import Sizes
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 from jaxcoder.kernels.attention.schedule import Blocks, Intervals, Visits, intervals, round_up, visits
@@ -41,20 +42,27 @@ def attention(
     Returns:
         (B, S, H, K) in q's dtype and the log-sum-exp, fp32 (B, H, S).
     Raises:
-        ConfigError for inputs that are not floating point, and for concrete segment ids with an id in two places.
+        ConfigError for other dtypes, a head_dim without a kernel, and concrete segment ids with an id in two places.
     """
     batch, q_len, heads, head_dim = q.shape
     kv_len, groups = k.shape[1], k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
-        dtypes = f"{q.dtype}, {k.dtype}, {v.dtype}"
-        raise ConfigError(f"flash_tpu takes q, k and v all bfloat16 or all float32, and got {dtypes}.")
+        raise ConfigError(
+            f"attention with implementation `flash_tpu` takes q, k and v all bfloat16 or all float32, and got q {q.dtype}, "
+            f"k {k.dtype}, v {v.dtype}: convert them, or take `blockwise`."
+        )
+    if head_dim > MOST_HEAD_DIM:
+        raise ConfigError(
+            f"attention with implementation `flash_tpu` has kernels for head dimensions to {MOST_HEAD_DIM}, and got q "
+            f"{q.shape}: take `blockwise`."
+        )
     both = [blocks.fit(q_len, kv_len, heads // groups) for blocks in (forward_blocks, backward_blocks)]
     q_pad = round_up(q_len, both[0].block_q) - q_len
     kv_pad = round_up(kv_len, max(blocks.span_kv for blocks in both)) - kv_len
     # Heads lie side by side in lanes, so that a block of them must fill whole registers, or be all there are.
     groups_fit = [groups == 1 or head_dim % 128 == 0]
     heads_fit = [blocks.heads == heads or blocks.heads * head_dim % 128 == 0 for blocks in both]
-    dim_pad = 0 if all(groups_fit + heads_fit) else -head_dim % 128
+    dim_pad = 0 if all(groups_fit + heads_fit) and (head_dim < 128 or head_dim % 128 == 0) else -head_dim % 128
     sizes = [
         Sizes(spec, blocks, batch, heads, groups, q_len + q_pad, kv_len + kv_pad, head_dim + dim_pad, interpret)
         for blocks in both

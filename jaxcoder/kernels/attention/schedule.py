@@ -134,7 +134,10 @@ def check_contiguous(name: str, ids: jax.Array) -> None:
         runs = runs[runs != 0]
         if len(np.unique(runs)) != len(runs):
             again = next(int(x) for i, x in enumerate(runs) if x in runs[:i])
-            raise ConfigError(f"flash_tpu needs {name} with contiguous documents, and got id {again} in two places.")
+            raise ConfigError(
+                f"attention with implementation `flash_tpu` takes {name} in which every document is contiguous, and got "
+                f"{name} {ids.shape} with id {again} in two places of a row: renumber them, or take `blockwise`."
+            )
 
 
 def _own_segments(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

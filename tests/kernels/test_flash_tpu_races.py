@@ -1,0 +1,47 @@
+"""The kernels interpreted as on two cores that race, with memory that is NaN until written and reads that must be inside."""
+
+from dataclasses import replace
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from attention_oracle import SMALL, Interpreted, assert_right, compute, draw
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxcoder.kernels.attention.schedule import Blocks
+
+TWO_CORES = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+)
+BF16, FP32 = ml_dtypes.bfloat16, np.float32
+WIDE = Blocks(block_kv=512, edge_kv=256, span_kv=512, heads=4)
+CASES = {
+    "multi_query": ((2, 200, 200, 4, 1, 64), BF16, 0.1, SMALL),
+    "grouped_three_spans": ((1, 130, 520, 4, 2, 128), FP32, 0.0, SMALL),
+    "one_token": ((1, 1, 1, 1, 1, 64), BF16, 0.0, SMALL),
+    "one_query": ((2, 1, 300, 3, 1, 128), BF16, 0.5, SMALL),
+    "one_key": ((1, 257, 1, 2, 1, 64), FP32, 0.1, SMALL),
+    "multi_head": ((1, 140, 140, 3, 3, 128), BF16, 0.0, SMALL),
+    "padded_dim": ((1, 140, 140, 4, 2, 64), BF16, 0.1, SMALL),
+    "forty_eight_heads": ((1, 129, 129, 48, 1, 128), BF16, 0.0, Blocks(block_kv=256, edge_kv=128)),
+    "prime_heads": ((1, 100, 100, 17, 1, 64), FP32, 0.0, SMALL),
+    "tall": ((2, 300, 300, 2, 1, 64), BF16, 0.1, Blocks(block_q=256, block_kv=256, edge_kv=256, span_kv=256)),
+    "wide": ((2, 513, 513, 2, 1, 128), FP32, 0.0, WIDE),
+    "not_causal": ((2, 150, 270, 4, 1, 64), BF16, 0.1, WIDE),
+}
+IN_TIME = {"multi_query", "grouped_three_spans"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in IN_TIME else pytest.mark.slow) for n in CASES])
+def test_no_race_and_nothing_read_before_it_is_written(name):
+    shape, dtype, rate, blocks = CASES[name]
+    problem = draw(np.random.default_rng(3), shape, dtype, rate=rate, causal=name != "not_causal")
+    if name in IN_TIME:
+        problem = replace(problem, q_offset=shape[2] - shape[1])
+    got = compute(Interpreted(blocks, blocks, TWO_CORES), problem)
+    races = interpreter.races if hasattr(interpreter, "races") else interpreter.get_races()
+    assert not races.races_found
+    jax.clear_caches()
+    assert_right(got, problem)
