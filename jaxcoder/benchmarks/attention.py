@@ -1,198 +1,239 @@
-"""Static cycles of our TPU attention kernels, from libtpu's own estimator, with no TPU at hand.
+"""`jaxcoder bench attention`: our attention kernels beside JAX's splash, tokamax's and cuDNN's.
 
-    jaxcoder bench attention --device v5p                            cost of a visit, forward and backward
-    jaxcoder bench attention --device v6e --heads 16 --block-kv 1024 --edge-kv 512
+    jaxcoder bench attention --device tpu:v6e --against splash,tokamax    static cycles; no TPU is needed
+    jaxcoder bench attention --device cpu                                 time on this machine
+    jaxcoder bench attention --tune --device v6e --against splash         search block shapes; resumes
+    jaxcoder bench attention --packed --device v5p                        StarCoder's documents
+    jaxcoder bench attention --long | --costs | --compile-all | --picture FILE
 
-The estimator walks the compiled bundles, but reads scalars from memory as 0. So the schedule of a causal sequence of
-one document is computed from the grid's own indices, by shifts and comparisons, which it follows. The lengths that it
-can walk give, by least squares, what a whole block costs and what a block of queries costs besides (its edges under the
-mask, its loads and stores); from these follow the lengths that it can't. The residuals are part of the answer.
-Each compilation is a process of its own, for the estimator ends the process on what it cannot model.
+Cycles are libtpu's own static estimate (attention_cycles.py), extended to lengths that it can't walk by a fit whose
+residual is part of the answer (attention_fit.py). Trust the ratio of two kernels on one chip, not seconds. What is
+estimated is kept (`--cache`), so that a command that was interrupted goes on where it stopped.
 """
 
 import argparse
-import json
-import re
-import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from jaxcoder.benchmarks import attention_matmul
+from jaxcoder.benchmarks.attention_cycles import CHIPS, Case, Memory, estimate, of_peak, versions
+from jaxcoder.benchmarks.attention_fit import Fit, NoEstimate, contestant, fit, held_out
+from jaxcoder.benchmarks.measure import Report, Reports
 from jaxcoder.errors import ConfigError
-from jaxcoder.runtime import environment_with
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:1x1", "v5p": "v5p:2x2x1", "v6e": "v6e:1x1", "7x": "tpu7x:2x2x1"}
-KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "7x": "TPU7x"}
-"""As JAX names the devices."""
-FLOP_PER_CYCLE = {"v4": 131072, "v5e": 131072, "v5p": 131072, "v6e": 524288, "7x": 524288}
-"""bf16, of one core."""
-LENGTHS = (1024, 2048, 4096)
-FLOP = {"forward": 4, "backward": 10}
-"""Per query, key, head and element of head_dim: two and five matmuls."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """Cycles of one kernel; see `text` for what is derived."""
-
-    device: str
-    kernel: str
-    length: int
-    heads: int
-    head_dim: int
-    full: float
-    rest: float
-    residual: float
-    fulls: int
-    q_blocks: int
-    block_q: int
-    block_kv: int
-    edge_kv: int
-
-    @property
-    def per_head(self) -> float:
-        """Cycles of a causal sequence of one document, divided by the heads."""
-        return (self.full * self.fulls + self.rest * self.q_blocks) / self.heads
-
-    def of_peak(self, cycles: float, keys: float) -> float:
-        return FLOP[self.kernel] * keys * self.head_dim / cycles / FLOP_PER_CYCLE[self.device]
-
-    def text(self) -> str:
-        rows = self.block_q * self.heads
-        triangle = self.of_peak(self.per_head, self.length**2 / 2)
-        return (
-            f"{self.device:4} {self.kernel:8} a whole block {self.full:7.0f} cycles "
-            f"({self.of_peak(self.full, rows * self.block_kv):.1%} of peak), {self.rest:.0f} a block of queries "
-            f"besides, largest residual {self.residual:.1%}; {self.length} causal: {self.per_head:.0f} a head, "
-            f"{triangle:.1%} useful"
-        )
-
-
-@dataclass(frozen=True)
-class AttentionReport:
-    rows: list[Row]
-    exit_code: int = 0
-
-    def text(self) -> str:
-        return "\n".join(row.text() for row in self.rows) or "No kernel could be estimated."
-
-    def write(self, path) -> None:
-        dicts = [{f.name: getattr(row, f.name) for f in fields(row)} | {"per_head": row.per_head} for row in self.rows]
-        path.write_text(json.dumps(dicts, indent=1) + "\n")
+TARGETS = {
+    "forward": {"v5e": (0.84, 1.2), "v5p": (0.84, 1.2), "v6e": (0.41, 1.55)},
+    "backward": {"v5e": (0.80, 1.4), "v5p": (0.80, 1.4), "v6e": (0.38, None)},
+}
+"""Kernel -> device -> useful share of peak, and how many times splash's cycles; at 8192 and head dimension 128."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=TOPOLOGIES, default="v5p", help="TPU generation (default v5p)")
-    parser.add_argument("--kernel", choices=FLOP, action="append", help="one of the two (default: both)")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of the sequence (default 8192)")
-    parser.add_argument("--head-dim", type=int, default=128, help="default 128")
-    for name in ("heads", "chunk-heads", "block-q", "block-kv", "edge-kv"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the table's")
+    parser.add_argument("--device", default="v5p", metavar="NAME", help="tpu:v5p or v5p (v4 v5e v6e 7x), gpu or cpu")
+    parser.add_argument(
+        "--against", metavar="NAMES", help="splash,tokamax on TPUs, cudnn on GPUs (default: all), or none"
+    )
+    parser.add_argument("--kernel", choices=("forward", "backward"), help="one of the two (default: both)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the sequence (default %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, help="default %(default)s")
+    parser.add_argument("--num-heads", type=int, default=16, help="query heads of our kernel (default %(default)s)")
+    parser.add_argument("--set", metavar="NAME=N", nargs="+", default=[], help="our block sizes instead of the table's")
+    parser.add_argument("--cache", type=Path, metavar="FILE", help="estimates already made (default: in ~/.cache)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--tune", action="store_true", help="search the block sizes of ours or of --against")
+    modes.add_argument("--packed", action="store_true", help="StarCoder's documents packed into windows")
+    modes.add_argument("--long", action="store_true", help="32K and 128K: does it compile, and what does a block cost")
+    modes.add_argument("--costs", action="store_true", help="what dropout and the masks of documents cost")
+    modes.add_argument("--compile-all", action="store_true", help="every configured model on every chip")
+    modes.add_argument("--picture", type=Path, metavar="FILE", help="draw the schedule of a packed batch, as SVG")
 
 
-def run(args: argparse.Namespace) -> AttentionReport:
-    rows = []
-    for kernel in args.kernel or FLOP:
-        chosen = ("heads", "chunk_heads", "block_q", "block_kv", "edge_kv")
-        options = {name: value for name in chosen if (value := vars(args)[name]) is not None}
-        rows.append(measure(args.device, kernel, args.length, args.head_dim, options))
-    return AttentionReport(rows)
+def run(args: argparse.Namespace) -> Report | Reports:
+    args.device = args.device.removeprefix("tpu:")
+    if args.picture is not None:
+        from jaxcoder.benchmarks import attention_picture
+
+        return attention_picture.run(args.picture)
+    if args.device in ("cpu", "gpu"):
+        from jaxcoder.benchmarks import attention_wall
+
+        return attention_wall.run(args)
+    if args.device not in CHIPS:
+        raise ConfigError(f"--device takes cpu, gpu or one of {', '.join(CHIPS)}, and got {args.device!r}.")
+    args.against = _against(args.against)
+    if args.tune:
+        from jaxcoder.benchmarks import attention_tune as mode
+    elif args.packed:
+        from jaxcoder.benchmarks import attention_packed as mode
+    elif args.long or args.compile_all:
+        from jaxcoder.benchmarks import attention_compile as mode
+    elif args.costs:
+        from jaxcoder.benchmarks import attention_costs as mode
+    else:
+        return Reports([check(args), *ratios(args)])
+    return mode.run(args)
 
 
-def measure(device: str, kernel: str, length: int, head_dim: int, options: dict[str, int]) -> Row:
-    blocks = _blocks(device, kernel, options)
-    lengths = [n for n in LENGTHS if n >= blocks.block_kv]
-    counts = np.array([_causal_steps(blocks, n) for n in lengths], float)
-    cycles = np.array([_cycles(device, kernel, n, head_dim, options) for n in lengths], float)
-    # Weighted, so that every length counts by its relative error.
-    full, rest = np.linalg.lstsq(counts / cycles[:, None], np.ones(len(lengths)), rcond=None)[0]
-    fulls, q_blocks = _causal_steps(blocks, length)
-    return Row(
-        device=device, kernel=kernel, length=length, heads=blocks.heads, head_dim=head_dim, full=full, rest=rest,
-        residual=float(abs(counts @ [full, rest] / cycles - 1).max()), fulls=fulls, q_blocks=q_blocks,
-        block_q=blocks.block_q, block_kv=blocks.block_kv, edge_kv=blocks.edge_kv,
+def memory_of(args: argparse.Namespace) -> Memory:
+    return Memory(args.cache or Path.home() / ".cache" / "jaxcoder" / "attention-cycles.json")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def settings_of(args: argparse.Namespace) -> tuple[tuple[str, int], ...]:
+    """What `--set` says of our block sizes."""
+    names = contestant("ours").setting_names()
+    pairs = [text.partition("=")[::2] for text in args.set]
+    for name, value in pairs:
+        if name not in names or not value.isdigit():
+            raise ConfigError(f"--set takes NAME=N with a name of {', '.join(names)}, and got {name}={value}.")
+    return tuple(sorted((name, int(value)) for name, value in pairs))
+
+
+def our_case(args: argparse.Namespace, kernel: str) -> Case:
+    return Case(
+        device=args.device, contestant="ours", kernel=kernel, length=args.length, heads=args.num_heads,
+        head_dim=args.head_dim, settings=settings_of(args),
     )  # fmt: skip
 
 
-def _blocks(device: str, kernel: str, options: dict[str, int]):
-    from jaxcoder.kernels.attention.blocks_tpu import for_device
-
-    return replace(for_device(KINDS[device])[0 if kernel == "forward" else 1], **options)
-
-
-def _causal_steps(blocks, length: int) -> tuple[int, int]:
-    """Whole steps and blocks of queries of a causal sequence, as the schedule has them."""
-    import jax.numpy as jnp
-
-    from jaxcoder.kernels.attention.schedule import Intervals, visits
-
-    end = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
-    todo = visits(Intervals(jnp.zeros_like(end), end), blocks, -(-length // blocks.span_kv))
-    return int(todo.fulls.sum()), length // blocks.block_q
+def peer_case(args: argparse.Namespace, name: str, kernel: str) -> Case:
+    """A peer's kernel at its best settings; splash compares segment ids where the estimator can follow that."""
+    settings = contestant(name).SETTINGS
+    best = settings.get(args.device, settings["v5p"])[kernel]
+    return Case(
+        device=args.device, contestant=name, kernel=kernel, length=args.length, heads=1, head_dim=args.head_dim,
+        settings=tuple(sorted(best.items())), segments=name == "splash" and args.device != "v5e",
+    )  # fmt: skip
 
 
-def _cycles(device: str, kernel: str, length: int, head_dim: int, options) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = dict(
-            JAX_PLATFORMS="cpu",
-            TPU_SKIP_MDS_QUERY="1",
-            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-            LIBTPU_INIT_ARGS=f"--xla_jf_dump_static_llo_profile_to={folder}",
-        )
-        case = json.dumps([device, kernel, length, head_dim, options])
-        command = [sys.executable, "-c", f"from {__name__} import _compile; _compile(*{case})"]
-        done = subprocess.run(command, env=environment_with(environment), capture_output=True, text=True)
-        profiles = "".join(path.read_text() for path in Path(folder).iterdir())
-        if not (cycles := [int(x) for x in re.findall(r'"flash[^"]*"\s+estimated_cycles: (\d+)', profiles)]):
-            raise ConfigError(f"The estimator gave no cycles for {case}; it ended with {done.stderr[-300:]!r}.")
-        return sum(cycles)
+def peer_kernels(name: str, kernel: str) -> list[str]:
+    """The kernels of a peer that do what ours does in one."""
+    return ["forward"] if kernel == "forward" else [k for k in contestant(name).KERNELS if k in ("dkv", "dq")]
 
 
-def _compile(device: str, kernel: str, length: int, head_dim: int, options) -> None:
-    """Compiles one kernel alone, with a schedule that the estimator can follow."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from jaxcoder.kernels.attention import flash_tpu_kernels as kernels
-    from jaxcoder.kernels.attention.mask import AttentionSpec
-
-    blocks = _blocks(device, kernel, options)
-    blocks = blocks.fit(length, length, blocks.heads)
-    kernels.read_visits = partial(_causal_visits, blocks)
-    heads, spec = blocks.heads, AttentionSpec(causal=True, scale=head_dim**-0.5, dropout_rate=0.0)
-    sizes = kernels.Sizes(spec, blocks, 1, heads, 1, length, length, head_dim, False)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
-    target = SingleDeviceSharding(topology.devices[0])
-
-    def shape(*dims, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=target)
-
-    table = shape(6 * length // blocks.block_q, dtype=jnp.int32)
-    q, k, k_transposed = shape(1, length, heads * head_dim), shape(1, length, head_dim), shape(1, head_dim, length)
-    statistics, seen = shape(1, heads, 1, length, dtype=jnp.float32), shape(1, 1, length, dtype=jnp.int32)
-    if kernel == "forward":
-        arrays = (table, q, k_transposed, k, seen, seen, None)
-    else:
-        arrays = (table, q, k, k_transposed, k, q, statistics, statistics, seen, seen, None)
-    jax.jit(lambda *x: getattr(kernels, kernel)(sizes, *x)).lower(*arrays).compile()
+def check(args: argparse.Namespace) -> Report:
+    """The estimator itself, on matmuls whose time on a v5e is known."""
+    rows, memory = [], memory_of(args)
+    say(f"{args.device}: matmuls, to see whether the estimator is to be trusted")
+    for one in attention_matmul.CHECKS:
+        case = attention_matmul.case(args.device, one)
+        found = estimate(case, memory=memory)
+        row = {"size": one.size, "blocks": "/".join(map(str, one.blocks)), "cycles": found.cycles}
+        if found.cycles:
+            row["peak"] = percent(of_peak(case, 2 * one.size**3, found.cycles))
+            if args.device == "v5e":
+                row["estimated"] = 1e3 * found.cycles / attention_matmul.V5E_HERTZ
+                row["measured"] = one.measured and 1e3 * one.measured
+        rows.append(row | {"why": found.error if found.cycles is None else ""})
+    return Report(
+        title=f"{args.device}: the estimator on Pallas matmuls (bad blocks must look bad)",
+        settings={},
+        columns={"size": "N", "blocks": "blocks", "cycles": "cycles", "peak": "of peak"}
+        | ({"estimated": "ms at 1.5 GHz", "measured": "ms measured"} if args.device == "v5e" else {})
+        | {"why": ""},
+        rows=rows,
+        targets={},
+        environment=versions("matmul"),
+    )
 
 
-def _causal_visits(blocks, table, grid, row, span, q_block):
-    """What `schedule.visits` gives for one causal document, by shifts; block sizes are powers of two."""
-    import jax
-    import jax.numpy as jnp
+def ratios(args: argparse.Namespace) -> list[Report]:
+    """One table a kernel: ours and the peers' at one length, one causal document, in cycles a head."""
+    return [_ratio(args, kernel) for kernel in ([args.kernel] if args.kernel else ["forward", "backward"])]
 
-    from jaxcoder.kernels.attention.schedule import Visits
 
-    first, zero = q_block * blocks.block_q, jnp.int32(0)
-    fulls = jax.lax.shift_right_logical(first + 1, blocks.block_kv.bit_length() - 1)
-    edge_end = jax.lax.shift_right_logical(first + blocks.block_q + blocks.edge_kv - 1, blocks.edge_kv.bit_length() - 1)
-    before = jnp.where(fulls > 0, zero, edge_end)
-    edges = edge_end - fulls * (blocks.block_kv // blocks.edge_kv)
-    return Visits(edge=zero, edges_before=before, edges=edges, full=zero, fulls=fulls, span=zero)
+def _ratio(args: argparse.Namespace, kernel: str) -> Report:
+    rows, totals, memory = [], {}, memory_of(args)
+    for name in ("ours", *args.against):
+        parts = [kernel] if name == "ours" else peer_kernels(name, kernel)
+        cycles = []
+        for part in parts:
+            case = our_case(args, part) if name == "ours" else peer_case(args, name, part)
+            row, found = fitted_row(case, memory)
+            if name == "ours" and found is not None:
+                errors = [abs(error) for _, _, error in held_out(found, memory=memory, say=say)]
+                row["documents"] = percent(max(errors)) if errors else None
+            rows.append(row)
+            cycles.append(row.get("cycles"))
+        if all(cycles):
+            totals[name] = sum(cycles)
+            rows[-1]["total"] = totals[name]
+            rows[-1]["useful"] = useful(args, kernel, totals[name])
+            if "ours" in totals and name != "ours":
+                rows[-1]["ratio"] = totals[name] / totals["ours"]
+    return Report(
+        title=f"{args.device} {kernel}: cycles a head of one causal document, {args.length} x {args.head_dim}",
+        settings={"heads of ours": args.num_heads, "heads of a peer": 1},
+        columns={
+            "who": "", "settings": "blocks", "costs": "cycles of each", "residual": "residual", "documents": "documents",
+            "cycles": "cycles", "total": "together", "useful": "useful", "ratio": "x ours", "why": "",
+        },
+        rows=rows,
+        targets=_targets(args, kernel, totals),
+        environment=versions("tokamax" if "tokamax" in args.against else "ours"),
+    )  # fmt: skip
+
+
+def fitted_row(case: Case, memory: Memory) -> tuple[dict, Fit | None]:
+    """A row of a kernel, per head at the case's length, and its fit."""
+    module = contestant(case.contestant)
+    row = {"who": f"{case.contestant} {case.kernel}", "settings": blocks_text(case)}
+    say(f"{case.device} {case.contestant} {case.kernel}")
+    try:
+        found = fit(case, memory=memory, say=say)
+    except (NoEstimate, ConfigError) as error:
+        return row | {"why": f"no cycles: {error}"}, None
+    costs = ", ".join(f"{name} {cost:,.0f}" for name, cost in zip(found.counted, found.costs, strict=True))
+    row |= {"costs": costs, "residual": percent(found.residual), "why": "; ".join(found.failures)}
+    return row | {"cycles": found.cycles(module.steps(case)) / case.heads}, found
+
+
+def useful(args: argparse.Namespace, kernel: str, cycles: float) -> str:
+    """Needed work (half of the square, for a causal mask) over what the chip could do in so many cycles."""
+    case = our_case(args, kernel)
+    share = of_peak(case, contestant("ours").FLOP[kernel] * args.head_dim * args.length**2 / 2, cycles)
+    return "artefact" if share > 1 else percent(share)
+
+
+def blocks_text(case: Case) -> str:
+    if case.contestant != "ours":
+        return " ".join(f"{name.removeprefix('block_')} {value}" for name, value in case.settings)
+    blocks = contestant("ours").blocks_of(replace(case, length=max(case.length, 8192)))
+    names = contestant("ours").setting_names()
+    return " ".join(f"{name.removeprefix('block_')} {getattr(blocks, name)}" for name in names)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _targets(args: argparse.Namespace, kernel: str, totals: dict[str, float]) -> dict[str, bool]:
+    if (args.length, args.head_dim) != (8192, 128) or args.device not in TARGETS[kernel] or "ours" not in totals:
+        return {}
+    least, times = TARGETS[kernel][args.device]
+    flop = contestant("ours").FLOP[kernel] * args.head_dim * args.length**2 / 2
+    share = of_peak(our_case(args, kernel), flop, totals["ours"])
+    met = {f"at least {percent(least)} of peak (it is {percent(share)})": least <= share <= 1}
+    if times and "splash" in totals:
+        ratio = totals["splash"] / totals["ours"]
+        met[f"{times} times fewer cycles than splash (it is {ratio:.2f})"] = ratio >= times
+    if "tokamax" in totals:
+        ratio = totals["tokamax"] / totals["ours"]
+        met[f"fewer cycles than tokamax's bound (it is {ratio:.2f})"] = ratio >= 1
+    return met
+
+
+def _against(text: str | None) -> list[str]:
+    names = ["splash", "tokamax"] if text is None else [name for name in text.split(",") if name != "none"]
+    for name in names:
+        if name not in ("splash", "tokamax"):
+            raise ConfigError(f"--against takes splash and tokamax on a TPU, and got {name!r}.")
+    return names
+
+
+Progress = Callable[[str], None]

@@ -7,10 +7,11 @@
     jaxcoder bench train                        the step of the 164M model, PyTorch's beside it, a bare matmul
     jaxcoder bench decode                       greedy decoding of one prompt and of eight, `transformers` beside it
     jaxcoder bench compile                      compiling at 164M and 15.5B; starting a run with the cache
-    jaxcoder bench attention --device v5p       static cycles of our TPU kernels, from libtpu's own estimator
+    jaxcoder bench attention --device tpu:v5p   our attention kernels beside JAX's and tokamax's, in static cycles
     jaxcoder bench parity HF_DIR                ten steps from these weights give PyTorch's curve
 
-PyTorch's rows need the extra `bench`. Medians of several runs in one process, in which the contestants take turns.
+PyTorch's rows need the extra `bench`, cycles of TPUs `bench-tpu`. Times are medians of several runs in one process, in
+which the contestants take turns.
 Rates of `fim`, `encode` and `loader` are per second of processor time, but a machine with other work to do still slows
 them down: compare rows of one table.
 """
@@ -26,7 +27,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "train": ("jaxcoder.benchmarks.training", "the training step, beside PyTorch's and a bare matmul"),
     "decode": ("jaxcoder.benchmarks.decoding", "greedy decoding, beside transformers' `generate`"),
     "compile": ("jaxcoder.benchmarks.compiling", "compiling the step, and starting with and without the cache"),
-    "attention": ("jaxcoder.benchmarks.attention", "static cycles of our TPU attention kernels, without a TPU"),
+    "attention": ("jaxcoder.benchmarks.attention", "attention beside splash, tokamax and cuDNN; static cycles of TPUs"),
     "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args) -> Report | Reports`, and the one-line help."""

@@ -1,0 +1,127 @@
+"""Our TPU attention kernels as cases of the estimator, and what their schedule visits.
+
+The schedule is data to the kernel, and the estimator reads data as 0; so the steps of a block of queries are computed
+from the grid's own indices, by shifts and comparisons, for a causal sequence of one document or of documents of 2^k
+tokens. A test holds this arithmetic to `schedule.visits`, which counts the steps of real documents.
+"""
+
+from dataclasses import fields, replace
+
+from jaxcoder.benchmarks.attention_cycles import CHIPS, Case
+
+KERNELS = ("forward", "backward")
+FLOP = {"forward": 4, "backward": 10}
+"""Per query, key it sees, head and element of head_dim: two and five matmuls."""
+COUNTED = ("whole blocks", "edge steps", "blocks of queries")
+
+
+def blocks_of(case: Case):
+    """Block shapes of a case: the table's for the device and kernel, with the case's settings instead, cut to fit."""
+    from jaxcoder.kernels.attention.blocks_tpu import for_device
+
+    table = for_device(CHIPS[case.device].kind)[KERNELS.index(case.kernel)]
+    return replace(table, **dict(case.settings)).fit(case.length, case.length, case.heads // case.groups)
+
+
+def setting_names() -> list[str]:
+    from jaxcoder.kernels.attention.schedule import Blocks
+
+    return [field.name for field in fields(Blocks)]
+
+
+def choices(kernel: str) -> dict[str, tuple[int, ...]]:
+    """Values that `--tune` tries, of the fields that the block shapes have."""
+    tried = {
+        "chunk_heads": (1, 2, 4),
+        "block_q": (128, 256),
+        "block_kv": (512, 1024, 2048),
+        "edge_kv": (256, 512, 1024),
+    }
+    return {name: values for name, values in tried.items() if name in setting_names()}
+
+
+def allows(kernel: str, settings: dict[str, int]) -> bool:
+    return settings["block_kv"] % settings["edge_kv"] == 0
+
+
+def trace(case: Case):
+    """See `attention_cycles.CONTESTANTS`. Causal, with segment ids, bf16."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcoder.kernels.attention import api, flash_tpu_kernels
+
+    blocks = blocks_of(case)
+    api.for_device = lambda kind: (blocks, blocks)
+    if case.is_walked:
+        flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document)
+    attend = partial(api.attention, dropout_rate=case.dropout_rate, implementation="flash_tpu")
+
+    def forward(q, k, v, key, ids):
+        return attend(q, k, v, dropout_key=key, segment_ids=ids)
+
+    def both(q, k, v, key, ids):
+        return jax.vjp(lambda *x: forward(*x, key, ids), q, k, v)[1](q)
+
+    def shape(dtype, *dims):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    q = shape(jnp.bfloat16, case.batch, case.length, case.heads, case.head_dim)
+    kv = shape(jnp.bfloat16, case.batch, case.length, case.groups, case.head_dim)
+    key, ids = shape(jnp.uint32, 2), shape(jnp.int32, case.batch, case.length)
+    function = forward if case.kernel == "forward" else both
+    return function, (q, kv, kv, key, ids), f"^flash_{case.kernel}"
+
+
+def arithmetic_visits(blocks, document: int | None, *place):
+    """What `schedule.visits` says of one block of queries, the last of `place`, by shifts alone.
+
+    document: tokens of each document, a power of two and a multiple of block_q; None: one document of any length.
+    Sizes of blocks are powers of two. One span.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxcoder.kernels.attention.schedule import Visits
+
+    def shift(x, size: int):
+        return jax.lax.shift_right_logical(x, jnp.int32(size.bit_length() - 1))
+
+    first, zero = place[-1] * blocks.block_q, jnp.int32(0)
+    start = zero if document is None else shift(first, document) * document
+    full = shift(start + blocks.block_kv - 1, blocks.block_kv)
+    fulls = jnp.where(shift(first + 1, blocks.block_kv) > full, shift(first + 1, blocks.block_kv) - full, zero)
+    edge, edge_end = shift(start, blocks.edge_kv), shift(first + blocks.block_q + blocks.edge_kv - 1, blocks.edge_kv)
+    per_full = blocks.block_kv // blocks.edge_kv
+    before = jnp.where(fulls > 0, full * per_full - edge, edge_end - edge)
+    return Visits(
+        edge=edge, edges_before=before, edges=edge_end - edge - fulls * per_full, full=full, fulls=fulls, span=zero
+    )
+
+
+def visits_of(case: Case, segment_ids=None):
+    """The schedule of a case, `schedule.Visits`; of real documents, ids (B, S), where they are given."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
+    from jaxcoder.kernels.attention.schedule import intervals, visits
+
+    if segment_ids is None:
+        documents = np.arange(case.length) // (case.document or case.length) + 1
+        segment_ids = np.broadcast_to(documents, (case.batch, case.length))
+    zero, ids, blocks = jnp.int32(0), jnp.asarray(segment_ids, jnp.int32), blocks_of(case)
+    context = AttentionContext(
+        segment_ids=ids, kv_segment_ids=ids, q_offset=zero, batch_offset=zero, head_offset=zero, dropout_key=None
+    )
+    seen = intervals(AttentionSpec(causal=True, scale=1.0, dropout_rate=0.0), context, *ids.shape, case.length)
+    return visits(seen, blocks, -(-case.length // blocks.span_kv))
+
+
+def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
+    """What COUNTED names, over the whole grid of a case; of real documents, ids (B, S), where they are given."""
+    todo, blocks = visits_of(case, segment_ids), blocks_of(case)
+    folds = case.heads // blocks.heads
+    return tuple(float(folds * x) for x in (todo.fulls.sum(), todo.edges.sum(), todo.fulls[:, 0].size))

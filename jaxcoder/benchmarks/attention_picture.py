@@ -1,0 +1,130 @@
+"""`jaxcoder bench attention --picture FILE`: the schedule of a packed batch as an SVG, drawn from the schedule itself.
+
+One square a sequence: queries downwards, keys to the right. Whole blocks, edge steps and what the mask lets through are
+drawn from `schedule.visits` and the documents; what a tile of tokamax's would add is the outline behind them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jaxcoder.benchmarks import attention_documents, attention_tokamax
+from jaxcoder.benchmarks.attention_cycles import Case
+
+LENGTH = 8192
+SIDE = 400
+"""Pixels of a square."""
+ROWS = 2
+COLOURS = {"document": "#d9d9d9", "whole": "#2c7fb8", "edge": "#fdae61", "tokamax": "#de2d26"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What `--picture` reports."""
+
+    file: Path
+    sentence: str
+    exit_code: int = 0
+
+    def text(self) -> str:
+        return f"{self.sentence}\nWrote {self.file}"
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.file.read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def run(file: Path) -> Picture:
+    ids = attention_documents.packed("log-normal, median 1000, sigma 1.2", ROWS, LENGTH, seed=3)
+    drawn, visited = draw(ids)
+    file.write_text(drawn, encoding="utf-8")
+    return Picture(file, f"{ROWS} sequences of {LENGTH}: {visited:.2f} of the causal triangle is visited.")
+
+
+def draw(ids: np.ndarray) -> tuple[str, float]:
+    """The SVG of sequences of segment ids (B, S), and the visited part of their causal triangles."""
+    case = Case(device="v5p", contestant="ours", kernel="forward", length=ids.shape[1], heads=16, batch=len(ids))
+    shapes, area = [], 0
+    for row, one in enumerate(ids):
+        left = row * (SIDE + 20)
+        shapes.append(f'<g transform="translate({left},0)"><rect width="{SIDE}" height="{SIDE}" class="frame"/>')
+        shapes += [_rect("tokamax", *tile, ids.shape[1]) for tile in tokamax_tiles(ids)]
+        for kind, *rectangle in steps(case, ids, row):
+            shapes.append(_rect(kind, *rectangle, ids.shape[1]))
+            area += (rectangle[1] - rectangle[0]) * (rectangle[3] - rectangle[2])
+        shapes += [_triangle(first, end, ids.shape[1]) for first, end in documents(one)]
+        shapes.append("</g>")
+    width = len(ids) * (SIDE + 20) - 20
+    style = "".join(f".{name}{{fill:{colour}}}" for name, colour in COLOURS.items() if name != "tokamax")
+    style += f".tokamax{{fill:none;stroke:{COLOURS['tokamax']};stroke-dasharray:3 2}}.frame{{fill:#fff;stroke:#999}}"
+    style += ".document{fill-opacity:0;stroke:#222;stroke-width:.8}text{font:13px sans-serif}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1 -1 {width + 2} {SIDE + 30}"><style>{style}</style>'
+        + "".join(shapes)
+        + _legend()
+        + "</svg>\n"
+    ), area / (len(ids) * ids.shape[1] * (ids.shape[1] + 1) / 2)
+
+
+def steps(case: Case, ids: np.ndarray, row: int) -> list[tuple[str, int, int, int, int]]:
+    """Every step of a sequence: (whole or edge, first query, last + 1, first key, last + 1)."""
+    from jaxcoder.benchmarks.attention_ours import blocks_of, visits_of
+
+    blocks, todo = blocks_of(case), visits_of(case, ids)
+    per_full, found = blocks.block_kv // blocks.edge_kv, []
+    for span in range(todo.fulls.shape[1]):
+        for block in range(todo.fulls.shape[2]):
+            one = {name: int(getattr(todo, name)[row, span, block]) for name in todo._fields}
+            queries, keys = (block * blocks.block_q, (block + 1) * blocks.block_q), span * blocks.span_kv
+            for i in range(one["fulls"]):
+                first = keys + (one["full"] + i) * blocks.block_kv
+                found.append(("whole", *queries, first, first + blocks.block_kv))
+            for i in range(one["edges"]):
+                skipped = one["fulls"] * per_full if i >= one["edges_before"] else 0
+                first = keys + (one["edge"] + i + skipped) * blocks.edge_kv
+                found.append(("edge", *queries, first, first + blocks.edge_kv))
+    return found
+
+
+def tokamax_tiles(ids: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """The tiles that tokamax's rule visits, the same for every sequence of the batch."""
+    settings = attention_tokamax.SETTINGS["v5p"]["forward"]
+    case = Case(
+        device="v5p", contestant="tokamax", kernel="forward", length=ids.shape[1], heads=1,
+        settings=tuple(settings.items()),
+    )  # fmt: skip
+    block_q, block_kv = settings["block_q"], settings["block_kv"]
+    return [
+        (i * block_q, (i + 1) * block_q, j * block_kv, (j + 1) * block_kv)
+        for i, j in zip(*np.nonzero(attention_tokamax.visited(case, ids)), strict=True)
+    ]
+
+
+def documents(ids: np.ndarray) -> list[tuple[int, int]]:
+    """First token and last + 1 of every document of one sequence."""
+    borders = np.flatnonzero(np.diff(ids, prepend=ids[0] - 1, append=ids[-1] + 1))
+    return list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
+
+
+def _rect(kind: str, top: int, bottom: int, left: int, right: int, length: int) -> str:
+    x, y, width, height = (f"{SIDE * n / length:g}" for n in (left, top, right - left, bottom - top))
+    return f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}"/>'
+
+
+def _triangle(first: int, end: int, length: int) -> str:
+    a, b = (f"{SIDE * n / length:g}" for n in (first, end))
+    return f'<path class="document" d="M{a} {a}V{b}H{b}Z"/>'
+
+
+def _legend() -> str:
+    said = (
+        ["whole", "whole blocks: no mask"],
+        ["edge", "edge steps: masked"],
+        ["tokamax", "tokamax's tiles, this batch"],
+    )
+    found, left = [], 0
+    for kind, text in said:
+        found.append(f'<rect class="{kind}" x="{left}" y="{SIDE + 10}" width="14" height="14"/>')
+        found.append(f'<text x="{left + 20}" y="{SIDE + 22}">{text}</text>')
+        left += 40 + 8 * len(text)
+    return "".join([*found, f'<text x="{left}" y="{SIDE + 22}">black: what the mask lets through</text>'])
