@@ -167,11 +167,11 @@ def _ratio(args: argparse.Namespace, kernel: str) -> Report:
             if "ours" in totals and name != "ours":
                 rows[-1]["ratio"] = totals[name] / totals["ours"]
     return Report(
-        title=f"{args.device} {kernel}: cycles a head of one causal document, {args.length} x {args.head_dim}",
+        title=f"{args.device} {kernel}: cycles a head, {args.length} causal tokens, head_dim {args.head_dim}",
         settings={"heads of ours": args.num_heads, "heads of a peer": 1},
         columns={
-            "who": "", "settings": "blocks", "costs": "cycles of each", "residual": "residual", "documents": "documents",
-            "cycles": "cycles", "total": "together", "useful": "useful", "ratio": "x ours", "why": "",
+            "who": "", "settings": "blocks", "costs": "cycles of each", "residual": "residual",
+            "documents": "documents", "cycles": "cycles", "total": "together", "useful": "useful", "ratio": "x ours", "why": "",
         },
         rows=rows,
         targets=_targets(args, kernel, totals),

@@ -1,7 +1,7 @@
 """`jaxcoder bench attention --tune`: search the block sizes of ours, or of a peer's kernels, by estimated cycles.
 
-From the settings that are known as the best so far, one value is changed at a time; where that is better the search
-goes on from there, until no single change helps. Every candidate is estimated at 4096 tokens, in a process of its own;
+From the settings that are known as the best so far, one setting after the other is given all its values and keeps the
+best of them, until a whole round changes nothing. Every candidate is estimated at 4096 tokens, in a process of its own;
 what is known is not estimated again. Candidates are ranked by the cycles a head of one causal sequence of `--length`
 tokens: cycles walked / blocks walked x blocks visited. That orders settings; the table of ratios then fits the best.
 """
@@ -45,11 +45,11 @@ def search(args: argparse.Namespace, name: str, kernel: str) -> Report:
         return tried[case.settings]["cycles"] or float("inf")
 
     best = start(args, name, kernel)
-    while True:
-        better = min(neighbours(best), key=cycles)
-        if cycles(better) >= cycles(best):
-            break
-        best = better
+    previous = None
+    while best != previous:
+        previous = best
+        for field in contestant(name).choices(kernel):
+            best = min(values_of(best, field), key=cycles)
     return Report(
         title=f"{args.device} {name} {kernel}: settings, best first, cycles a head of {args.length} causal tokens",
         settings={"walked": WALKED},
@@ -70,14 +70,13 @@ def start(args: argparse.Namespace, name: str, kernel: str) -> Case:
     return replace(case, settings=tuple(sorted((table | given).items())))
 
 
-def neighbours(case: Case) -> list[Case]:
-    """All cases with one setting changed."""
-    module, settings, found = contestant(case.contestant), dict(case.settings), []
-    for field, values in module.choices(case.kernel).items():
-        for value in values:
-            other = settings | {field: value}
-            if value != settings[field] and module.allows(case.kernel, other):
-                found.append(replace(case, settings=tuple(sorted(other.items()))))
+def values_of(case: Case, field: str) -> list[Case]:
+    """The case, and after it those with another value of one setting."""
+    module, settings, found = contestant(case.contestant), dict(case.settings), [case]
+    for value in module.choices(case.kernel)[field]:
+        other = settings | {field: value}
+        if value != settings[field] and module.allows(case.kernel, other):
+            found.append(replace(case, settings=tuple(sorted(other.items()))))
     return found
 
 
