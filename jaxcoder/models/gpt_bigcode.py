@@ -2,6 +2,10 @@
 
 Shapes: B batch, S query length, T cache slots, D embed, H heads, G key/value heads, K head_dim, F mlp, V vocab,
 P positions, L layers. Weights are fp32 with kernels [in, out]; the layers are one Block whose arrays have a leading L.
+
+Blocks, linear maps and norms see the shards of one device (sharding/ops.py). The residual stream x is whole in D and,
+in training, split along S over the devices that share the heads and the MLP ("seq" of the rules): every half of a block
+gathers its normed input once, and sums its output back into shards. Weights are gathered over "embed" where used.
 Reference: Allal et al. 2023 (arXiv 2301.03988), Li et al. 2023 (arXiv 2305.06161).
 """
 
@@ -18,13 +22,26 @@ from jax.sharding import PartitionSpec
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.kernels.attention.api import attention
 from jaxcoder.kernels.dropout.api import Site, fold_in, keep_mask
-from jaxcoder.sharding.ops import lookup, on_each_device, reshard, shard_index
+from jaxcoder.sharding.ops import (
+    gather,
+    gather_weight,
+    lookup,
+    on_each_device,
+    own_part,
+    reshard,
+    shard_index,
+    specs_of,
+    sum_shards,
+)
 from jaxcoder.sharding.rules import ShardingRules
 
 REMAT_POLICIES = {
-    "minimal": jax.checkpoint_policies.save_only_these_names("q", "kv", "attention", "mlp_up"),
+    "minimal": jax.checkpoint_policies.save_only_these_names("q", "kv", "attention", "middle", "mlp_up"),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
+"""What the backward pass finds of a block beside its input x: of q, attention and mlp_up a device keeps its own heads and
+columns of whole sequences, of x and of middle, the stream between the halves, its part of the sequence. With middle kept,
+no matmul is computed twice and no sum over devices made twice; norms, their gathered outputs and gelu are computed again."""
 
 
 @jax.tree_util.register_dataclass
@@ -87,23 +104,34 @@ class GPTBigCode(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout: Dropout | None = None,
     ) -> jax.Array:
-        """Hidden states (B, S, D) after the last norm, in the compute dtype.
+        """Hidden states (B, S, D) after the last norm, in the compute dtype, split along S as the rules' "seq" says.
 
         Args:
             tokens: int32 (B, S). positions: int32 (B, S), default 0 .. S-1.
             segment_ids: int32 (B, S), one id per document, 0 for pads; None lets attention run across documents.
             dropout: randomness of training; None turns dropout off.
         """
-        x = self._embed(tokens, positions, dropout)
+        rules = self.rules.for_length(tokens.shape[1])
+        ids = rules.spec("batch", None)
+        randomness = None if dropout is None else Dropout(key=PartitionSpec(), rows=rules.spec("batch"))
 
-        def block(x, layer_and_index):
-            layer, index = layer_and_index
-            return layer(x, index, segment_ids, dropout), None
+        def local(model, tokens, positions, segment_ids, dropout):
+            x = model._embed(tokens, positions, dropout, rules)
 
-        if self.compute.remat != "none":
-            block = jax.checkpoint(block, policy=REMAT_POLICIES[self.compute.remat], prevent_cse=False)
-        x, _ = jax.lax.scan(block, x, (self.h, jnp.arange(self.config.num_layers)))
-        return self.ln_f(x)
+            def block(x, layer_and_index):
+                layer, index = layer_and_index
+                return layer(x, index, segment_ids, dropout, rules), None
+
+            if self.compute.remat != "none":
+                block = jax.checkpoint(block, policy=REMAT_POLICIES[self.compute.remat], prevent_cse=False)
+            x, _ = jax.lax.scan(block, x, (model.h, jnp.arange(self.config.num_layers)))
+            return model.ln_f(x)
+
+        return on_each_device(
+            local,
+            in_specs=(specs_of(self), ids, ids, ids, randomness),
+            out_specs=rules.spec("batch", "seq", None),
+        )(self, tokens, positions, segment_ids, dropout)
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts, tokens (B, S) of which row b has lengths[b], into an empty cache.
@@ -121,7 +149,8 @@ class GPTBigCode(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores over the vocabulary, fp32 (..., V), of hidden states (..., D): the head is the token embedding."""
-        out_dims = ("batch", None, "vocab")[-hidden.ndim :] if hidden.ndim == 3 else ("batch", "vocab")
+        out_dims = ("batch", None, "vocab") if hidden.ndim == 3 else ("batch", "vocab")
+        hidden = reshard(hidden, self.rules.spec(*out_dims[:-1], None))
         wte = reshard(self.wte[...].astype(hidden.dtype), self.rules.spec("vocab", None))
         return jnp.einsum(
             "...d,vd->...v",
@@ -131,23 +160,40 @@ class GPTBigCode(nnx.Module):
             out_sharding=self.rules.spec(*out_dims),
         )
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array | None, dropout: Dropout | None) -> jax.Array:
-        dtype = jnp.dtype(self.compute.dtype)
-        x = lookup(self.wte[...].astype(dtype), tokens, self.rules, rows="vocab")
-        wpe = reshard(self.wpe[...].astype(dtype), self.rules.spec(None, None))
-        x = x + (wpe[: tokens.shape[1]] if positions is None else lookup(wpe, positions, self.rules, rows=None))
-        return drop(x, self.config.embed_dropout, dropout, Site.EMBED)
+    def _embed(
+        self, tokens: jax.Array, positions: jax.Array | None, dropout: Dropout | None, rules: ShardingRules
+    ) -> jax.Array:
+        dtype, embed, seq = jnp.dtype(self.compute.dtype), rules.axes("embed"), rules.axes("seq")
+        wte = gather_weight(self.wte[...].astype(dtype), embed, dim=1)
+        x = sum_shards(lookup(wte, tokens, rules.axes("vocab")), rules.axes("vocab"), into=seq, dim=1)
+        wpe = self.wpe[...].astype(dtype)
+        if positions is None:
+            x = x + gather_weight(own_part(wpe[: tokens.shape[1]], seq, dim=0), embed, dim=1)
+        else:
+            x = x + lookup(gather_weight(wpe, embed, dim=1), own_part(positions, seq, dim=1), None)
+        return drop(x, self.config.embed_dropout, dropout, Site.EMBED, rules=rules)
 
     def _with_cache(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        # The cache is carried, not scanned over: XLA then updates it in place.
-        def block(carry, layer_and_index):
-            x, cache = carry
-            layer, index = layer_and_index
-            return layer.with_cache(x, index, positions, cache), None
+        rules = self.rules.whole_sequences()
+        ids, cache_spec = rules.spec("batch", None), KVCache.spec(rules)
 
-        x = self._embed(tokens, positions, None)
-        (x, cache), _ = jax.lax.scan(block, (x, cache), (self.h, jnp.arange(self.config.num_layers)))
-        return self.ln_f(x), cache
+        def local(model, tokens, positions, k, v):
+            # The cache is carried, not scanned over: XLA then updates it in place.
+            def block(carry, layer_and_index):
+                x, k, v = carry
+                layer, index = layer_and_index
+                return layer.with_cache(x, index, positions, k, v, rules), None
+
+            x = model._embed(tokens, positions, None, rules)
+            (x, k, v), _ = jax.lax.scan(block, (x, k, v), (model.h, jnp.arange(self.config.num_layers)))
+            return model.ln_f(x), k, v
+
+        hidden, k, v = on_each_device(
+            local,
+            in_specs=(specs_of(self), ids, ids, cache_spec, cache_spec),
+            out_specs=(rules.spec("batch", None, None), cache_spec, cache_spec),
+        )(self, tokens, positions, cache.k, cache.v)
+        return hidden, KVCache(k=k, v=v, lengths=cache.lengths)
 
 
 class Block(nnx.Module):
@@ -161,25 +207,33 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rules=rules, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, layer: jax.Array, segment_ids: jax.Array | None, dropout: Dropout | None
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        segment_ids: jax.Array | None,
+        dropout: Dropout | None,
+        rules: ShardingRules,
     ) -> jax.Array:
-        rate = self.config.residual_dropout
-        x = x + drop(self.attn(self.ln_1(x), layer, segment_ids, dropout), rate, dropout, Site.ATTENTION_RESIDUAL, layer)
-        return x + drop(self.mlp(self.ln_2(x)), rate, dropout, Site.MLP_RESIDUAL, layer)
+        shed = partial(drop, rate=self.config.residual_dropout, dropout=dropout, layer=layer, rules=rules)
+        attended = self.attn(self.ln_1(x), layer, segment_ids, dropout, rules)
+        x = checkpoint_name(x + shed(attended, site=Site.ATTENTION_RESIDUAL), "middle")
+        return x + shed(self.mlp(self.ln_2(x), rules), site=Site.MLP_RESIDUAL)
 
     def with_cache(
-        self, x: jax.Array, layer: jax.Array, positions: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        attended, cache = self.attn.with_cache(self.ln_1(x), layer, positions, cache)
+        self, x: jax.Array, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, rules: ShardingRules
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same with the caches k, v (L, B, T, G, K), which get this layer's keys and values of the positions."""
+        attended, k, v = self.attn.with_cache(self.ln_1(x), layer, positions, k, v, rules)
         x = x + attended
-        return x + self.mlp(self.ln_2(x)), cache
+        return x + self.mlp(self.ln_2(x), rules), k, v
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; with G = 1 all query heads share one key and one value head."""
+    """Causal self-attention; with G = 1 all query heads share one key and one value head, which every device has. Its
+    gradient is then a sum over them: of activations within the input's, of weights once for all layers of a pass."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rules: ShardingRules, rngs: nnx.Rngs):
-        self.config, self.compute, self.rules = config, compute, rules
+        self.config, self.compute = config, compute
         D, H, G, K = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         make = partial(Linear, rules=rules, rngs=rngs)
         self.q = make((D, H, K), ("embed", "heads", None), config.init_std)
@@ -187,98 +241,80 @@ class Attention(nnx.Module):
         self.out = make((H, K, D), ("heads", None, "embed"), _residual_std(config), num_in=2)
 
     def __call__(
-        self, x: jax.Array, layer: jax.Array, segment_ids: jax.Array | None, dropout: Dropout | None
+        self,
+        x: jax.Array,
+        layer: jax.Array,
+        segment_ids: jax.Array | None,
+        dropout: Dropout | None,
+        rules: ShardingRules,
     ) -> jax.Array:
-        q, k, v = self._qkv(x)
-        return self._out(self._attend(q, k, v, layer, segment_ids, dropout))
+        q, k, v = self._qkv(x, rules)
+        attended = self._attend(q, k, v, layer, segment_ids, dropout, rules)
+        return self.out("bshk,hkd->bsd", checkpoint_name(attended, "attention"), rules)
 
     def with_cache(
-        self, x: jax.Array, layer: jax.Array, positions: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        q, k, v = self._qkv(x)
-        is_prompt = x.shape[1] > 1
-
-        def local(q, k, v, layer, positions, k_cache, v_cache):
-            slots = (layer, jnp.arange(q.shape[0])[:, None], positions)
-            k_cache = k_cache.at[slots].set(k.astype(k_cache.dtype), mode="drop")
-            v_cache = v_cache.at[slots].set(v.astype(v_cache.dtype), mode="drop")
-            if is_prompt:  # It attends to itself; its pads come last, where no token of it looks.
-                return attention(q, k, v, implementation=self.compute.attention), k_cache, v_cache
+        self, x: jax.Array, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, rules: ShardingRules
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        q, new_k, new_v = self._qkv(x, rules)
+        slots = (layer, jnp.arange(q.shape[0])[:, None], positions)
+        k = k.at[slots].set(new_k.astype(k.dtype), mode="drop")
+        v = v.at[slots].set(new_v.astype(v.dtype), mode="drop")
+        if x.shape[1] > 1:  # A prompt attends to itself; its pads come last, where no token of it looks.
+            attended = attention(q, new_k, new_v, implementation=self.compute.attention)
+        else:
             attended = attention(
                 q,
-                k_cache[layer].astype(q.dtype),
-                v_cache[layer].astype(q.dtype),
+                k[layer].astype(q.dtype),
+                v[layer].astype(q.dtype),
                 causal=False,
                 segment_ids=jnp.ones_like(positions),
-                kv_segment_ids=(jnp.arange(k_cache.shape[2])[None] <= positions).astype(jnp.int32),
+                kv_segment_ids=(jnp.arange(k.shape[2])[None] <= positions).astype(jnp.int32),
             )
-            return attended, k_cache, v_cache
+        return self.out("bshk,hkd->bsd", attended, rules), k, v
 
-        q_spec, kv_spec = self._attention_specs()
-        cache_spec, row_spec = KVCache.spec(self.rules), self.rules.spec("batch", None)
-        attended, k_cache, v_cache = on_each_device(
-            local,
-            in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(), row_spec, cache_spec, cache_spec),
-            out_specs=(q_spec, cache_spec, cache_spec),
-        )(q, k, v, layer, positions, cache.k, cache.v)
-        return self._out(attended), KVCache(k=k_cache, v=v_cache, lengths=cache.lengths)
-
-    def _qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q = self.q("bsd,dhk->bshk", x, self.rules.spec("batch", None, "heads", None))
-        kv = self.kv("bsd,dcgk->bscgk", x, self.rules.spec("batch", None, None, "kv_heads", None))
+    def _qkv(self, x: jax.Array, rules: ShardingRules) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x = gather(x, rules.axes("seq"), dim=1)
+        q, kv = self.q("bsd,dhk->bshk", x, rules), self.kv("bsd,dcgk->bscgk", x, rules)
         q, kv = checkpoint_name(q, "q"), checkpoint_name(kv, "kv")
         return q, kv[:, :, 0], kv[:, :, 1]
 
-    def _out(self, attended: jax.Array) -> jax.Array:
-        attended = checkpoint_name(attended, "attention")
-        return self.out("bshk,hkd->bsd", attended, self.rules.spec("batch", None, None))
-
-    def _attend(self, q, k, v, layer, segment_ids, dropout: Dropout | None) -> jax.Array:
-        """Runs the attention operation on each device's own rows and heads."""
+    def _attend(self, q, k, v, layer, segment_ids, dropout: Dropout | None, rules: ShardingRules) -> jax.Array:
+        """The attention operation on a device's own rows and heads, whose global numbers the dropout bits depend on."""
         use_dropout = dropout is not None and self.config.attention_dropout > 0.0
-        key = fold_in(dropout.key, Site.ATTENTION, layer) if use_dropout else None
-        rows = dropout.rows if use_dropout else None
-
-        q_spec, kv_spec = self._attention_specs()
-
-        def local(q, k, v, segment_ids, key, rows):
-            return attention(
-                q,
-                k,
-                v,
-                segment_ids=segment_ids,
-                batch_offset=0 if rows is None else rows[0],
-                head_offset=0 if q_spec is None else shard_index(q_spec[2]) * q.shape[2],
-                dropout_rate=self.config.attention_dropout if use_dropout else 0.0,
-                dropout_key=key,
-                implementation=self.compute.attention,
-            )
-
-        in_specs = (q_spec, kv_spec, kv_spec, self.rules.spec("batch", None), PartitionSpec(), self.rules.spec("batch"))
-        return on_each_device(local, in_specs=in_specs, out_specs=q_spec)(q, k, v, segment_ids, key, rows)
-
-    def _attention_specs(self) -> tuple[PartitionSpec | None, PartitionSpec | None]:
-        """Of q (B, S, H, K) and of k, v (B, S, G, K)."""
-        return self.rules.spec("batch", None, "heads", None), self.rules.spec("batch", None, "kv_heads", None)
+        return attention(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            batch_offset=dropout.rows[0] if use_dropout else 0,
+            head_offset=shard_index(rules.axes("heads")) * q.shape[2],
+            dropout_rate=self.config.attention_dropout if use_dropout else 0.0,
+            dropout_key=fold_in(dropout.key, Site.ATTENTION, layer) if use_dropout else None,
+            implementation=self.compute.attention,
+        )
 
 
 class MLP(nnx.Module):
     """down(gelu(up(x))), four times as wide inside."""
 
     def __init__(self, config: ModelConfig, *, rules: ShardingRules, rngs: nnx.Rngs):
-        self.approximate, self.rules = config.activation == "gelu_tanh", rules
+        self.approximate = config.activation == "gelu_tanh"
         D, F = config.embed_dim, config.mlp_dim
         self.up = Linear((D, F), ("embed", "mlp"), config.init_std, rules=rules, rngs=rngs)
         self.down = Linear((F, D), ("mlp", "embed"), _residual_std(config), rules=rules, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = checkpoint_name(self.up("bsd,df->bsf", x, self.rules.spec("batch", None, "mlp")), "mlp_up")
-        x = jax.nn.gelu(x, approximate=self.approximate)
-        return self.down("bsf,fd->bsd", x, self.rules.spec("batch", None, None))
+    def __call__(self, x: jax.Array, rules: ShardingRules) -> jax.Array:
+        x = self.up("bsd,df->bsf", gather(x, rules.axes("seq"), dim=1), rules)
+        x = jax.nn.gelu(checkpoint_name(x, "mlp_up"), approximate=self.approximate)
+        return self.down("bsf,fd->bsd", x, rules)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias; kernel (in..., out...) with `num_in` in dims, bias (out...)."""
+    """x @ kernel + bias; kernel (in..., out...) with `num_in` in dims, bias (out...).
+
+    x (B, S, in...) has whole sequences and a device's own part of the in dims. Out dims that are split stay so; where
+    in dims are, the output is the sum over the devices, in parts of the sequence.
+    """
 
     def __init__(
         self,
@@ -290,14 +326,19 @@ class Linear(nnx.Module):
         rules: ShardingRules,
         rngs: nnx.Rngs,
     ):
+        self.dims, self.num_in = dims, num_in
         self.kernel = _normal(rngs, std, shape, rules.spec(*dims))
         # A bias is added to activations, whose embed dim is whole.
         bias_dims = (None if dim == "embed" else dim for dim in dims[num_in:])
         self.bias = nnx.Param(reshard(jnp.zeros(shape[num_in:], jnp.float32), rules.spec(*bias_dims)))
 
-    def __call__(self, equation: str, x: jax.Array, out_sharding: PartitionSpec | None) -> jax.Array:
+    def __call__(self, equation: str, x: jax.Array, rules: ShardingRules) -> jax.Array:
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return jnp.einsum(equation, x, kernel, out_sharding=out_sharding) + bias
+        embed = self.dims.index("embed")
+        y = jnp.einsum(equation, x, gather_weight(kernel, rules.axes("embed"), dim=embed))
+        if embed >= self.num_in:
+            y = sum_shards(y, rules.axes(self.dims[0]), into=rules.axes("seq"), dim=1)
+        return y + bias
 
 
 class LayerNorm(nnx.Module):
@@ -316,15 +357,20 @@ class LayerNorm(nnx.Module):
 
 
 def drop(
-    x: jax.Array, rate: float, dropout: Dropout | None, site: Site, layer: jax.Array | int = 0
+    x: jax.Array,
+    rate: float,
+    dropout: Dropout | None,
+    site: Site,
+    layer: jax.Array | int = 0,
+    *,
+    rules: ShardingRules,
 ) -> jax.Array:
-    """Dropout of activations (B, S, D); each element's bit depends on its global coordinates only."""
+    """Dropout of a device's activations (B, S, D); each element's bit depends on its global coordinates only."""
     if dropout is None or rate == 0.0:
         return x
     key = fold_in(dropout.key, site, layer)
-    keep = keep_mask(
-        key, rate, dropout.rows[:, None, None], jnp.arange(x.shape[1])[:, None], jnp.arange(x.shape[2])
-    )
+    positions = shard_index(rules.axes("seq")) * x.shape[1] + jnp.arange(x.shape[1])
+    keep = keep_mask(key, rate, dropout.rows[:, None, None], positions[:, None], jnp.arange(x.shape[2]))
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 

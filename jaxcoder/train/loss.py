@@ -10,8 +10,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxcoder.sharding.ops import reshard, shard_index
-from jaxcoder.sharding.rules import ShardingRules, axes_of
+from jaxcoder.sharding.ops import gather, gather_weight, on_each_device, shard_index
+from jaxcoder.sharding.rules import ShardingRules
 
 
 def token_losses(
@@ -23,15 +23,13 @@ def token_losses(
         hidden: (B, S, D) in the compute dtype. wte: the head (V, D), fp32. targets: int32 (B, S).
         chunk_size: vocabulary rows at a time, per device.
     """
-    wte = wte.astype(hidden.dtype)
-    if jax.sharding.get_abstract_mesh().empty:
-        log_sum_exp, target_logit = _local(hidden, wte, targets, chunk_size)
-        return log_sum_exp - target_logit
-    vocab_spec = rules.spec("vocab", None)
-    vocab_axes = axes_of(vocab_spec[0])
+    rules = rules.for_length(targets.shape[1])
+    vocab_axes = rules.axes("vocab")
 
-    def sharded(hidden, wte, targets):
-        first = shard_index(vocab_spec[0]) * wte.shape[0]
+    def local(hidden, wte, targets):
+        hidden = gather(hidden, rules.axes("seq"), dim=1)
+        wte = gather_weight(wte.astype(hidden.dtype), rules.axes("embed"), dim=1)
+        first = shard_index(vocab_axes) * wte.shape[0]
         log_sum_exp, target_logit = _local(hidden, wte, targets - first, chunk_size)
         if vocab_axes:
             largest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_exp), vocab_axes)
@@ -39,11 +37,9 @@ def token_losses(
             target_logit = jax.lax.psum(target_logit, vocab_axes)
         return log_sum_exp - target_logit
 
-    batch_spec = rules.spec("batch", None)
-    in_specs = (rules.spec("batch", None, None), vocab_spec, batch_spec)
-    return jax.shard_map(sharded, in_specs=in_specs, out_specs=batch_spec, check_vma=False)(
-        hidden, reshard(wte, vocab_spec), targets
-    )
+    ids = rules.spec("batch", None)
+    in_specs = (rules.spec("batch", "seq", None), rules.spec("vocab", "embed"), ids)
+    return on_each_device(local, in_specs=in_specs, out_specs=ids)(hidden, wte, targets)
 
 
 def _local(hidden, wte, targets, chunk_size):

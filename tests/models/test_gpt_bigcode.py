@@ -14,6 +14,7 @@ from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
 from jaxcoder.kernels.dropout.api import make_key
 from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode, KVCache
 from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.sharding.ops import lookup, on_each_device, specs_of
 from jaxcoder.sharding.rules import ShardingRules
 
 CONFIG = ModelConfig(
@@ -146,26 +147,56 @@ def test_rules_refuse_one_axis_twice():
             ShardingRules().spec("heads", "mlp")
 
 
-def test_no_activation_is_gathered_for_the_embedding_gradient():
-    """XLA's own partitioning of a gather replicates activations in the backward pass; ours gathers tables only."""
-    config = replace(CONFIG, max_seq_len=512, vocab_size=1024)
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+def collectives_of_the_embedding(length, config):
+    """(op, elements of its result) of every collective in the embedding's forward and backward pass, on (1, 4, 2)."""
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))):
+        model = jax.eval_shape(lambda: GPTBigCode(config, FP32, rngs=nnx.Rngs(0)))
+        rules = model.rules.for_length(length)
 
-    def gathered(embed):
         def gradients(model, tokens):
+            embed = on_each_device(
+                lambda model, tokens: model._embed(tokens, None, None, rules),
+                in_specs=(specs_of(model), rules.spec("batch", None)),
+                out_specs=rules.spec("batch", "seq", None),
+            )
             return jax.grad(lambda model: jnp.square(embed(model, tokens)).sum())(model).wte[...]
 
-        with jax.set_mesh(mesh):
-            model = jax.eval_shape(lambda: GPTBigCode(config, FP32, rngs=nnx.Rngs(0)))
-            sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
-            tokens = jax.ShapeDtypeStruct((256, 512), jnp.int32, sharding=sharding)
-            text = jax.jit(gradients).lower(model, tokens).compile().as_text()
-        shapes = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
-        return max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes)
+        tokens = jax.ShapeDtypeStruct(
+            (256, length), jnp.int32, sharding=NamedSharding(jax.sharding.get_mesh(), rules.spec("batch", None))
+        )
+        text = jax.jit(gradients).lower(model, tokens).compile().as_text()
+    ops = re.findall(r"= \w+\[([\d,]+)\]\S* (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", text)
+    return sorted((op, int(np.prod([int(n) for n in shape.split(",")]))) for shape, op in ops)
 
-    def plain(model, tokens):
-        return model.wte[...].at[tokens].get(out_sharding=PartitionSpec(("data", "fsdp"), None, None))
 
-    local_activations = 256 * 512 * config.embed_dim / 4
-    assert gathered(plain) >= local_activations
-    assert gathered(lambda model, tokens: model._embed(tokens, None, None)) <= config.vocab_size * config.embed_dim
+def test_no_activation_is_gathered_for_the_embedding_gradient():
+    """XLA's own partitioning of a gather replicates activations in the backward pass; ours gathers the table, and
+    activations once over `tensor`: a device has 64 rows of 512 tokens, and in the stream half of each."""
+    config = replace(CONFIG, max_seq_len=512, vocab_size=1024)
+    D = config.embed_dim
+    tokens, positions, activations = 512 * D, 256 * D, 64 * 512 * D  # the two tables, and the activations
+    assert [found for found in collectives_of_the_embedding(512, config) if found[0] != "all-reduce"] == [
+        ("all-gather", positions), ("all-gather", tokens), ("all-gather", activations),
+        ("reduce-scatter", tokens // 4), ("reduce-scatter", activations // 2),
+    ]  # fmt: skip
+
+
+def test_frequent_tokens_lose_nothing_of_their_gradient():
+    """In bfloat16 one by one, a sum of ones would end at 256."""
+    ids = jnp.asarray([0] * 5000 + [1])
+    table = jnp.zeros((2, 4), jnp.bfloat16)
+    gradient = jax.jit(jax.grad(lambda table: lookup(table, ids, None).astype(jnp.float32).sum()))(table)
+    assert float(gradient[0, 0]) == pytest.approx(5000, rel=0.005) and gradient[1, 0] == 1
+
+
+@pytest.mark.parametrize("length", [40, 39], ids=["split", "whole"])
+def test_sequences_of_any_length_score_the_same_on_a_mesh(length):
+    """40 tokens are split over the four devices of `tensor`, 39 stay whole."""
+    tokens = TOKENS[:, :length]
+    expected = scores(make(), tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))) as _:
+        model = jax.jit(make)()
+        rows = jax.device_put(tokens, NamedSharding(jax.sharding.get_mesh(), PartitionSpec(("data", "fsdp"))))
+        hidden = jax.jit(lambda model, rows: model(rows))(model, rows)
+        assert hidden.sharding.spec[1] == ("tensor" if length == 40 else None)
+        np.testing.assert_allclose(scores(model, rows), expected, atol=1e-5)

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.data.loader import make_batch
 from jaxcoder.kernels.dropout.api import Site, make_key
 from jaxcoder.models.gpt_bigcode import Dropout, drop
 from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.sharding.ops import on_each_device
 from jaxcoder.train.inputs import place
 from jaxcoder.train.state import initial_state
 from jaxcoder.train.step import make_train_step
@@ -123,23 +124,26 @@ def masks(shape: tuple[int, int, int], kv_heads: int) -> tuple[np.ndarray, np.nd
         mesh = make_mesh(MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]))
 
     with jax.set_mesh(mesh):
-        attention = jax.eval_shape(lambda: initial_state(run)).model.h.attn  # its weights play no part
-        q_spec, kv_spec = attention._attention_specs()
-
-        def reveal(q, k, v, x, rows):
-            """Every value is the unit vector of its key, and all queries are alike: what comes out are the masks."""
-            dropout = Dropout(key=make_key(5, 3), rows=rows)
-            return attention._attend(q, k, v, jnp.int32(1), None, dropout), drop(x, 0.4, dropout, Site.MLP_RESIDUAL, 1)
-
-        length = run.model.head_dim
+        model = jax.eval_shape(lambda: initial_state(run)).model
+        rules, length = model.rules, run.model.head_dim
         values = np.zeros((NUM_ROWS, length, kv_heads, length), np.float32) + np.eye(length, dtype=np.float32)[:, None]
+        q_spec, kv_spec = (rules.spec("batch", None, heads, None) for heads in ("heads", "kv_heads"))
         arrays = [
             (np.zeros((NUM_ROWS, length, 8, length), np.float32), q_spec),
             (np.zeros_like(values), kv_spec),
             (values, kv_spec),
-            (np.ones((NUM_ROWS, length, 32), np.float32), PartitionSpec(("data", "fsdp"), None, None)),
-            (np.arange(NUM_ROWS, dtype=np.int32), PartitionSpec(("data", "fsdp"))),
+            (np.ones((NUM_ROWS, SEQ_LEN, 32), np.float32), rules.spec("batch", "seq", None)),
+            (np.arange(NUM_ROWS, dtype=np.int32), rules.spec("batch")),
         ]
+
+        def reveal(q, k, v, x, rows):
+            """Every value is the unit vector of its key, and all queries are alike: what comes out are the masks."""
+            dropout = Dropout(key=make_key(5, 3), rows=rows)
+            attended = model.h.attn._attend(q, k, v, jnp.int32(1), None, dropout, rules)  # weights play no part
+            return attended, drop(x, 0.4, dropout, Site.MLP_RESIDUAL, 1, rules=rules)
+
+        specs = tuple(spec for _, spec in arrays)
+        reveal = on_each_device(reveal, in_specs=specs, out_specs=(q_spec, specs[3]))
         arguments = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
         attended, features = jax.jit(reveal)(*arguments)
         return np.asarray(attended) != 0, np.asarray(features) != 0
