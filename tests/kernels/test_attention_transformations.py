@@ -31,7 +31,7 @@ def whole(q, k, v, segments):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shards_of_heads_and_keys_make_the_whole(implementation):
-    """Heads over `tensor`, keys over `context`: each device has all queries and a part of the keys, with its q_offset."""
+    """Heads over `tensor`, keys over `context`: a device has all queries and a part of the keys, with its q_offset."""
     q, k, v, segments = draw()
     mesh = jax.make_mesh((2, 2), ("context", "tensor"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
 

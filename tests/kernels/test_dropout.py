@@ -57,7 +57,9 @@ def attention_masks():
     return ~np.stack(masks)
 
 
-@pytest.mark.parametrize("kept_dims", [(0,), (1,), (2,), (3,), (0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (0, 1, 2), (0, 1, 3)])
+@pytest.mark.parametrize(
+    "kept_dims", [(0,), (1,), (2,), (3,), (0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (0, 1, 2), (0, 1, 3)]
+)
 def test_no_layer_head_row_or_key_is_dropped_more_than_others(attention_masks, kept_dims):
     """Chi-square over the counts of each: binomials, whose squares add up to their number."""
     summed = tuple(i for i in range(4) if i not in kept_dims)
@@ -70,8 +72,11 @@ def test_no_layer_head_row_or_key_is_dropped_more_than_others(attention_masks, k
 
 
 @pytest.mark.parametrize(
-    "shift", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 1, 1, 0), (1, 1, 0, 0), (0, 0, 128, 0),
-              (0, 0, 0, 128), (2, 3, 5, 7)],
+    "shift",
+    [
+        (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 1, 1), (0, 1, 1, 0), (1, 1, 0, 0), (2, 3, 5, 7),
+        (0, 0, 128, 0), (0, 0, 0, 128),
+    ],
 )  # fmt: skip
 def test_what_is_dropped_at_one_place_says_nothing_about_another(attention_masks, shift):
     """Chi-square of the 2 x 2 table of two places, `shift` apart in layer, head, query and key."""

@@ -1,4 +1,4 @@
-"""The kernels interpreted as on two cores that race, with memory that is NaN until written and reads that must be inside."""
+"""The kernels as on two cores that race, with memory that is NaN until it is written, and reads that must be inside."""
 
 from dataclasses import replace
 

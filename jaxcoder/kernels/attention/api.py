@@ -90,7 +90,7 @@ def attention(
 
 
 def _best(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else our kernels where device, dtypes and shape have them."""
+    """`reference` for one query, where blocks gain nothing; else our kernels where device, dtypes, shape have them."""
     if q.shape[1] == 1:
         return "reference"
     platform, kind = _device()
@@ -134,12 +134,13 @@ def _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_
             f"{shapes}."
         )
     for name, value in scalars.items():
-        if jnp.ndim(value) or not jnp.issubdtype(jnp.result_type(value), jnp.integer):
-            raise ConfigError(f"attention takes {name} as one integer, and got {jnp.result_type(value)} {jnp.shape(value)}.")
+        dtype, shape = jnp.result_type(value), jnp.shape(value)
+        if shape or not jnp.issubdtype(dtype, jnp.integer):
+            raise ConfigError(f"attention takes {name} as one integer, and got {dtype} {shape}.")
     if not 0.0 <= dropout_rate < 1.0:
         raise ConfigError(f"attention takes a dropout_rate in [0, 1), and got {dropout_rate}.")
     if dropout_rate and (dropout_key is None or dropout_key.shape != (2,) or dropout_key.dtype != jnp.uint32):
         got = "None" if dropout_key is None else f"{dropout_key.dtype} {dropout_key.shape}"
         raise ConfigError(
-            f"attention with a dropout_rate takes a dropout_key uint32 (2,), as kernels/dropout makes it, and got {got}."
+            f"attention with a dropout_rate takes a dropout_key uint32 (2,) of kernels/dropout, and got {got}."
         )

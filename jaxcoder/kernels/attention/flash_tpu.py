@@ -48,8 +48,8 @@ def attention(
     kv_len, groups = k.shape[1], k.shape[2]
     if q.dtype not in (jnp.bfloat16, jnp.float32) or k.dtype != q.dtype or v.dtype != q.dtype:
         raise ConfigError(
-            f"attention with implementation `flash_tpu` takes q, k and v all bfloat16 or all float32, and got q {q.dtype}, "
-            f"k {k.dtype}, v {v.dtype}: convert them, or take `blockwise`."
+            "attention with implementation `flash_tpu` takes q, k and v all bfloat16 or all float32, and got "
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: convert them, or take `blockwise`."
         )
     if head_dim > MOST_HEAD_DIM:
         raise ConfigError(
@@ -84,7 +84,7 @@ def _flash(forward_sizes, backward_sizes, q, k, v, seen, words):
 def _forward(sizes: Sizes, _, q, k, v, seen: Intervals, words):
     """q (B, S, H * K); k, v (B, T, G * K). Returns out (B, S, H * K) and log-sum-exp (B, H, S)."""
     table = _table(visits(seen, sizes.blocks, sizes.grid[4]))
-    out, log_sum_exp = kernels.forward(sizes, table, q, k.swapaxes(1, 2), v, *_rows(seen), words)
+    out, log_sum_exp = kernels.forward(sizes, table, q, _scaled(sizes, k).swapaxes(1, 2), v, *_rows(seen), words)
     out, log_sum_exp = checkpoint_name(out, "attention"), checkpoint_name(log_sum_exp[:, :, 0], "attention")
     return (out, log_sum_exp), (q, k, v, seen, words, out, log_sum_exp)
 
@@ -96,13 +96,14 @@ def _backward(_, sizes: Sizes, residuals, cotangents):
     by_head = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).reshape(*q.shape[:2], sizes.heads, sizes.head_dim)
     delta = by_head.sum(-1).swapaxes(1, 2) - d_lse
     statistics = (log_sum_exp * kernels.LOG2_E)[:, :, None], delta[:, :, None]
+    k_scaled = _scaled(sizes, k)
     all_visits, num_spans = visits(seen, sizes.blocks, sizes.grid[4]), sizes.grid[4]
 
     def one_span(span):
         of_span = Visits(*(jax.lax.dynamic_slice_in_dim(x, span, 1, 1) for x in all_visits))
         table = _table(of_span._replace(span=jnp.full_like(of_span.span, span)))
         return kernels.backward(
-            sizes, table, q, k, k.swapaxes(1, 2), v, d_out.astype(q.dtype), *statistics, *_rows(seen), words
+            sizes, table, q, k_scaled, k_scaled.swapaxes(1, 2), v, d_out.astype(q.dtype), *statistics, *_rows(seen), words
         )
 
     if num_spans == 1:
@@ -119,6 +120,10 @@ _flash.defvjp(_forward, _backward)
 
 def _add(total, dq, dk, dv):
     return total + dq, (dk, dv)
+
+
+def _scaled(sizes: Sizes, k):
+    return (k.astype(jnp.float32) * (sizes.spec.scale * kernels.LOG2_E)).astype(k.dtype)
 
 
 def _table(all_visits: Visits) -> jax.Array:

@@ -10,9 +10,12 @@ takes its rows chunk by chunk, and issues the scores of the next chunk before th
 matrix unit and the vector unit work at the same time; heads of a block share every load of K and V.
 
 Forward: scores (rows, keys) from K transposed; statistics (rows, 128): the maximum in every lane, the sum of each lane.
+Where the matrix unit is wider than head_dim the sums are products too: V gets columns of ones beside it, which are free.
+Only the maximum starts anew with a block of queries. What the one before left in sum and accumulator goes when a row
+sees its first key: it is shrunk by exp2(-1e30), which is zero. (So a NaN in Q spreads over its sequence and head.)
 Backward: scores transposed, (keys, rows), so that nothing is transposed in the loop; dK and dV of the span are
 accumulated in fp32 over heads and queries and leave once; dQ is finished when its block of queries is.
-Scores are in base 2: q is scaled by scale * log2(e) as it is folded.
+Scores are in base 2: K comes scaled by scale * log2(e), one head's worth of work instead of that of all query heads.
 """
 
 import math
@@ -60,6 +63,11 @@ class Sizes:
         return self.blocks.heads // self.blocks.chunk_heads
 
     @property
+    def sums_by_matmul(self) -> bool:
+        """Not with dropout, which keeps sums of all weights and products of those that are kept."""
+        return self.blocks.sums_by_matmul and not self.spec.dropout_rate
+
+    @property
     def rows(self) -> int:
         """Of a chunk."""
         return self.blocks.chunk_heads * self.blocks.block_q
@@ -93,11 +101,13 @@ def read_visits(table, grid, row, span, q_block) -> Visits:
 
 
 def forward(sizes: Sizes, table, q, k_transposed, v, start, end, words):
-    """q (B, S, H * K); k (B, G * K, T); v (B, T, G * K); start, end (B, 1, S); words (B, H, 2, S) or None.
+    """q (B, S, H * K); k (B, G * K, T), scaled; v (B, T, G * K); start, end (B, 1, S); words (B, H, 2, S) or None.
 
     Returns out (B, S, H * K) and log-sum-exp (B, H, 1, S).
     """
-    specs, chunks = Specs(sizes, sizes.grid), sizes.num_chunks
+    specs, blocks, chunks = Specs(sizes, sizes.grid), sizes.blocks, sizes.num_chunks
+    statistics = pltpu.VMEM((chunks, sizes.rows, LANES), jnp.float32)
+    acc_width = sizes.head_dim + LANES * sizes.sums_by_matmul
     return pl.pallas_call(
         partial(_forward_kernel, sizes),
         name="flash_forward",
@@ -110,10 +120,11 @@ def forward(sizes: Sizes, table, q, k_transposed, v, start, end, words):
             ],
             out_specs=[specs.q, specs.statistics],
             scratch_shapes=[
-                pltpu.VMEM((chunks, sizes.rows, sizes.head_dim), q.dtype),
-                pltpu.VMEM((chunks, sizes.rows, LANES), jnp.float32),
-                pltpu.VMEM((chunks, sizes.rows, LANES), jnp.float32),
-                pltpu.VMEM((chunks, sizes.rows, sizes.head_dim), jnp.float32),
+                pltpu.VMEM((chunks, sizes.rows, acc_width), jnp.float32),
+                statistics,
+                None if sizes.sums_by_matmul else statistics,
+                pltpu.VMEM((2, blocks.block_q, LANES), jnp.int32),
+                pltpu.VMEM((blocks.block_q, blocks.edge_kv), jnp.float32),
                 None if words is None else pltpu.VMEM((2, chunks, sizes.rows, LANES), jnp.uint32),
             ],
         ),
@@ -123,7 +134,7 @@ def forward(sizes: Sizes, table, q, k_transposed, v, start, end, words):
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=sizes.blocks.vmem_mib << 20,
+            vmem_limit_bytes=blocks.vmem_mib << 20,
         ),
         interpret=sizes.interpret,
     )(table, q, k_transposed, v, start, end, words)  # fmt: skip
@@ -131,61 +142,80 @@ def forward(sizes: Sizes, table, q, k_transposed, v, start, end, words):
 
 def _forward_kernel(
     sizes, table, q_ref, k_ref, v_ref, start_ref, end_ref, words_ref, out_ref, lse_ref,
-    rows_ref, max_ref, sum_ref, acc_ref, row_words_ref=None,
+    acc_ref, max_ref, sum_ref, seen_ref, bias_ref, row_words_ref,
 ):  # fmt: skip
-    blocks, dtype, rate = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate
+    blocks, dtype, rate, head_dim = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate, sizes.head_dim
     span = pl.program_id(4)
+
+    @pl.when((pl.program_id(3) == 0) & (span == 0))
+    def _():
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+        if not sizes.sums_by_matmul:
+            sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
     @pl.when(span == 0)
     def _():
         max_ref[...] = jnp.full(max_ref.shape, MASKED_SCORE, jnp.float32)
-        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-        for c, head, rows, lanes in _heads(sizes):
-            rows_ref[c, rows] = _scaled(q_ref[0, :, lanes], sizes)
-            for word in range(2 if rate else 0):
+        seen_ref[0], seen_ref[1] = _column(start_ref[0]), _column(end_ref[0])
+        for c, head, rows, _ in _heads(sizes) if rate else ():
+            for word in range(2):
                 row_words_ref[word, c, rows] = _column(words_ref[0, head, word : word + 1])
 
     def visit(first_key, size, masked):
         k, v = k_ref[0, :, pl.ds(first_key, size)], v_ref[0, pl.ds(first_key, size), :]
         keys = span * blocks.span_kv + first_key + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        mask = _mask(blocks, _column(start_ref[0])[:, :1], _column(end_ref[0])[:, :1], keys, 0) if masked else None
-        next_scores = _dot(rows_ref[0], k)
+        if masked:
+            start, end = _wide(seen_ref[0], size), _wide(seen_ref[1], size)
+            bias_ref[...] = jnp.where((keys >= start) & (keys < end), 0.0, HIDDEN)
+        if sizes.sums_by_matmul:
+            v = jnp.concatenate([v, jnp.ones((size, LANES), dtype)], axis=1)
+        next_scores = _dot(_rows(q_ref, 0, sizes), k)
         for c in range(sizes.num_chunks):
             scores = next_scores
             if c + 1 < sizes.num_chunks:
-                next_scores = _dot(rows_ref[c + 1], k)
-            scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+                next_scores = _dot(_rows(q_ref, c + 1, sizes), k)
+            scores = scores + jnp.concatenate([bias_ref[...]] * blocks.chunk_heads) if masked else scores
             largest = jnp.maximum(max_ref[c], scores.max(1, keepdims=True))
             shrink = jnp.exp2(max_ref[c] - largest)
             weights = jnp.exp2(scores - _wide(largest, size))
             max_ref[c] = largest
-            sum_ref[c] = sum_ref[c] * shrink + sum(weights[:, i : i + LANES] for i in range(0, size, LANES))
+            if not sizes.sums_by_matmul:
+                sum_ref[c] = sum_ref[c] * shrink + sum(weights[:, i : i + LANES] for i in range(0, size, LANES))
             if rate:
                 words = _wide(row_words_ref[0, c], size), _wide(row_words_ref[1, c], size)
                 weights = jnp.where(survives(words, keys, rate), weights, 0.0)
-            acc_ref[c] = acc_ref[c] * _wide(shrink, sizes.head_dim) + _dot(weights.astype(dtype), v)
+            acc_ref[c] = acc_ref[c] * _wide(shrink, acc_ref.shape[2]) + _dot(weights.astype(dtype), v)
 
     _walk(read_visits(table, sizes.grid, pl.program_id(0), span, pl.program_id(3)), blocks, visit)
 
     @pl.when(span == sizes.grid[4] - 1)
     def _():
+        # Lane h of `columns` collects the maxima of head h, lane 64 + h its sums: one transposition serves all.
+        lane = jax.lax.broadcasted_iota(jnp.int32, (blocks.block_q, LANES), 1)
+        columns = jnp.zeros((blocks.block_q, LANES), jnp.float32)
         for c, head, rows, lanes in _heads(sizes):
-            total = sum_ref[c, rows].sum(1, keepdims=True)
-            is_empty = total == 0.0
-            safe = jnp.where(is_empty, 1.0, total)
-            out_ref[0, :, lanes] = (acc_ref[c, rows] / (safe * (1.0 - rate))).astype(dtype)
-            log_sum_exp = jnp.where(is_empty, MASKED_SCORE, (max_ref[c, rows] + jnp.log2(safe)) / LOG2_E)
-            lse_ref[0, head] = log_sum_exp.T[:1]
+            if sizes.sums_by_matmul:
+                total = acc_ref[c, rows, head_dim:]
+            else:
+                total = jnp.broadcast_to(sum_ref[c, rows].sum(1, keepdims=True), (blocks.block_q, LANES))
+            largest = max_ref[c, rows]
+            columns = jnp.where(lane == head, largest, columns)
+            columns = jnp.where(lane == LANES // 2 + head, total, columns)
+            inverse = jnp.where(largest == MASKED_SCORE, 0.0, _reciprocal(total * (1.0 - rate) if rate else total, dtype))
+            out_ref[0, :, lanes] = (acc_ref[c, rows, :head_dim] * _wide(inverse, head_dim)).astype(dtype)
+        columns = columns.T
+        largest, total = columns[: blocks.heads], columns[LANES // 2 : LANES // 2 + blocks.heads]
+        log_sum_exp = (largest + jnp.log2(total)) / LOG2_E
+        lse_ref[0, :, 0] = jnp.where(largest == MASKED_SCORE, MASKED_SCORE, log_sum_exp)
 
 
 def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words):
-    """As `forward` takes them, of one span; d_out (B, S, H * K), log2_sum_exp and delta (B, H, 1, S).
+    """As `forward` takes them, k and k_transposed (B, G * K, T) scaled; d_out (B, S, H * K), log2_sum_exp and delta (B, H, 1, S).
 
     Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
     """
     grid = (*sizes.grid[:4], 1)
-    specs, chunks, rows, head_dim = Specs(sizes, grid), sizes.num_chunks, sizes.rows, sizes.head_dim
+    specs, columns = Specs(sizes, grid), (sizes.num_chunks, sizes.head_dim, sizes.rows)
     d_kv = jax.ShapeDtypeStruct((sizes.batch, sizes.blocks.span_kv, k.shape[2]), jnp.float32)
     return pl.pallas_call(
         partial(_backward_kernel, sizes, grid),
@@ -199,11 +229,7 @@ def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, de
             ],
             out_specs=[specs.q, specs.d_kv, specs.d_kv],
             scratch_shapes=[
-                pltpu.VMEM((chunks, rows, head_dim), q.dtype),
-                pltpu.VMEM((chunks, head_dim, rows), q.dtype),
-                pltpu.VMEM((chunks, rows, head_dim), q.dtype),
-                pltpu.VMEM((chunks, head_dim, rows), q.dtype),
-                pltpu.VMEM((chunks, head_dim, rows), jnp.float32),
+                pltpu.VMEM(columns, q.dtype), pltpu.VMEM(columns, q.dtype), pltpu.VMEM(columns, jnp.float32),
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype if sizes.grid[4] == 1 else jnp.float32), d_kv, d_kv],
@@ -217,7 +243,7 @@ def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, de
 
 def _backward_kernel(
     sizes, grid, table, q_ref, k_ref, kt_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, end_ref, words_ref,
-    dq_ref, dk_ref, dv_ref, q_rows_ref, q_cols_ref, do_rows_ref, do_cols_ref, acc_ref,
+    dq_ref, dk_ref, dv_ref, q_columns_ref, do_columns_ref, acc_ref,
 ):  # fmt: skip
     blocks, dtype, rate = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate
     todo = read_visits(table, grid, pl.program_id(0), 0, pl.program_id(3))
@@ -229,9 +255,8 @@ def _backward_kernel(
 
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     for c, _, rows, lanes in _heads(sizes):
-        q, d_out = _scaled(q_ref[0, :, lanes], sizes), do_ref[0, :, lanes]
-        q_rows_ref[c, rows], q_cols_ref[c, :, rows] = q, _transpose(q)
-        do_rows_ref[c, rows], do_cols_ref[c, :, rows] = d_out, _transpose(d_out)
+        q_columns_ref[c, :, rows] = _transpose(q_ref[0, :, lanes])
+        do_columns_ref[c, :, rows] = _transpose(do_ref[0, :, lanes])
 
     def of_chunk(ref, c, word=0):
         """A row of every head of the chunk, (1, rows)."""
@@ -245,7 +270,7 @@ def _backward_kernel(
         mask = _mask(blocks, start_ref[0], end_ref[0], keys, 1) if masked else None
 
         def products(c):
-            return _dot(k, q_cols_ref[c]), _dot(v, do_cols_ref[c])
+            return _dot(k, q_columns_ref[c]), _dot(v, do_columns_ref[c])
 
         following = products(0)
         for c in range(sizes.num_chunks):
@@ -260,18 +285,18 @@ def _backward_kernel(
                 kept = jnp.where(keep, weights * (1.0 / (1.0 - rate)), 0.0)
                 d_weights = jnp.where(keep, d_weights * (1.0 / (1.0 - rate)), 0.0)
             d_scores = (weights * (d_weights - of_chunk(delta_ref, c))).astype(dtype)
-            dv_ref[0, at, :] += _dot(kept.astype(dtype), do_rows_ref[c])
-            dk_ref[0, at, :] += _dot(d_scores, q_rows_ref[c])
+            dv_ref[0, at, :] += _dot(kept.astype(dtype), _rows(do_ref, c, sizes))
+            dk_ref[0, at, :] += _dot(d_scores, _rows(q_ref, c, sizes))
             acc_ref[c] += _dot(k_transposed, d_scores)
 
     _walk(todo, blocks, visit)
 
     for c, _, rows, lanes in _heads(sizes):
-        dq_ref[0, :, lanes] = (acc_ref[c, :, rows] * sizes.spec.scale).T.astype(dq_ref.dtype)
+        dq_ref[0, :, lanes] = (acc_ref[c, :, rows] / LOG2_E).T.astype(dq_ref.dtype)
 
     @pl.when((pl.program_id(2) == grid[2] - 1) & (pl.program_id(3) == grid[3] - 1))
     def _():
-        dk_ref[...] = dk_ref[...] / LOG2_E  # what is left of the scale folded into q
+        dk_ref[...] = dk_ref[...] * sizes.spec.scale
 
 
 def _walk(todo: Visits, blocks: Blocks, visit) -> None:
@@ -297,8 +322,11 @@ def _heads(sizes: Sizes):
         yield chunk, head, rows, slice(head * sizes.head_dim, (head + 1) * sizes.head_dim)
 
 
-def _scaled(q, sizes: Sizes):
-    return (q.astype(jnp.float32) * (sizes.spec.scale * LOG2_E)).astype(q.dtype)
+def _rows(ref, chunk: int, sizes: Sizes):
+    """The rows of a chunk, (rows, K), from a block (1, block_q, heads * K)."""
+    first = chunk * sizes.blocks.chunk_heads
+    heads = range(first, first + sizes.blocks.chunk_heads)
+    return jnp.concatenate([ref[0, :, h * sizes.head_dim : (h + 1) * sizes.head_dim] for h in heads])
 
 
 def _transpose(x):
@@ -320,6 +348,14 @@ def _column(row):
 def _wide(x, size: int):
     """(rows, LANES), the same in every lane, to (rows, size)."""
     return x[:, :size] if size <= LANES else jnp.concatenate([x] * (size // LANES), axis=1)
+
+
+def _reciprocal(x, dtype):
+    """As exact as an output of this dtype needs it: bf16 takes the hardware's guess and one step of Newton's."""
+    if dtype == jnp.float32:
+        return 1.0 / x
+    guess = pl.reciprocal(x, approx=True)
+    return guess * (2.0 - x * guess)
 
 
 def _dot(a, b):

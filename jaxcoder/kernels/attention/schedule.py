@@ -27,7 +27,7 @@ class Blocks:
     block_q: int = 128
     """Positions of a block of queries, a multiple of 128."""
     heads: int = 16
-    """Query heads folded into the rows of a block; fewer where the number of heads asks for it."""
+    """Query heads folded into the rows of a block, at most 64; fewer where the number of heads asks for it."""
     chunk_heads: int = 1
     """Heads of a row chunk, the unit of the software pipeline: a chunk is chunk_heads * block_q rows."""
     block_kv: int = 512
@@ -36,6 +36,9 @@ class Blocks:
     """Keys of a step under the mask; a multiple of 128."""
     span_kv: int = 8192
     """Most keys held in fast memory at once; longer sequences are taken span by span."""
+
+    sums_by_matmul: bool = False
+    """Forward: sum the weights in the matrix unit, for chips where it is wider than head_dim."""
 
     vmem_mib: int = 40
     """Fast memory that the kernel may use."""
@@ -135,8 +138,8 @@ def check_contiguous(name: str, ids: jax.Array) -> None:
         if len(np.unique(runs)) != len(runs):
             again = next(int(x) for i, x in enumerate(runs) if x in runs[:i])
             raise ConfigError(
-                f"attention with implementation `flash_tpu` takes {name} in which every document is contiguous, and got "
-                f"{name} {ids.shape} with id {again} in two places of a row: renumber them, or take `blockwise`."
+                f"attention with implementation `flash_tpu` takes {name} in which every document is contiguous, and "
+                f"got {name} {ids.shape} with id {again} in two places of a row: renumber them, or take `blockwise`."
             )
 
 
