@@ -4,7 +4,7 @@
     jaxcoder bench attention --device cpu                                 time on this machine
     jaxcoder bench attention --tune --device v6e --against splash         search block shapes; resumes
     jaxcoder bench attention --packed --device v5p                        StarCoder's documents
-    jaxcoder bench attention --long | --costs | --compile-all | --picture FILE
+    jaxcoder bench attention --long | --costs | --slots | --compile-all | --picture FILE
 
 Cycles are libtpu's own static estimate (attention_cycles.py), extended to lengths that it can't walk by a fit whose
 residual is part of the answer (attention_fit.py). Trust the ratio of two kernels on one chip, not seconds. What is
@@ -13,7 +13,6 @@ estimated is kept (`--cache`), so that a command that was interrupted goes on wh
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     modes.add_argument("--packed", action="store_true", help="StarCoder's documents packed into windows")
     modes.add_argument("--long", action="store_true", help="32K and 128K: does it compile, and what does a block cost")
     modes.add_argument("--costs", action="store_true", help="what dropout and the masks of documents cost")
+    modes.add_argument("--slots", action="store_true", help="what limits the kernels: how full each unit is")
     modes.add_argument("--compile-all", action="store_true", help="every configured model on every chip")
     modes.add_argument("--picture", type=Path, metavar="FILE", help="draw the schedule of a packed batch, as SVG")
 
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> Report | Reports:
         from jaxcoder.benchmarks import attention_packed as mode
     elif args.long or args.compile_all:
         from jaxcoder.benchmarks import attention_compile as mode
+    elif args.slots:
+        from jaxcoder.benchmarks import attention_slots as mode
     elif args.costs:
         from jaxcoder.benchmarks import attention_costs as mode
     else:
@@ -171,7 +173,8 @@ def _ratio(args: argparse.Namespace, kernel: str) -> Report:
         settings={"heads of ours": args.num_heads, "heads of a peer": 1},
         columns={
             "who": "", "settings": "blocks", "costs": "cycles of each", "residual": "residual",
-            "documents": "documents", "cycles": "cycles", "total": "together", "useful": "useful", "ratio": "x ours", "why": "",
+            "documents": "documents", "cycles": "cycles", "total": "together",
+            "useful": "useful", "ratio": "x ours", "why": "",
         },
         rows=rows,
         targets=_targets(args, kernel, totals),
@@ -234,6 +237,3 @@ def _against(text: str | None) -> list[str]:
         if name not in ("splash", "tokamax"):
             raise ConfigError(f"--against takes splash and tokamax on a TPU, and got {name!r}.")
     return names
-
-
-Progress = Callable[[str], None]

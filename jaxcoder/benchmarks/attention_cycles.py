@@ -180,19 +180,12 @@ def _version(package: str) -> str:
 def _in_a_process(case: Case, patience: float) -> Estimate:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        variables |= {"TPU_LIBRARY_LOG_DIR": folder, "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        if case.is_walked:
-            variables["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
-        command = [sys.executable, "-m", __name__, json.dumps(asdict(case))]
-        try:
-            done = subprocess.run(
-                command, env=environment_with(variables), capture_output=True, text=True, timeout=patience
-            )
-        except subprocess.TimeoutExpired:
-            return Estimate(cycles=None, vmem=None, seconds=patience, error=f"not in {patience:.0f} s")
+        flags = f"--xla_jf_dump_static_llo_profile_to={folder}" if case.is_walked else ""
+        done = compile_case(case, flags, patience)
         profiles = "".join(path.read_text(errors="replace") for path in Path(folder).glob("*.textproto"))
     seconds = time.perf_counter() - start
+    if done is None:
+        return Estimate(cycles=None, vmem=None, seconds=seconds, error=f"not in {patience:.0f} s")
     answers = [line for line in done.stdout.splitlines() if line.startswith("COMPILED ")]
     vmem = json.loads(answers[0].removeprefix("COMPILED ")) if answers else None
     # Written once the walk is done: whole even where the compiler stumbles over something later.
@@ -202,6 +195,18 @@ def _in_a_process(case: Case, patience: float) -> Estimate:
     if case.is_walked and len(cycles) != 1:
         error = error or f"the estimator saw {len(cycles)} programs where one was due"
     return Estimate(cycles=cycles[0] if len(cycles) == 1 else None, vmem=vmem, seconds=seconds, error=error)
+
+
+def compile_case(case: Case, flags: str, patience: float) -> subprocess.CompletedProcess | None:
+    """A process that compiles a case with flags of libtpu; None where it takes more than `patience` seconds."""
+    variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "LIBTPU_INIT_ARGS": flags}
+    command = [sys.executable, "-m", __name__, json.dumps(asdict(case))]
+    environment = environment_with(variables)
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def _reason(done: subprocess.CompletedProcess) -> str:
