@@ -11,6 +11,7 @@ Activation = Literal["gelu_tanh", "gelu"]
 AttentionBackend = Literal["reference", "blockwise", "flash_tpu"]
 RematPolicy = Literal["none", "minimal", "block"]
 Dtype = Literal["bfloat16", "float32"]
+XlaOptions = Literal["chip", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,9 @@ class ComputeConfig:
     """A name forces one attention backend; None picks the best for the device and shape."""
     loss_chunk_size: int = 8192
     """Vocabulary rows per chunk of the cross-entropy: logits never exist for more of them at once."""
+    xla_options: XlaOptions = "chip"
+    """"chip" compiles the training step with the options that are good for the device (train/xla_options.py), "none"
+    with XLA's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +122,14 @@ class MeshConfig:
     """Sizes of the mesh axes. At most one may be -1: it takes the devices that the others leave."""
 
     data: int = 1
-    """Replicas of the weights (across slices, across nodes)."""
+    """Replicas of the weights, between which the slow network may lie: a multiple of the slices."""
     fsdp: int = -1
     """Data parallel with weights, gradients and optimizer state sharded."""
     tensor: int = 1
-    """Heads, MLP and vocabulary sharded; the single key/value head is replicated."""
+    """Heads, MLP and vocabulary sharded, and between them each sequence; the single key/value head is replicated."""
+    num_slices: int | None = None
+    """Groups of devices with a slow network between them: the axis `data` runs across them. None is what TPUs say, and
+    elsewhere 1; on a GPU cluster, give the number of nodes to shard weights within a node only."""
 
 
 @dataclass(frozen=True, kw_only=True)

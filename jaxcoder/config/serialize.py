@@ -10,7 +10,16 @@ import json
 from typing import Any, TypeVar
 
 from jaxcoder.config import fields
-from jaxcoder.config.schema import Corpus, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config.schema import (
+    ComputeConfig,
+    Corpus,
+    DataConfig,
+    EvalConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from jaxcoder.errors import ConfigError
 
 Config = TypeVar("Config", RunConfig, ModelConfig)
@@ -28,6 +37,8 @@ _ADDED: dict[tuple[type, str], Any] = {
     (Corpus, "name"): "",
     (Corpus, "eval_store"): None,
     (EvalConfig, "infill_gaps"): 0,
+    (ComputeConfig, "xla_options"): "chip",  # changes speed alone
+    (MeshConfig, "num_slices"): None,
     (OptimizerConfig, "max_skipped_steps"): 10,  # nothing was skipped, and nothing but NaN came of it
 }
 """Fields that files of older versions lack, with the JSON value of what those versions did."""

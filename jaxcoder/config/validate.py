@@ -38,9 +38,10 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     problems = list(_mesh(mesh, num_devices))
     if problems:
         raise ConfigError(" ".join(problems))
-    sizes = dataclasses.asdict(mesh)
+    sizes = _axes(mesh)
     given = math.prod(size for size in sizes.values() if size != -1)
-    return MeshConfig(**{axis: num_devices // given if size == -1 else size for axis, size in sizes.items()})
+    filled = {axis: num_devices // given if size == -1 else size for axis, size in sizes.items()}
+    return dataclasses.replace(mesh, **filled)
 
 
 def data_problems(data: DataConfig) -> list[str]:
@@ -75,7 +76,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "num_steps", "global_batch_size", "microbatch_size", "log_every_steps",
         "model.num_layers", "model.embed_dim", "model.num_heads", "model.head_dim", "model.mlp_dim",
         "model.num_kv_heads", "model.vocab_size", "model.max_seq_len", "model.layer_norm_epsilon", "model.init_std",
-        "compute.loss_chunk_size", "optimizer.decay_steps", "optimizer.epsilon", "optimizer.max_grad_norm",
+        "compute.loss_chunk_size", "mesh.num_slices", "optimizer.decay_steps", "optimizer.epsilon", "optimizer.max_grad_norm",
         "checkpoint.save_every_steps", "checkpoint.save_every_seconds", "checkpoint.keep_last",
         "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows", "optimizer.max_skipped_steps",
     )  # fmt: skip
@@ -203,8 +204,12 @@ def _batch(config: RunConfig) -> Iterator[str]:
             yield f"microbatch_size {micro} does not divide {name} {size}: use a divisor."
 
 
+def _axes(mesh: MeshConfig) -> dict[str, int]:
+    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+
+
 def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
-    sizes = dataclasses.asdict(mesh)
+    sizes = _axes(mesh)
     for axis, size in sizes.items():
         if size < 1 and size != -1:
             yield f"mesh.{axis} is {size}: use 1 or more, or -1 for all the devices that the other axes leave."
@@ -228,11 +233,19 @@ def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
 
 def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
     """Sizes that do not divide; `mesh` is resolved."""
+    slices = mesh.num_slices
+    if slices is not None and slices > 0 and mesh.data % slices:
+        nearest = max(1, round(mesh.data / slices)) * slices
+        yield (
+            f"mesh.data {mesh.data} is not a multiple of mesh.num_slices {slices}: fsdp and tensor do not cross slices, "
+            f"so use {nearest}."
+        )
     model, batch_shards = config.model, mesh.data * mesh.fsdp
     split = [
         ("model.num_heads", model.num_heads, "mesh.tensor", mesh.tensor),
         ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
         ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
+        ("model.max_seq_len", model.max_seq_len, "mesh.tensor", mesh.tensor),
         ("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp),
         *((name, size, "mesh.data x mesh.fsdp", batch_shards) for name, size in batch_sizes(config).items()),
     ]

@@ -1,8 +1,16 @@
-"""Meshes: the devices of a run laid out along MESH_AXES, all axes in explicit-sharding mode."""
+"""Meshes: the devices of a run laid out along MESH_AXES, all axes in explicit-sharding mode.
+
+The layout decides which traffic meets which network. `data`, whose devices exchange one sum of gradients a pass, runs
+across slices (groups of devices with a fast network inside and a slow one between); `fsdp` and `tensor`, which work in
+every layer, stay in a slice. In a slice of TPUs the axes follow the wires; elsewhere neighbours in the order of processes
+are neighbours in the mesh, `tensor` first. Rows of the batch follow the processes that read them.
+"""
 
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcoder.config import MeshConfig
@@ -12,16 +20,102 @@ from jaxcoder.sharding.rules import MESH_AXES
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config`, whose axis sizes must be filled in, over `devices` (default: all that JAX sees)."""
+    """The mesh of `config`, whose axis sizes must be filled in, over `devices` (default: all that JAX sees).
+
+    Raises ConfigError where there are too few devices, or `data` cannot run across the slices.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = (config.data, config.fsdp, config.tensor)
     size = config.data * config.fsdp * config.tensor
-    if min(shape) < 1 or size > len(devices):
-        described = ", ".join(f"{axis}={n}" for axis, n in zip(MESH_AXES, shape))
+    if min(config.data, config.fsdp, config.tensor) < 1 or size > len(devices):
+        described = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
         raise ConfigError(
             f"a mesh of {described} needs {counted(size, 'device')} and {len(devices)} can be had: change `mesh`."
         )
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape), devices=devices[:size])
+    return Mesh(arrange(config, devices[:size]), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """All of `devices` in the shape of the mesh (data, fsdp, tensor)."""
+    slices = split_into_slices(devices, config.num_slices)
+    if config.data % len(slices):
+        nearest = max(1, round(config.data / len(slices))) * len(slices)
+        raise ConfigError(
+            f"mesh.data {config.data} is not a multiple of the {len(slices)} slices that the devices are in, and fsdp "
+            f"and tensor do not cross slices: use --mesh.data {nearest}, and so many fewer of the others."
+        )
+    shape = (config.data // len(slices), config.fsdp, config.tensor)
+    return np.concatenate([_arrange_slice(shape, devices) for devices in slices])
+
+
+def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> list[list[jax.Device]]:
+    """Devices by slice: as TPUs say themselves, else in `num_slices` equal parts of whole processes (None: one).
+
+    Raises ConfigError where that contradicts the devices.
+    """
+    found: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        index = getattr(device, "slice_index", None) if device.platform == "tpu" else None
+        found.setdefault(index or 0, []).append(device)
+    if len(found) > 1 or devices[0].platform == "tpu":
+        slices = [found[index] for index in sorted(found)]
+        if num_slices not in (None, len(slices)):
+            raise ConfigError(f"mesh.num_slices is {num_slices}, but the devices are in {len(slices)}: leave it None.")
+        if len({len(slice_) for slice_ in slices}) > 1:
+            sizes = ", ".join(str(len(slice_)) for slice_ in slices)
+            raise ConfigError(f"the mesh takes {sizes} devices of the slices: let it take as many of each.")
+        return slices
+    num_slices = num_slices or 1
+    in_order = sorted(devices, key=lambda device: device.process_index)
+    size, rest = divmod(len(devices), num_slices)
+    slices = [in_order[start : start + size] for start in range(0, size * num_slices, max(size, 1))]
+    in_slices = [{device.process_index for device in slice_} for slice_ in slices]
+    processes = set().union(*in_slices)
+    is_cut = len(processes) > 1 and sum(map(len, in_slices)) > len(processes)  # one may be cut: virtual devices
+    if rest or is_cut:
+        raise ConfigError(
+            f"mesh.num_slices {num_slices} does not divide the {len(devices)} devices of {len(processes)} processes "
+            "without cutting a process in two: use a divisor of the number of processes."
+        )
+    return slices
+
+
+def _arrange_slice(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.array(devices).reshape(shape)
+    mesh = _rows_by_process(_along_the_wires(shape, devices))
+    if not _reads_contiguously(mesh):  # a process has parts of several replicas: replicas of whole processes instead
+        rows = _rows_by_process(_along_the_wires((1, shape[0] * shape[1], shape[2]), devices))
+        mesh = rows.reshape(shape)
+    return mesh
+
+
+def _along_the_wires(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs so that every axis of the mesh is an axis of the torus, or several; if there is no such way, parts of one."""
+    for may_split in (False, True):
+        try:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=may_split)
+        except (NotImplementedError, AssertionError, ValueError):  # ... of chips that show two devices each
+            continue
+    return np.array(devices).reshape(shape)
+
+
+def _rows_by_process(mesh: np.ndarray) -> np.ndarray:
+    """The mesh with its `data` and `fsdp` rows sorted by the processes that hold them, so that a process reads one
+    contiguous part of the batch. Which devices are in a group stays, and with that how XLA lets them talk."""
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh)
+    for axis in (0, 1):
+        rows = np.moveaxis(processes, axis, 0).reshape(mesh.shape[axis], -1)
+        order = sorted(range(len(rows)), key=lambda row: sorted(rows[row].tolist()))
+        mesh, processes = np.take(mesh, order, axis), np.take(processes, order, axis)
+    return mesh
+
+
+def _reads_contiguously(mesh: np.ndarray) -> bool:
+    """Whether the rows of the batch that a process holds are neighbours."""
+    rows: dict[int, list[int]] = {}
+    for (data, fsdp, _), device in np.ndenumerate(mesh):
+        rows.setdefault(device.process_index, []).append(data * mesh.shape[1] + fsdp)
+    return all(max(held) - min(held) < len(set(held)) for held in rows.values())
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:

@@ -30,7 +30,7 @@ def test_golden():
     golden knowingly, with a way to read the older files."""
     assert to_json(RUN) == GOLDEN.read_text()
     assert from_json(GOLDEN.read_text()) == RUN
-    assert fingerprint(RUN) == "0cd549454ec09962"
+    assert fingerprint(RUN) == "d924c768b50cf62a"
     assert model_fingerprint(RUN.model) == "f605472006fdca20"
 
 

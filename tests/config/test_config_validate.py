@@ -132,12 +132,20 @@ def test_a_good_mixture_passes():
 
 
 def test_sizes_that_do_not_divide_name_axis_and_sizes():
-    model = dataclasses.replace(GOOD.model, num_heads=2, head_dim=33, embed_dim=66, mlp_dim=30, vocab_size=511)
+    wrong = dict(num_heads=2, head_dim=33, embed_dim=66, mlp_dim=30, vocab_size=511, max_seq_len=62)
+    model = dataclasses.replace(GOOD.model, **wrong)
     said = problems(dataclasses.replace(GOOD, model=model, mesh=MeshConfig(fsdp=-1, tensor=4)), 16)
     assert "model.num_heads 2 is not a multiple of mesh.tensor (4 devices)" in said
     assert "model.mlp_dim 30 is not a multiple of mesh.tensor (4 devices)" in said
     assert "model.vocab_size 511 is not a multiple of mesh.tensor (4 devices)" in said
+    assert "model.max_seq_len 62 is not a multiple of mesh.tensor (4 devices): use 64" in said
     assert "model.embed_dim 66 is not a multiple of mesh.fsdp (4 devices)" in said
+
+
+def test_fsdp_and_tensor_stay_in_a_slice():
+    said = problems(dataclasses.replace(GOOD, mesh=MeshConfig(data=2, fsdp=4, num_slices=4)), 8)
+    assert "mesh.data 2 is not a multiple of mesh.num_slices 4" in said and "use 4" in said
+    validate(dataclasses.replace(GOOD, mesh=MeshConfig(data=4, fsdp=2, num_slices=2)), 8)
 
 
 def test_several_kv_heads_are_split_and_one_is_not():
@@ -160,11 +168,13 @@ def test_all_problems_at_once():
         (MeshConfig(), 8, (1, 8, 1)),
         (MeshConfig(fsdp=2, data=-1, tensor=2), 8, (2, 2, 2)),
         (MeshConfig(fsdp=1, tensor=-1), 1, (1, 1, 1)),
+        (MeshConfig(data=-1, fsdp=2, num_slices=2), 8, (4, 2, 1)),
         (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
     ],
 )
 def test_resolve_mesh(mesh, num_devices, expected):
-    assert dataclasses.astuple(resolve_mesh(mesh, num_devices)) == expected
+    resolved = resolve_mesh(mesh, num_devices)
+    assert (resolved.data, resolved.fsdp, resolved.tensor) == expected and resolved.num_slices == mesh.num_slices
 
 
 def test_resolve_mesh_refuses():
@@ -235,4 +245,4 @@ def test_garbage_never_escapes_as_another_error(values, num_devices):
 
 def test_every_field_of_the_schema_is_walked():
     assert [name for name, _ in walk(RunConfig)] == [name for name, _ in leaves(GOOD)]
-    assert set(hints(MeshConfig)) == {"data", "fsdp", "tensor"}
+    assert set(hints(MeshConfig)) == {"data", "fsdp", "tensor", "num_slices"}
