@@ -1,7 +1,7 @@
 """`jaxcoder bench attention --picture FILE`: the schedule of a packed batch as an SVG, drawn from the schedule itself.
 
-One square a sequence: queries downwards, keys to the right. Whole blocks, edge steps and what the mask lets through are
-drawn from `schedule.visits` and the documents; what a tile of tokamax's would add is the outline behind them.
+One square a sequence: queries downwards, keys to the right. Whole blocks and edge steps are those of `schedule.visits`,
+the triangles of the documents over them, and the outlines of the tiles that tokamax's rule visits for this batch.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,12 @@ LENGTH = 8192
 SIDE = 400
 """Pixels of a square."""
 ROWS = 2
-COLOURS = {"document": "#d9d9d9", "whole": "#2c7fb8", "edge": "#fdae61", "tokamax": "#de2d26"}
+_SQUARE = f'width="{SIDE}" height="{SIDE}"'
+_STYLE = (
+    ".frame{fill:#fff;stroke:#999}.whole{fill:#74add1;stroke:#fff;stroke-width:.5}"
+    ".edge{fill:#fdae61;stroke:#fff;stroke-width:.5}.tokamax{fill:none;stroke:#c00;stroke-dasharray:4 3}"
+    ".document{fill:none;stroke:#222}text{font:13px sans-serif}"
+)
 
 
 @dataclass(frozen=True)
@@ -46,20 +51,18 @@ def draw(ids: np.ndarray) -> tuple[str, float]:
     case = Case(device="v5p", contestant="ours", kernel="forward", length=ids.shape[1], heads=16, batch=len(ids))
     shapes, area = [], 0
     for row, one in enumerate(ids):
-        left = row * (SIDE + 20)
-        shapes.append(f'<g transform="translate({left},0)"><rect width="{SIDE}" height="{SIDE}" class="frame"/>')
-        shapes += [_rect("tokamax", *tile, ids.shape[1]) for tile in tokamax_tiles(ids)]
-        for kind, *rectangle in steps(case, ids, row):
-            shapes.append(_rect(kind, *rectangle, ids.shape[1]))
-            area += (rectangle[1] - rectangle[0]) * (rectangle[3] - rectangle[2])
-        shapes += [_triangle(first, end, ids.shape[1]) for first, end in documents(one)]
+        paths: dict[str, list[str]] = {"whole": [], "edge": [], "tokamax": [], "document": []}
+        for kind, top, bottom, left, right in steps(case, ids, row):
+            paths[kind].append(_rectangle(top, bottom, left, right, ids.shape[1]))
+            area += (bottom - top) * (right - left)
+        paths["tokamax"] = [_rectangle(*tile, ids.shape[1]) for tile in tokamax_tiles(ids)]
+        paths["document"] = [_triangle(first, end, ids.shape[1]) for first, end in documents(one)]
+        shapes.append(f'<g transform="translate({row * (SIDE + 20)},0)"><rect class="frame" {_SQUARE}/>')
+        shapes += [f'<path class="{kind}" d="{"".join(parts)}"/>' for kind, parts in paths.items()]
         shapes.append("</g>")
     width = len(ids) * (SIDE + 20) - 20
-    style = "".join(f".{name}{{fill:{colour}}}" for name, colour in COLOURS.items() if name != "tokamax")
-    style += f".tokamax{{fill:none;stroke:{COLOURS['tokamax']};stroke-dasharray:3 2}}.frame{{fill:#fff;stroke:#999}}"
-    style += ".document{fill-opacity:0;stroke:#222;stroke-width:.8}text{font:13px sans-serif}"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1 -1 {width + 2} {SIDE + 30}"><style>{style}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-1 -1 {width + 2} {SIDE + 30}"><style>{_STYLE}</style>'
         + "".join(shapes)
         + _legend()
         + "</svg>\n"
@@ -106,14 +109,14 @@ def documents(ids: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True))
 
 
-def _rect(kind: str, top: int, bottom: int, left: int, right: int, length: int) -> str:
+def _rectangle(top: int, bottom: int, left: int, right: int, length: int) -> str:
     x, y, width, height = (f"{SIDE * n / length:g}" for n in (left, top, right - left, bottom - top))
-    return f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{height}"/>'
+    return f"M{x} {y}h{width}v{height}h-{width}z"
 
 
 def _triangle(first: int, end: int, length: int) -> str:
     a, b = (f"{SIDE * n / length:g}" for n in (first, end))
-    return f'<path class="document" d="M{a} {a}V{b}H{b}Z"/>'
+    return f"M{a} {a}V{b}H{b}z"
 
 
 def _legend() -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcoder.benchmarks import (
+    attention_compile,
     attention_cycles,
     attention_documents,
     attention_fit,
@@ -17,6 +18,7 @@ from jaxcoder.benchmarks import (
     attention_ours,
     attention_packed,
     attention_picture,
+    attention_slots,
     attention_splash,
     attention_tokamax,
     attention_tune,
@@ -307,6 +309,38 @@ def test_on_cpus_backends_take_turns(capsys, tmp_path):
     assert main([*command, "--output", str(output)]) == 0
     rows = json.loads(output.read_text())["rows"]
     assert {row["who"] for row in rows} == {"blockwise", "reference"} and all(row["ms"] > 0 for row in rows)
+
+
+def test_every_configured_shape_is_compiled_on_every_chip(monkeypatch, tmp_path):
+    """StarCoder's shape and the multi-head partner are rows; what does not compile says why in its cell."""
+
+    def compiles_but_on_v4(case, **_):
+        assert not case.is_walked
+        error = "no room" if case.device == "v4" else ""
+        return Estimate(cycles=None, vmem=None if error else 3 << 20, seconds=0, error=error)
+
+    monkeypatch.setattr(attention_compile, "estimate", compiles_but_on_v4)
+    output = tmp_path / "figures.json"
+    assert main(["bench", "attention", "--compile-all", "--output", str(output)]) == 0
+    rows = {row["shape"]: row for row in json.loads(output.read_text())["rows"]}
+    assert "starcoderbase" in rows["48 : 1 x 128"]["runs"] and rows["48 : 1 x 128"]["length"] == 8192
+    assert "16 : 16 x 128" in rows and "12 : 1 x 64" in rows
+    assert all(row["v6e"] == "3.0 / 3.0" and row["v4"] == "no: no room / no: no room" for row in rows.values())
+
+
+def test_the_inner_loop_is_the_densest_stretch():
+    """A table of bundles as the compiler writes it: 100 idle ones, then 1500 that fill one of two slots."""
+    table = [
+        "== CAPACITY:",
+        "MATMUL, VALU",
+        "  2  4",
+        "== UTILIZATION:",
+        *["0 0"] * 100,
+        *["1 3"] * 1500,
+        *["0 4"] * 50,
+    ]
+    found = attention_slots.densest("\n".join(table))
+    assert found["MATMUL"] == pytest.approx(0.5) and found["VALU"] == pytest.approx(0.75)
 
 
 # --- the estimator itself --------------------------------------------------------------------------------------------
