@@ -85,8 +85,7 @@ def default_cache_dir() -> str | None:
     a killed process left unfinished is removed: JAX notes the time of use beside an entry once it is whole, and would
     neither read nor replace this one.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    directory = Path(root, "jaxcoder", "xla", _processor_key())
+    directory = user_cache("xla", _processor_key())
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for entry in directory.glob("*-cache"):
@@ -96,6 +95,12 @@ def default_cache_dir() -> str | None:
     except OSError:
         return None
     return str(directory) if os.access(directory, os.W_OK) else None
+
+
+def user_cache(*parts: str) -> Path:
+    """A directory of ours below the user's cache directory; it need not exist."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root, "jaxcoder", *parts)
 
 
 def _processor_key() -> str:

@@ -1,39 +1,94 @@
-"""What the devices can do at most, and how full they are.
+"""What the devices can do at most, and how full they are: the one table of chips.
 
-Peaks are dense bf16 FLOP/s of one JAX device, from the makers' data sheets (Google Cloud TPU documentation, NVIDIA
-product briefs). A TPU7x chip is two devices.
+All figures are of one JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (`megacore`). They come from the
+makers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs), unless a
+field says otherwise.
 """
 
 from dataclasses import dataclass
 
 import jax
 
+GB = 10**9
+GIB = 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """name: as people say it. peak_flops: dense bf16 FLOP/s of one JAX device."""
+    """One accelerator. Fields that are None are not known here: such a chip can be trained on and not planned for."""
 
     name: str
+    """As people say it."""
     peak_flops: float
+    """Dense bf16 FLOP/s."""
+    memory: int | None = None
+    """Bytes that a program may use. TPUs: as libtpu 0.0.52 states the limit of a program that does not fit."""
+    memory_bandwidth: float | None = None
+    """Bytes/s between the chip and its memory."""
+    links: int = 0
+    """TPUs: ports to neighbours in the torus. GPUs: 1, the switch of their node."""
+    link_bandwidth: float | None = None
+    """Bytes/s of one link in one direction."""
+    network_bandwidth: float | None = None
+    """Bytes/s in one direction, of one device's share of the network between slices or nodes."""
+    devices_per_chip: int = 1
+    clock: float | None = None
+    """TPUs: cycles/s of a core, peak FLOP/s over the FLOP of a cycle (131,072 a core; 524,288 on v6e and 7x)."""
+    cores: int = 1
+    """Cores that a device's program is split over."""
+
+
+_V4 = Chip(
+    name="TPU v4", peak_flops=275e12, memory=int(30.75 * GIB), memory_bandwidth=1228 * GB, links=6,
+    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, clock=275e12 / 2 / 131072, cores=2,
+)  # fmt: skip
+_V5E = Chip(
+    name="TPU v5e", peak_flops=197e12, memory=int(15.75 * GIB), memory_bandwidth=819 * GB, links=4,
+    link_bandwidth=50 * GB, network_bandwidth=3.125 * GB, clock=197e12 / 131072,
+)  # fmt: skip
+_V5P = Chip(
+    name="TPU v5p", peak_flops=459e12, memory=int(95.73 * GIB), memory_bandwidth=2765 * GB, links=6,
+    link_bandwidth=100 * GB, network_bandwidth=6.25 * GB, clock=459e12 / 2 / 131072, cores=2,
+)  # fmt: skip
+_V6E = Chip(
+    name="TPU v6e", peak_flops=918e12, memory=int(31.24 * GIB), memory_bandwidth=1638 * GB, links=4,
+    link_bandwidth=100 * GB, network_bandwidth=12.5 * GB, clock=918e12 / 524288,
+)  # fmt: skip
+_V7X = Chip(
+    name="TPU7x", peak_flops=1153.5e12, memory=int(94.74 * GIB), memory_bandwidth=3690 * GB, links=6,
+    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, devices_per_chip=2, clock=1153.5e12 / 524288,
+)  # fmt: skip
+"""A chip's links and network are halved between its two devices."""
+
+
+def _gpu(name: str, tflops: float, memory: float, bandwidth: float, nvlink: float, network: float) -> Chip:
+    """memory: GB. bandwidth: TB/s. nvlink, network: GB/s in one direction, of one GPU in the maker's own node (DGX).
+
+    JAX takes three quarters of a GPU's memory unless told otherwise; 0.95 of it can be had.
+    """
+    return Chip(
+        name=name, peak_flops=tflops * 1e12, memory=int(0.95 * memory * GB), memory_bandwidth=bandwidth * 1e12, links=1,
+        link_bandwidth=nvlink * GB, network_bandwidth=network * GB,
+    )  # fmt: skip
 
 
 _CHIPS = (  # (part of the device kind, chip); the first that fits counts
-    ("tpu v6 lite", Chip(name="TPU v6e", peak_flops=918e12)),
-    ("tpu v6e", Chip(name="TPU v6e", peak_flops=918e12)),
-    ("tpu7x", Chip(name="TPU7x", peak_flops=1153.5e12)),
-    ("tpu v5 lite", Chip(name="TPU v5e", peak_flops=197e12)),
-    ("tpu v5e", Chip(name="TPU v5e", peak_flops=197e12)),
-    ("tpu v5", Chip(name="TPU v5p", peak_flops=459e12)),
+    ("tpu v6 lite", _V6E),
+    ("tpu v6e", _V6E),
+    ("tpu7x", _V7X),
+    ("tpu v5 lite", _V5E),
+    ("tpu v5e", _V5E),
+    ("tpu v5", _V5P),
     ("tpu v4 lite", Chip(name="TPU v4i", peak_flops=138e12)),
-    ("tpu v4", Chip(name="TPU v4", peak_flops=275e12)),
-    ("tpu v3", Chip(name="TPU v3 core", peak_flops=61.5e12)),
-    ("gb200", Chip(name="GB200", peak_flops=2500e12)),
-    ("b200", Chip(name="B200", peak_flops=2250e12)),
-    ("h200", Chip(name="H200", peak_flops=989e12)),
+    ("tpu v4", _V4),
+    ("tpu v3", Chip(name="TPU v3 core", peak_flops=61.5e12, devices_per_chip=2)),
+    ("gb200", _gpu("GB200", 2500, 186, 8.0, 900, 50)),
+    ("b200", _gpu("B200", 2250, 180, 7.7, 900, 50)),
+    ("h200", _gpu("H200", 989, 141, 4.8, 450, 50)),
     ("h100 pcie", Chip(name="H100 PCIe", peak_flops=756e12)),
     ("h100 nvl", Chip(name="H100 NVL", peak_flops=835e12)),
-    ("h100", Chip(name="H100", peak_flops=989e12)),
-    ("a100", Chip(name="A100", peak_flops=312e12)),
+    ("h100", _gpu("H100", 989, 80, 3.35, 450, 50)),
+    ("a100", _gpu("A100", 312, 80, 2.04, 300, 25)),
     ("v100", Chip(name="V100 (fp16)", peak_flops=125e12)),
     ("l40s", Chip(name="L40S", peak_flops=362e12)),
     ("l4", Chip(name="L4", peak_flops=121e12)),

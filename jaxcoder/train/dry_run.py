@@ -70,9 +70,9 @@ def num_samples(config: RunConfig) -> int:
 def _configuration(config: RunConfig) -> Iterator[str]:
     plain = to_dict(config)
     sections = {name: value for name, value in plain.items() if isinstance(value, dict)}
-    yield from _row("run", _fields({name: value for name, value in plain.items() if name not in sections}))
+    yield from row("run", _fields({name: value for name, value in plain.items() if name not in sections}))
     for name, section in sections.items():
-        yield from _row(name, _fields(section))
+        yield from row(name, _fields(section))
 
 
 def _fields(values: dict) -> str:
@@ -83,26 +83,26 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
     flops = training_flops_per_token(config.model, config.model.max_seq_len)
     samples = num_samples(config)
     tokens = samples * config.model.max_seq_len
-    yield from _row("parameters", f"{num_parameters(config.model):,}")
+    yield from row("parameters", f"{num_parameters(config.model):,}")
     windows = f"{samples:,} windows of {config.model.max_seq_len:,}"
-    yield from _row("tokens", f"{tokens:,} in {counted(config.num_steps, 'step')}; {windows}")
-    yield from _row(
+    yield from row("tokens", f"{tokens:,} in {counted(config.num_steps, 'step')}; {windows}")
+    yield from row(
         "FLOPs",
         f"{flops:.4g} a token, {flops * tokens:.4g} in all (a multiply-add is 2, attention its causal half, a step 3 "
         "forward passes, recomputation not counted)",
     )
     hours = flops * tokens / 1e14 / 3600
-    yield from _row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")
+    yield from row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")
     if cost is not None:
-        yield from _row("cost", f"{cost.rstrip('.')} (expected of the run as configs/ has it)")
+        yield from row("cost", f"{cost.rstrip('.')} (expected of the run as configs/ has it)")
 
 
 def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     mesh = config.mesh
     axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
-    yield from _row("mesh", f"{axes}: {counted(planned, 'device')} ({num_devices} here)")
+    yield from row("mesh", f"{axes}: {counted(planned, 'device')} ({num_devices} here)")
     estimate = estimate_memory(config)
-    yield from _row("memory", f"about {readable(estimate.total)} on each device; an estimate, nothing was compiled")
+    yield from row("memory", f"about {readable(estimate.total)} on each device; an estimate, nothing was compiled")
     parts = {
         "weights, fp32": estimate.weights,
         "Adam's two moments, fp32": estimate.moments,
@@ -116,10 +116,10 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     smaller = _smaller_microbatch(config)
     if smaller is not None and estimate.kept_activations > estimate.weights:
         total = readable(estimate_memory(replace(config, microbatch_size=smaller)).total)
-        yield from _row("", f"with --microbatch-size {smaller}: about {total}")
+        yield from row("", f"with --microbatch-size {smaller}: about {total}")
     if config.compute.remat != "block":
         in_blocks = replace(config, compute=replace(config.compute, remat="block"))
-        yield from _row("", f"with --compute.remat block: about {readable(estimate_memory(in_blocks).total)}")
+        yield from row("", f"with --compute.remat block: about {readable(estimate_memory(in_blocks).total)}")
 
 
 def _smaller_microbatch(config: RunConfig) -> int | None:
@@ -132,23 +132,23 @@ def _smaller_microbatch(config: RunConfig) -> int | None:
 
 def _data(config: RunConfig) -> Iterator[str]:
     if config.data.store == SYNTHETIC:
-        yield from _row("data", "synthetic: random tokens, no files")
+        yield from row("data", "synthetic: random tokens, no files")
         return
     try:
         stream = open_stream(config)
     except (JaxcoderError, OSError, ImportError) as error:
-        yield from _row("data", f"NOT READY: {error}")
+        yield from row("data", f"NOT READY: {error}")
     else:
         given = stream.mixture.counts(num_samples(config))
         for path, store, windows, count in zip(store_paths(config), stream.stores, stream.windows, given, strict=True):
             epochs = count / windows.windows_per_epoch
-            yield from _row("data", f"{path}: {_size(store)}; the run reads {epochs:.3g} epochs of it")
+            yield from row("data", f"{path}: {_size(store)}; the run reads {epochs:.3g} epochs of it")
     for name, path in held_out_stores(config.data):
         try:
             said = _size(TokenStore.open(path))
         except (JaxcoderError, OSError, ImportError) as error:
             said = f"NOT READY: {error}"
-        yield from _row("held out", f"{name}, {path}: {said}")
+        yield from row("held out", f"{name}, {path}: {said}")
 
 
 def _size(store: TokenStore) -> str:
@@ -161,9 +161,9 @@ def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
     try:
         path, model = _starting_model(config.init_from, open_weights)
         check_model(path, model, config)
-        yield from _row("begins with", f"the weights of {path}, and a fresh optimizer")
+        yield from row("begins with", f"the weights of {path}, and a fresh optimizer")
     except (JaxcoderError, OSError, ImportError) as error:
-        yield from _row("begins with", f"NOT READY: {error}")
+        yield from row("begins with", f"NOT READY: {error}")
 
 
 def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelConfig]:
@@ -178,14 +178,14 @@ def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelCon
 def _directory(config: RunConfig) -> Iterator[str]:
     directory, size = RunDirectory.of(config), 12 * num_parameters(config.model)
     keep = config.checkpoint
-    yield from _row("writes to", directory.path)
+    yield from row("writes to", directory.path)
     yield f"{_INDENT}config.json, metrics.jsonl" + (", tensorboard/" if config.tensorboard else "")
     for_good = f", and those of every {keep.keep_every_steps:,} steps for good" if keep.keep_every_steps else ""
     saves = f"every {keep.save_every_steps:,} steps" + (
         f" or {keep.save_every_seconds:g} seconds" if keep.save_every_seconds else ""
     )
-    yield from _row("", f"checkpoints/, {readable(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
-    yield from _row("", _what_is_there(directory, config))
+    yield from row("", f"checkpoints/, {readable(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
+    yield from row("", _what_is_there(directory, config))
 
 
 def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
@@ -213,7 +213,7 @@ def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
     return f"this run is there: it continues after step {finished[-1]:,}"
 
 
-def _row(title: str, text: str) -> list[str]:
+def row(title: str, text: str) -> list[str]:
     """A titled paragraph; lines after the first are indented."""
     wrapper = textwrap.TextWrapper(WIDTH, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
     wrapper.initial_indent = title.ljust(len(_INDENT))

@@ -91,8 +91,8 @@ def kept_per_token(config: RunConfig) -> float:
 def weight_bytes(config: RunConfig) -> tuple[int, int]:
     """Bytes of all weights on one device, and of one block gathered over `fsdp`."""
     model = abstract_state_on(config.mesh, config).model
-    on_one = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(model))
-    block = sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
+    on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
+    block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
     return on_one, block * config.mesh.fsdp
 
 
@@ -104,5 +104,5 @@ def abstract_state_on(mesh: MeshConfig, config: RunConfig):
         return jax.eval_shape(lambda: initial_state(config))
 
 
-def _shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.loader import Batch
@@ -21,11 +21,17 @@ from jaxcoder.sharding.ops import reshard
 from jaxcoder.train.loss import token_losses
 from jaxcoder.train.optimizer import apply_adamw, learning_rate
 from jaxcoder.train.state import TrainState
+from jaxcoder.train.xla_options import Value, accepted, options_for
 
 
-def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step. Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if
-    the step left the weights as they were, else 0), skipped_steps (of the whole run)."""
+def make_train_step(
+    config: RunConfig, device: jax.Device | None = None
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step, with the compiler options of `device` (default: of those that are here).
+
+    Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
+    weights as they were, else 0), skipped_steps (of the whole run).
+    """
     has_dropout = max(config.model.embed_dropout, config.model.residual_dropout, config.model.attention_dropout) > 0
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -59,7 +65,17 @@ def make_train_step(config: RunConfig) -> Callable[[TrainState, Batch], tuple[Tr
         }
         return TrainState(step=step, model=model, moments=moments), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    options = compiler_options(config, device or jax.local_devices()[0])
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options or None)
+
+
+def compiler_options(config: RunConfig, device: jax.Device) -> dict[str, Value]:
+    """Those of xla_options.py for the device that its compiler knows; it need not be here."""
+    options = options_for(device.device_kind) if config.compute.xla_options == "chip" else {}
+    mesh = jax.sharding.get_mesh()
+    place = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
+    return accepted(options, jax.jit(lambda x: x).lower(nothing).compile)
 
 
 def keep_if(is_good: jax.Array, new, old):

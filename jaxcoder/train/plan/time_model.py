@@ -1,0 +1,150 @@
+"""Work into seconds: a roofline with the efficiencies that matmuls, attention and links reach in practice.
+
+    compute  = matmul FLOPs / (peak x MATMUL) + attention FLOPs / (peak x attention's) + traffic / memory bandwidth
+    expected = the larger of compute and `fsdp` transfers + `tensor` transfers + `data` transfers
+
+Transfers over `tensor` stand between two matmuls that wait for them, the sums over `data` come when the last gradient
+is there; those over `fsdp` run beside the layer before. A compiled program says itself which it waits for. The bounds:
+everything overlaps with everything, or nothing with anything. What the efficiencies are taken from stands beside them; how far the whole is from published runs, in
+calibration.py.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from jaxcoder.config import MeshConfig
+from jaxcoder.train.plan.topology import Topology
+from jaxcoder.train.plan.workload import Work
+
+MATMUL = {"tpu": 0.80, "cuda": 0.80}
+"""Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step of the 15.5B model. GPUs: 790 of 989 TFLOP/s
+of a plain bf16 matmul on an H200."""
+ATTENTION = {
+    ("TPU v4", "blockwise"): 0.35, ("TPU v5e", "blockwise"): 0.35, ("TPU v5p", "blockwise"): 0.35,
+    ("TPU v6e", "blockwise"): 0.2, ("TPU7x", "blockwise"): 0.2,
+    ("TPU v5e", "flash_tpu"): 0.8, ("TPU v5p", "flash_tpu"): 0.88, ("TPU v6e", "flash_tpu"): 0.38,
+    ("TPU v4", "splash"): 0.55, ("TPU v5e", "splash"): 0.6, ("TPU v5p", "splash"): 0.6, ("TPU v6e", "splash"): 0.3,
+    ("A100", "flash"): 0.55, ("H100", "flash"): 0.55, ("H200", "flash"): 0.55,
+}  # fmt: skip
+"""Of peak, forward and backward together, of the causal half. TPUs: static cycles (docs/attention.md for ours, which
+stand beside splash's); GPUs: published for FlashAttention-2 on A100, cuDNN on Hopper. `blockwise`, XLA's: assumed."""
+ATTENTION_ELSEWHERE = 0.2
+LINK = {"tpu": 0.9, "cuda": 0.8}
+"""Of the data sheet's bandwidth: 45 of 50 GB/s a link in "How to Scale Your Model"; NCCL's bus bandwidth in a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one step. matmul, attention, memory, interconnect (by axis): each alone, at what it reaches."""
+
+    matmul: float
+    attention: float
+    memory: float
+    interconnect: dict[str, float]
+    beside: float | None = None
+    """Of the interconnect's seconds, those that a compiled program spends beside computing; None: those of `fsdp`."""
+
+    @property
+    def compute(self) -> float:
+        return self.matmul + self.attention + self.memory
+
+    @property
+    def expected(self) -> float:
+        beside = self.interconnect.get("fsdp", 0.0) if self.beside is None else self.beside
+        return max(self.compute, beside) + sum(self.interconnect.values()) - beside
+
+    @property
+    def overlapped(self) -> float:
+        """If everything ran beside everything."""
+        return max(self.compute, sum(self.interconnect.values()))
+
+    @property
+    def sequential(self) -> float:
+        """If nothing did."""
+        return self.compute + sum(self.interconnect.values())
+
+    @property
+    def bound(self) -> str:
+        """What the most time goes to."""
+        named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
+        named |= {f"transfers over `{axis}`": seconds for axis, seconds in self.interconnect.items()}
+        return max(named, key=named.get)
+
+
+def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) -> StepTime:
+    """attention: the kernel, a key of ATTENTION."""
+    chip = topology.chip
+    links = axis_bandwidths(topology, mesh)
+    reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
+    return StepTime(
+        matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
+        attention=work.attention_flops / chip.peak_flops / reached,
+        memory=work.memory_bytes / chip.memory_bandwidth,
+        interconnect={axis: sent / links[axis] for axis, sent in work.transfers.items()},
+    )
+
+
+def axis_bandwidths(topology: Topology, mesh: MeshConfig) -> dict[str, float]:
+    """Bytes/s that one device can send along each mesh axis of more than one device, if each is used alone."""
+    sizes = {axis: size for axis in ("tensor", "fsdp", "data") if (size := getattr(mesh, axis)) > 1}
+    reached = LINK[topology.platform]
+    if topology.platform == "cuda":
+        found = _in_nodes(topology, sizes)
+    else:
+        found = _in_torus(topology, sizes)
+    return {axis: bandwidth * reached for axis, bandwidth in found.items()}
+
+
+def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
+    """Neighbours in the mesh share a node; an axis that leaves it uses the network cards of all its members there."""
+    chip, left, found = topology.chip, topology.shape[1], {}
+    for axis, size in sizes.items():
+        inside = math.gcd(size, left)
+        if size == inside:
+            found[axis] = chip.link_bandwidth
+        else:
+            found[axis] = min(chip.link_bandwidth, max(inside, 1) * topology.network)
+        left //= inside
+    return found
+
+
+def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
+    """An axis takes whole sides where their product is its size (closed ones carry both ways), else a piece of one;
+    whatever goes between slices takes the slow network."""
+    chip, found = topology.chip, {}
+    sides = [(length * (chip.devices_per_chip if i == 0 else 1), topology.wraps(i))
+             for i, length in enumerate(topology.shape)]  # fmt: skip
+    sides = [side for side in sides if side[0] > 1]
+    slices = topology.num_slices
+    for axis in sizes:
+        size = sizes[axis]
+        outermost = axis == list(sizes)[-1]
+        across = math.gcd(size, slices) if outermost and slices > 1 else 1
+        links, sides = _take(sides, size // across)
+        bandwidth = links * chip.link_bandwidth if links else math.inf
+        if across > 1:
+            bandwidth = min(bandwidth, topology.network * max(size // across, 1))
+        found[axis] = bandwidth
+    return found
+
+
+def _take(sides: list[tuple[int, bool]], size: int) -> tuple[int, list[tuple[int, bool]]]:
+    """(links that carry an axis of this size, the sides that are left)."""
+    if size <= 1:
+        return 0, sides
+    for count in range(len(sides), 0, -1):
+        for chosen in itertools.combinations(range(len(sides)), count):
+            if math.prod(sides[i][0] for i in chosen) == size:
+                links = sum(2 if sides[i][1] else 1 for i in chosen)
+                return links, [side for i, side in enumerate(sides) if i not in chosen]
+    links, rest = 0, list(sides)
+    for i in sorted(range(len(rest)), key=lambda i: -rest[i][0]):
+        part = math.gcd(size, rest[i][0])
+        if part > 1:
+            links += 1
+            whole = part == rest[i][0]
+            links += whole and rest[i][1]
+            rest[i] = (rest[i][0] // part, False)
+            size //= part
+    return max(links, 1), [side for side in rest if side[0] > 1]

@@ -1,0 +1,170 @@
+"""What one training step of a dense decoder does on one device, by formula: FLOPs, memory traffic, transfers.
+
+Serves models of ours and of others (`published.py`): a decoder is described by its matrices alone.
+Shapes: n tokens of a step on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim,
+S sequence, L layers, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+
+BF16, FP32 = 2, 4
+BACKWARD_ATTENTION = 2.5
+"""Five matmuls in the backward kernel to two in the forward one (Dao 2023)."""
+RECOMPUTED = {
+    "none": frozenset[str](),
+    "minimal": frozenset({"out"}),
+    "block": frozenset({"qkv", "attention", "out", "mlp_in"}),
+}
+"""Our remat policies -> what the backward pass computes again: projections, the attention kernel, the output
+projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/train/plan)."""
+ELEMENTWISE = (20, 6)
+"""(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
+step, what matmuls take in and give out beside them not counted."""
+ELEMENTWISE_AGAIN = (8, 3)
+"""The same, of a block whose MLP is computed again."""
+OPTIMIZER_BYTES = 28
+"""A weight: gradient, weight and two moments read, weight and moments written, fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A dense decoder. mlp_matrices: 2 (GPT) or 3 (gated). tied: the head is the embedding."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int
+    seq_len: int
+    mlp_matrices: int = 2
+    tied: bool = True
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Decoder":
+        names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        return cls(**{name: getattr(model, name) for name in names}, seq_len=model.max_seq_len)
+
+    @property
+    def query_weights(self) -> int:
+        return self.embed_dim * self.num_heads * self.head_dim
+
+    @property
+    def kv_weights(self) -> int:
+        return 2 * self.embed_dim * self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_weights(self) -> int:
+        return self.mlp_matrices * self.embed_dim * self.mlp_dim
+
+    @property
+    def head_weights(self) -> int:
+        return self.vocab_size * self.embed_dim
+
+    @property
+    def block_weights(self) -> int:
+        return 2 * self.query_weights + self.kv_weights + self.mlp_weights
+
+    @property
+    def weights(self) -> int:
+        """Of matrices; norms, biases and positions are left out."""
+        return self.num_layers * self.block_weights + self.head_weights * (1 if self.tied else 2)
+
+    def attention_flops(self, *, causal: bool = True) -> float:
+        """Forward, a token and layer, mean over the sequence."""
+        return 4.0 * self.seq_len * self.num_heads * self.head_dim * (0.5 if causal else 1.0)
+
+    def model_flops(self, *, causal: bool = True) -> float:
+        """A token: 6 a weight of a matrix, three times the forward attention; nothing recomputed."""
+        matrices = self.num_layers * self.block_weights + self.head_weights
+        return 6.0 * matrices + 3.0 * self.num_layers * self.attention_flops(causal=causal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a decoder is spread and what it keeps."""
+
+    mesh: MeshConfig
+    """Filled in."""
+    batch: int
+    """Sequences of a step."""
+    microbatches: int = 1
+    recomputed: frozenset[str] = RECOMPUTED["minimal"]
+    """Parts of a block that the backward pass computes again."""
+    head_again: bool = True
+    """The loss computes its logits a second time in the backward pass, as ours does."""
+    gradient_bytes: int = BF16
+    """Of a gradient when it is summed over devices: ours are in the compute type."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Layout":
+        pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
+        return cls(
+            mesh=config.mesh, batch=config.global_batch_size, microbatches=pieces,
+            recomputed=RECOMPUTED[config.compute.remat],
+            gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one step on one device. transfers: mesh axis -> bytes sent, as rings send them."""
+
+    matmul_flops: float
+    """Computed again included."""
+    attention_flops: float
+    memory_bytes: float
+    """Traffic of what is no matmul."""
+    transfers: dict[str, float] = field(default_factory=dict)
+
+
+def work_of(decoder: Decoder, layout: Layout) -> Work:
+    """The formula. Sizes need not divide: a mesh that cannot be built still has its figures."""
+    mesh = layout.mesh
+    tokens = layout.batch * decoder.seq_len / (mesh.data * mesh.fsdp)
+    layers = decoder.num_layers
+    kv_share = mesh.tensor if decoder.num_kv_heads > 1 else 1
+    block = (decoder.block_weights - decoder.kv_weights) / mesh.tensor + decoder.kv_weights / kv_share
+    parts = {
+        "qkv": decoder.query_weights / mesh.tensor + decoder.kv_weights / kv_share,
+        "out": decoder.query_weights / mesh.tensor,
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.embed_dim * decoder.mlp_dim / mesh.tensor,
+    }
+    again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
+    head = decoder.head_weights / mesh.tensor
+    matmul = tokens * (layers * (6 * block + 2 * again) + (8 if layout.head_again else 6) * head)
+    passes = 1 + BACKWARD_ATTENTION + ("attention" in layout.recomputed)
+    attention = tokens * layers * passes * decoder.attention_flops() / mesh.tensor
+
+    of_d, of_f = ELEMENTWISE
+    if "mlp_in" in layout.recomputed:
+        of_d, of_f = of_d + ELEMENTWISE_AGAIN[0], of_f + ELEMENTWISE_AGAIN[1]
+    values = of_d * decoder.embed_dim + of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
+    shard = decoder.weights / (mesh.fsdp * mesh.tensor)
+    memory = tokens * layers * BF16 * values + shard * OPTIMIZER_BYTES
+    return Work(
+        matmul_flops=matmul,
+        attention_flops=attention,
+        memory_bytes=memory,
+        transfers=_transfers(decoder, layout, tokens),
+    )
+
+
+def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, float]:
+    mesh = layout.mesh
+
+    def ring(size: int) -> float:
+        return (size - 1) / size
+
+    # Weights are gathered in the forward and in the backward pass, gradients scattered, in every microbatch.
+    of_tensor = decoder.weights / mesh.tensor
+    fsdp = layout.microbatches * ring(mesh.fsdp) * of_tensor * (2 * BF16 + layout.gradient_bytes)
+    data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * layout.gradient_bytes * layout.microbatches
+    # Two sums of a block's outputs forward, two of its inputs backward, and what is computed again.
+    sums = 4 + ("out" in layout.recomputed)
+    tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * (decoder.num_layers * sums + 2)
+    found = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return {axis: sent for axis, sent in found.items() if getattr(mesh, axis) > 1}
