@@ -168,6 +168,8 @@ def _ratio(args: argparse.Namespace, kernel: str) -> Report:
             rows[-1]["useful"] = useful(args, kernel, totals[name])
             if "ours" in totals and name != "ours":
                 rows[-1]["ratio"] = totals[name] / totals["ours"]
+        if (name, kernel) == ("splash", "forward"):
+            rows.append(_inference_row(args, totals, memory))
     return Report(
         title=f"{args.device} {kernel}: cycles a head, {args.length} causal tokens, head_dim {args.head_dim}",
         settings={"heads of ours": args.num_heads, "heads of a peer": 1},
@@ -180,6 +182,16 @@ def _ratio(args: argparse.Namespace, kernel: str) -> Report:
         targets=_targets(args, kernel, totals),
         environment=versions("tokamax" if "tokamax" in args.against else "ours"),
     )  # fmt: skip
+
+
+def _inference_row(args: argparse.Namespace, totals: dict[str, float], memory: Memory) -> dict:
+    """Splash's forward kernel without the log-sum-exp that training needs and ours always writes."""
+    row, _ = fitted_row(peer_case(args, "splash", "inference"), memory)
+    if "cycles" in row:
+        row["useful"] = useful(args, "forward", row["cycles"])
+        if "ours" in totals:
+            row["ratio"] = row["cycles"] / totals["ours"]
+    return row
 
 
 def fitted_row(case: Case, memory: Memory) -> tuple[dict, Fit | None]:

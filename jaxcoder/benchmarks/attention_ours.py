@@ -32,6 +32,7 @@ def setting_names() -> list[str]:
 def choices(kernel: str) -> dict[str, tuple[int, ...]]:
     """Values that `--tune` tries, of the fields that the block shapes have."""
     tried = {
+        "sums_by_matmul": (0, 1),
         "chunk_heads": (1, 2, 4),
         "block_q": (128, 256),
         "block_kv": (512, 1024, 2048),

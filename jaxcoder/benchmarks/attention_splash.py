@@ -14,6 +14,12 @@ FLOP = {"forward": 4, "inference": 4, "dkv": 8, "dq": 6}
 COUNTED = ("tiles", "blocks of queries")
 
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
+    "v6e": {
+        "forward": {"block_q": 2048, "block_kv": 2048, "block_kv_compute": 512, "k_layout": 2},
+        "inference": {"block_q": 2048, "block_kv": 2048, "block_kv_compute": 512, "k_layout": 2},
+        "dkv": {"block_q": 2048, "block_kv": 2048, "block_kv_compute": 2048, "k_layout": 1},
+        "dq": {"block_q": 2048, "block_kv": 2048},
+    },
     "v5p": {
         "forward": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1},
         "inference": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1},

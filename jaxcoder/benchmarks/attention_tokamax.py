@@ -13,6 +13,10 @@ FLOP = {"forward": 4, "dkv": 10}
 COUNTED = ("tiles", "blocks of queries")
 
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
+    "v6e": {
+        "forward": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 2, "scheduler": 1},
+        "dkv": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1, "scheduler": 1},
+    },
     "v5p": {
         "forward": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 256, "k_layout": 2, "scheduler": 1},
         "dkv": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1, "scheduler": 1},

@@ -17,7 +17,7 @@ from jaxcoder.benchmarks.attention_fit import contestant, told
 from jaxcoder.benchmarks.measure import Report, Reports
 
 WALKED = 4096
-FINALISTS = 4
+FINALISTS = 2
 
 
 def run(args: argparse.Namespace) -> Reports:
