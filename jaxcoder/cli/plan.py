@@ -98,11 +98,12 @@ def _search(args: argparse.Namespace, config, topology) -> int:
 def _compiler(args: argparse.Namespace):
     """Compiles with a line of progress, within what is left of --minutes."""
     from jaxcoder.observability.console import ConsoleProgress
-    from jaxcoder.train.plan.compile import compile_step, is_cached
+    from jaxcoder.train.plan.compile import check_compiler, compile_step, is_cached
 
     end = time.monotonic() + 60 * args.minutes
 
     def compile_one(config, topology):
+        check_compiler(topology)
         mesh, micro = config.mesh, config.microbatch_size or config.global_batch_size
         if not args.no_cache and is_cached(config, topology):
             return compile_step(config, topology)

@@ -108,7 +108,13 @@ def prepare(config: RunConfig, topology: Topology) -> RunConfig:
             "axis at -1, as `--mesh.fsdp -1`."
         )
     validate(config, devices)
-    return replace(config, mesh=resolve_mesh(mesh, devices))
+    mesh = resolve_mesh(mesh, devices)
+    if mesh.data % topology.num_slices:
+        raise ConfigError(
+            f"mesh.data {mesh.data} is not a multiple of the {topology.num_slices} slices, and fsdp and tensor do not "
+            f"cross slices: use --mesh.data {topology.num_slices} or a multiple."
+        )
+    return replace(config, mesh=mesh)
 
 
 def attention_backend(config: RunConfig, topology: Topology) -> str:

@@ -1,0 +1,202 @@
+"""The best way to lay a run out on a topology: meshes x microbatches x remat policies, ranked by the model, the best
+compiled.
+
+The model ranks thousands of layouts in a second; a compile takes minutes. So what the model puts first is compiled,
+until a few fit or the time is up, and the answer says how far the model was off.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from jaxcoder.config import RunConfig
+from jaxcoder.config.validate import validate
+from jaxcoder.errors import ConfigError, JaxcoderError
+from jaxcoder.observability.console import format_table, readable_bytes, readable_duration
+from jaxcoder.train.dry_run import row
+from jaxcoder.train.plan.make import COMPILE, Plan, make_plan
+from jaxcoder.train.plan.report import as_dict, lines_of
+from jaxcoder.train.plan.topology import Topology
+
+MOST_TENSOR = 16
+MOST_WINDOWS = 16
+"""Of one shard of the batch at a time."""
+COMPILED = 3
+"""Layouts that are compiled, those that do not fit not counted."""
+MARGIN = 1.15
+"""Layouts whose estimate is above the memory by no more than this are compiled too: it may be too high."""
+SHOWN = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    topology: Topology
+    candidates: int
+    """Layouts that can be built."""
+    ranked: list[Plan]
+    """Those that should fit, by the model alone, fastest first."""
+    compiled: list[Plan]
+    """Those that were compiled, in the order of the model."""
+    out_of_time: bool
+    failures: list[str]
+
+    @property
+    def best(self) -> Plan | None:
+        """The fastest that fits, of the compiled ones where any was compiled."""
+        fitting = [plan for plan in self.compiled or self.ranked if plan.fits]
+        return min(fitting, key=lambda plan: plan.time.expected, default=None)
+
+
+def search(
+    config: RunConfig,
+    topology: Topology,
+    compile_one: COMPILE | None,
+    *,
+    minutes: float,
+    say: Callable[[str], object] = lambda text: None,
+) -> Search:
+    """config: of `prepare`; its mesh, microbatch and remat are only a start. compile_one: None ranks and compiles not."""
+    plans = [make_plan(candidate, topology, None) for candidate in candidates(config, topology)]
+    likely = [plan for plan in plans if plan.peak_bytes <= MARGIN * plan.memory_of_chip]
+    ranked = sorted(likely, key=lambda plan: (plan.time.expected, plan.peak_bytes))
+    say(f"{len(plans):,} layouts, {len(ranked):,} of which should fit; the best of these are compiled.")
+    compiled: list[Plan] = []
+    failures: list[str] = []
+    end, out_of_time = time.monotonic() + 60 * minutes, False
+    for plan in ranked if compile_one is not None else []:
+        if sum(done.fits for done in compiled) >= COMPILED:
+            break
+        if time.monotonic() > end:
+            out_of_time = True
+            break
+        try:
+            done = make_plan(plan.config, topology, compile_one(plan.config, topology))
+        except JaxcoderError as error:
+            failures.append(f"{layout_of(plan)}: {error}")
+            if len(failures) >= COMPILED:
+                break
+            continue
+        compiled.append(done)
+        say(f"{layout_of(done)}: {'fits' if done.fits else 'does not fit'}, {done.time.expected:.3f} s a step")
+    return Search(
+        topology=topology, candidates=len(plans), ranked=ranked, compiled=compiled, out_of_time=out_of_time,
+        failures=failures,
+    )  # fmt: skip
+
+
+def candidates(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
+    """Every layout of the run that can be built on the topology."""
+    for data in _powers(topology.num_slices, topology.devices):
+        for tensor in _powers(1, MOST_TENSOR):
+            fsdp, rest = divmod(topology.devices, data * tensor)
+            if rest:
+                continue
+            mesh = replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
+            for windows in _powers(1, MOST_WINDOWS):
+                micro = windows * data * fsdp
+                if config.global_batch_size % micro:
+                    continue
+                size = None if micro == config.global_batch_size else micro
+                for remat in ("none", "minimal", "block"):
+                    compute = replace(config.compute, remat=remat)
+                    candidate = replace(config, mesh=mesh, microbatch_size=size, compute=compute)
+                    try:
+                        validate(candidate, topology.devices)
+                    except ConfigError:
+                        continue
+                    yield candidate
+
+
+def _powers(first: int, last: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= 2
+
+
+def layout_of(plan: Plan) -> str:
+    """As options of `jaxcoder train`."""
+    mesh, micro = plan.config.mesh, plan.config.microbatch_size
+    data = f"--mesh.data {mesh.data} " if mesh.data > 1 else ""
+    size = f" --microbatch-size {micro}" if micro is not None else ""
+    return f"{data}--mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}{size} --compute.remat {plan.config.compute.remat}"
+
+
+def lines_of_search(found: Search) -> Iterator[str]:
+    """The ranking, how far the model was off, and the plan of the best."""
+    yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit. By the model:"
+    yield ""
+    table = [
+        [str(place + 1), layout_of(plan), f"{plan.time.expected:.3f}", readable_bytes(plan.peak_bytes)]
+        for place, plan in enumerate(found.ranked[:SHOWN])
+    ]
+    yield from format_table(["", "layout", "s a step", "memory a chip"], table).splitlines()
+    if found.compiled:
+        yield ""
+        yield "Compiled:"
+        yield ""
+        yield from format_table(
+            ["layout", "fits", "s a step", "by the model", "memory", "by the model", "compile"],
+            [_compared(plan) for plan in found.compiled],
+        ).splitlines()
+        yield ""
+        yield from row("model", accuracy(found))
+    for failure in found.failures:
+        yield from row("not compiled", failure)
+    if found.out_of_time:
+        yield from row("stopped", "the time was up before more could be compiled: --minutes allows more")
+    yield ""
+    if found.best is None:
+        yield from row("verdict", f"no layout of this run fits on {found.topology}: take more chips, or larger ones.")
+        return
+    yield from row("best", layout_of(found.best))
+    yield ""
+    yield from lines_of(found.best)
+
+
+def _compared(plan: Plan) -> list[str]:
+    estimated = plan.estimate.total * plan.topology.chip.devices_per_chip
+    return [
+        layout_of(plan),
+        "yes" if plan.fits else "no",
+        f"{plan.time.expected:.3f}" if plan.fits else "-",
+        f"{plan.modelled.expected:.3f}",
+        "-" if plan.peak_bytes is None else readable_bytes(plan.peak_bytes),
+        readable_bytes(estimated),
+        readable_duration(plan.compiled.compile_seconds),
+    ]
+
+
+def accuracy(found: Search) -> str:
+    """How far the model was from what was compiled, and whether its order held."""
+    said = []
+    memory = [
+        plan.estimate.total * plan.topology.chip.devices_per_chip / plan.peak_bytes
+        for plan in found.compiled
+        if plan.peak_bytes
+    ]
+    times = [plan.modelled.expected / plan.time.expected for plan in found.compiled if plan.fits]
+    if memory:
+        said.append(f"its memory was {min(memory):.2f} to {max(memory):.2f} of the compiler's")
+    if times:
+        said.append(f"its time {min(times):.2f} to {max(times):.2f} of that with the compiler's FLOPs and transfers")
+    fitting = [plan for plan in found.compiled if plan.fits]
+    if len(fitting) > 1:
+        held = fitting == sorted(fitting, key=lambda plan: plan.time.expected)
+        said.append("the compiled ones keep its order" if held else "the compiled ones are in another order")
+    return "; ".join(said) or "nothing that was compiled fits"
+
+
+def search_json(found: Search) -> str:
+    plain = {
+        "topology": str(found.topology),
+        "candidates": found.candidates,
+        "ranked": [
+            {"layout": layout_of(plan), "seconds": plan.time.expected, "bytes_per_chip": plan.peak_bytes}
+            for plan in found.ranked
+        ],
+        "compiled": [as_dict(plan) | {"layout": layout_of(plan)} for plan in found.compiled],
+        "accuracy": accuracy(found),
+        "best": None if found.best is None else layout_of(found.best),
+    }
+    return json.dumps(plain, indent=1) + "\n"
