@@ -25,7 +25,7 @@ GRADIENT_COPIES_ACCUMULATING = 2
 WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "block": (17, 8)}
 """(of D, of F) values a token that the backward pass of one block has at once, what it computes again included."""
 LOGITS_COPIES = 2
-"""Of one chunk in fp32: the logits and their gradient."""
+"""Of one chunk in fp32: the logits, and their gradient in both layouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     of_d, of_f = WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
     rows = model.vocab_size // mesh.tensor
-    logits = LOGITS_COPIES * 4 * tokens * min(config.compute.loss_chunk_size, rows)
-    in_loss = logits + tokens * model.embed_dim * (4 + 2 * itemsize)
+    logits = LOGITS_COPIES * 4 * min(config.compute.loss_chunk_size, tokens) * rows
+    in_loss = logits + tokens * model.embed_dim * 2 * itemsize
     gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if mesh.fsdp > 1 else 0)
     return MemoryEstimate(
         weights=weights,
@@ -81,11 +81,12 @@ def kept_per_token(config: RunConfig) -> float:
     queries = model.num_heads * model.head_dim / tensor
     keys = model.num_kv_heads * model.head_dim / (tensor if model.num_kv_heads > 1 else 1)
     mlp = model.mlp_dim / tensor
+    stream = model.embed_dim / tensor  # split along the sequence
     if config.compute.remat == "block":
-        return model.embed_dim
+        return stream
     if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
-        return model.embed_dim + 3 * queries + 2 * keys + mlp
-    return 10 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
+        return 2 * stream + 3 * queries + 2 * keys + mlp
+    return 8 * stream + 2 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
 
 
 def weight_bytes(config: RunConfig) -> tuple[int, int]:
