@@ -7,13 +7,13 @@ by the causal mask alone. The counts times the fitted costs are the cycles. A pe
 """
 
 import argparse
-import json
+import itertools
 from dataclasses import replace
 
 import numpy as np
 
 from jaxcoder.benchmarks import attention, attention_documents
-from jaxcoder.benchmarks.attention_cycles import Case, Memory, versions
+from jaxcoder.benchmarks.attention_cycles import Case, Memory, estimate, versions
 from jaxcoder.benchmarks.attention_fit import Fit, NoEstimate, contestant, fit
 from jaxcoder.benchmarks.attention_tune import WALKED, candidates
 from jaxcoder.benchmarks.measure import Report, Reports
@@ -79,20 +79,10 @@ def _cycles(of: Fit, groups: np.ndarray) -> float:
 
 def _best(args, name: str, kernel: str, groups: np.ndarray, memory: Memory) -> tuple[float, str] | None:
     """Cycles and block sizes of a peer's kernel at the settings that suit these batches best."""
-    module = contestant(name)
-    count = module.full_steps if name == "tokamax" else module.steps
-    costs = {}
-    for case in candidates(attention.peer_case(args, name, kernel)):
-        walked = replace(case, length=WALKED)
-        known = memory.get(walked)
-        if known is not None and known.cycles is not None:
-            visited = _tiles(case, groups)
-            costs[json.dumps(case.settings)] = known.cycles / count(walked)[0] * visited, case
-    # The cheapest by cost a tile alone are fitted, and of these the best is taken.
+    costs = {case: cost * _tiles(case, groups) for case, cost in _costs(args, name, kernel, memory).items()}
+    # By the cost of a tile alone; the two cheapest are then fitted, and of these the better one is taken.
     fitted = []
-    for _, case in sorted(costs.values(), key=lambda pair: pair[0])[:2] or [
-        (0.0, attention.peer_case(args, name, kernel))
-    ]:
+    for case in sorted(costs, key=costs.get)[:2]:
         try:
             of = fit(case, memory=memory, say=attention.say)
         except NoEstimate as error:
@@ -100,6 +90,25 @@ def _best(args, name: str, kernel: str, groups: np.ndarray, memory: Memory) -> t
             continue
         fitted.append((_cycles(of, groups), attention.blocks_text(case)))
     return min(fitted, default=None)
+
+
+def _costs(args, name: str, kernel: str, memory: Memory) -> dict[Case, float]:
+    """Cycles a tile of all settings that have been estimated; small tiles, which suit documents, are seen to here."""
+    module, best = contestant(name), attention.peer_case(args, name, kernel)
+    count = module.full_steps if name == "tokamax" else module.steps
+    estimate(replace(best, length=WALKED), memory=memory)
+    if name == "tokamax":
+        for block_q, block_kv in itertools.product((512, 1024), repeat=2):
+            compute = min(best.option("block_kv_compute"), block_kv)
+            changes = {"block_q": block_q, "block_kv": block_kv, "block_kv_compute": compute}
+            settings = tuple(sorted((dict(best.settings) | changes).items()))
+            estimate(replace(best, settings=settings, length=WALKED), memory=memory)
+    found = {}
+    for case in {best, *candidates(best)}:
+        known = memory.get(replace(case, length=WALKED))
+        if known is not None and known.cycles is not None:
+            found[case] = known.cycles / count(replace(case, length=WALKED))[0]
+    return found
 
 
 def _tiles(case: Case, groups: np.ndarray) -> float:

@@ -142,6 +142,31 @@ def test_needed_is_what_the_mask_shows():
     assert attention_packed.needed(ids) == pytest.approx(shown / (2 * 512 * 513 / 2))
 
 
+def test_packed_cycles_are_the_fitted_costs_times_the_counts(monkeypatch, tmp_path):
+    """Of the costs that `made_up` has; a batch has one schedule for tokamax, one a sequence for ours."""
+
+    def kept(case, memory, **_):
+        memory.put(case, made_up(case))
+        return memory.get(case)
+
+    kind = "log-normal, median 500, sigma 1.3"
+    monkeypatch.setattr(attention_documents, "KINDS", (kind,))
+    monkeypatch.setattr(attention_packed, "WINDOWS", 16)
+    for module in (attention_fit, attention_packed):
+        monkeypatch.setattr(module, "estimate", kept)
+    output, cache = tmp_path / "figures.json", str(tmp_path / "cache.json")
+    command = ["bench", "attention", "--packed", "--kernel", "forward", "--against", "tokamax"]
+    assert main([*command, "--cache", cache, "--output", str(output)]) == 0
+    rows = {row["batch"]: row for row in json.loads(output.read_text())[0]["rows"]}
+    ids = attention_documents.packed(kind, 16, 8192)
+    counts = attention_ours.steps(ours(length=8192, batch=16), ids)
+    assert rows[1]["ours"] == pytest.approx(np.dot(counts, [9000, 5000, 400]) / 16 / 16, rel=1e-4)
+    assert rows[1]["ours"] == pytest.approx(rows[16]["ours"]) and rows[1]["tokamax"] < rows[16]["tokamax"]
+    large = replace(peer("tokamax", block_q=1024, block_kv=1024), length=8192)
+    tiles, blocks = attention_tokamax.steps(large, ids)
+    assert rows[16]["tokamax"] == pytest.approx((9000 * tiles + 50 * blocks) / 16, rel=1e-4)
+
+
 def test_picture_shows_every_step(tmp_path, capsys):
     """The steps that are drawn cover the mask, and their number is the schedule's."""
     ids = attention_documents.packed("log-normal, median 500, sigma 1.3", 2, 2048)
