@@ -8,6 +8,7 @@
     jaxcoder bench decode                       greedy decoding of one prompt and of eight, `transformers` beside it
     jaxcoder bench compile                      compiling at 164M and 15.5B; starting a run with the cache
     jaxcoder bench attention --device tpu:v5p   our attention kernels beside JAX's and tokamax's, in static cycles
+    jaxcoder bench cross-entropy --device v5p   the loss and its gradients, as compiled for a mesh of TPUs
     jaxcoder bench parity HF_DIR                ten steps from these weights give PyTorch's curve
 
 PyTorch's rows need the extra `bench`, cycles of TPUs `bench-tpu`. Times are medians of several runs in one process, in
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "decode": ("jaxcoder.benchmarks.decoding", "greedy decoding, beside transformers' `generate`"),
     "compile": ("jaxcoder.benchmarks.compiling", "compiling the step, and starting with and without the cache"),
     "attention": ("jaxcoder.benchmarks.attention", "attention beside splash, tokamax and cuDNN; static cycles of TPUs"),
+    "cross-entropy": ("jaxcoder.benchmarks.cross_entropy", "loss and gradients on a mesh, compiled for absent TPUs"),
     "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),
 }
 """Name -> module with `add_arguments(parser)` and `run(args) -> Report | Reports`, and the one-line help."""

@@ -1,8 +1,7 @@
-"""Cross-entropy over a large vocabulary in chunks: the logits never exist whole, forward or backward.
+"""The loss on a mesh: kernels/cross_entropy for each device's tokens and rows of the vocabulary, and what is exchanged.
 
-Shapes: B batch, S sequence, N = B * S tokens of one device, D embed, V vocabulary rows of one device.
-The log-sum-exp is built up chunk by chunk; the backward pass computes each chunk's logits again. Everything after the
-matmul is fp32. Reference: the same idea for attention, Dao et al. 2022; for losses, Wijmans et al. 2024.
+Shapes: B batch, S sequence, D embed, V vocabulary. The hidden states are gathered along the sequence, the table along
+"embed"; their gradients are summed back into the same shards.
 """
 
 from functools import partial
@@ -10,102 +9,101 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxcoder.sharding.ops import gather, gather_weight, on_each_device, shard_index
+from jaxcoder.kernels.cross_entropy import api as cross_entropy
+from jaxcoder.sharding.ops import gather, gather_weight, on_each_device, reshard, shard_index
 from jaxcoder.sharding.rules import ShardingRules
+
+
+def weighted_loss(
+    hidden: jax.Array,
+    wte: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    chunk_size: int,
+    rules: ShardingRules,
+) -> jax.Array:
+    """Sum of the negative log-likelihoods of the targets, each times its weight: an fp32 scalar, to train on.
+
+    Its gradients are made together with it, which saves one matmul in four; so it takes the derivative in hidden, wte
+    and weights once, and no second one.
+
+    Args:
+        hidden: (B, S, D) in the compute dtype. wte: the head (V, D), fp32. targets: int32 (B, S). weights: fp32 (B, S).
+        chunk_size: tokens of a device whose logits exist at a time.
+    """
+    rules = rules.for_length(targets.shape[1])
+    hidden = reshard(hidden, rules.spec("batch", "seq", None))
+    return _weighted_loss(chunk_size, rules, hidden, wte, targets, weights)
 
 
 def token_losses(
     hidden: jax.Array, wte: jax.Array, targets: jax.Array, *, chunk_size: int, rules: ShardingRules
 ) -> jax.Array:
-    """Negative log-likelihood of each target, fp32 (B, S).
+    """Negative log-likelihood of each target, fp32 (B, S). Arguments as of `weighted_loss`.
 
-    Args:
-        hidden: (B, S, D) in the compute dtype. wte: the head (V, D), fp32. targets: int32 (B, S).
-        chunk_size: vocabulary rows at a time, per device.
+    To evaluate, and for losses that are no weighted sum: the derivative makes the logits again.
     """
     rules = rules.for_length(targets.shape[1])
-    vocab_axes = rules.axes("vocab")
+    ids, vocab = rules.spec("batch", None), rules.axes("vocab")
 
     def local(hidden, wte, targets):
-        hidden = gather(hidden, rules.axes("seq"), dim=1)
-        wte = gather_weight(wte.astype(hidden.dtype), rules.axes("embed"), dim=1)
-        first = shard_index(vocab_axes) * wte.shape[0]
-        log_sum_exp, target_logit = _local(hidden, wte, targets - first, chunk_size)
-        if vocab_axes:
-            largest = jax.lax.pmax(jax.lax.stop_gradient(log_sum_exp), vocab_axes)
-            log_sum_exp = largest + jnp.log(jax.lax.psum(jnp.exp(log_sum_exp - largest), vocab_axes))
-            target_logit = jax.lax.psum(target_logit, vocab_axes)
-        return log_sum_exp - target_logit
+        x, table = _gathered(rules, hidden, wte)
+        own_targets = _counted_from_mine(rules, table, targets)
+        # In fp32, so that its gradient is added up so.
+        table = table.astype(jnp.float32)
+        losses = cross_entropy.token_losses(x, table, own_targets, chunk_size=chunk_size, axes=vocab)
+        return losses.reshape(targets.shape)
 
-    ids = rules.spec("batch", None)
+    hidden = reshard(hidden, rules.spec("batch", "seq", None))
     in_specs = (rules.spec("batch", "seq", None), rules.spec("vocab", "embed"), ids)
     return on_each_device(local, in_specs=in_specs, out_specs=ids)(hidden, wte, targets)
 
 
-def _local(hidden, wte, targets, chunk_size):
-    """Log-sum-exp over the local rows and the target's logit (0 where another shard holds it), both (B, S)."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    stats = _chunked_stats(min(chunk_size, wte.shape[0]), flat, wte, targets.reshape(-1))
-    return tuple(x.reshape(targets.shape) for x in stats)
+def _gathered(rules, hidden, wte):
+    """What a device multiplies: its tokens (N, D) and its rows (V, D)."""
+    x = gather(hidden, rules.axes("seq"), dim=1)
+    return x.reshape(-1, x.shape[-1]), gather_weight(wte.astype(hidden.dtype), rules.axes("embed"), dim=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_stats(chunk, x, wte, targets):
-    """x (N, D), wte (V, D), targets (N,): log-sum-exp and target logit, fp32 (N,)."""
-
-    def body(index, carry):
-        largest, total, target_logit = carry
-        _, logits, is_target = _chunk_logits(chunk, index, x, wte, targets)
-        new_largest = jnp.maximum(largest, logits.max(-1))
-        total = total * jnp.exp(largest - new_largest) + jnp.exp(logits - new_largest[:, None]).sum(-1)
-        target_logit = target_logit + jnp.where(is_target, logits, 0.0).sum(-1)
-        return new_largest, total, target_logit
-
-    start = (jnp.full(x.shape[0], -jnp.inf), jnp.zeros(x.shape[0]), jnp.zeros(x.shape[0]))
-    largest, total, target_logit = jax.lax.fori_loop(0, _num_chunks(chunk, wte), body, start)
-    return largest + jnp.log(total), target_logit
+def _counted_from_mine(rules, table, targets):
+    return targets.reshape(-1) - shard_index(rules.axes("vocab")) * table.shape[0]
 
 
-def _chunk_logits(chunk, index, x, wte, targets):
-    """The chunk's first row, its logits (N, chunk) and where they are a token's target.
-
-    The last chunk is moved back to end with the table; rows that the one before it covered count as minus infinity.
-    """
-    start = jnp.minimum(index * chunk, wte.shape[0] - chunk)
-    rows = jax.lax.dynamic_slice_in_dim(wte, start, chunk)
-    logits = jnp.einsum("nd,vd->nv", x, rows, preferred_element_type=jnp.float32)
-    ids = start + jnp.arange(chunk)
-    is_new = ids >= index * chunk
-    return start, jnp.where(is_new, logits, -jnp.inf), is_new & (ids == targets[:, None])
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _weighted_loss(chunk_size, rules, hidden, wte, targets, weights):
+    return (token_losses(hidden, wte, targets, chunk_size=chunk_size, rules=rules) * weights).sum()
 
 
-def _forward(chunk, x, wte, targets):
-    stats = _chunked_stats(chunk, x, wte, targets)
-    return stats, (x, wte, targets, stats[0])
+def _forward(chunk_size, rules, hidden, wte, targets, weights):
+    ids, of_hidden, of_wte = rules.spec("batch", None), rules.spec("batch", "seq", None), rules.spec("vocab", "embed")
+    vocab = rules.axes("vocab")
+
+    def local(hidden, wte, targets, weights):
+        (x, table), to_shards = jax.vjp(partial(_gathered, rules), hidden, wte)
+        found = cross_entropy.losses_and_gradients(
+            x, table, _counted_from_mine(rules, table, targets), weights.reshape(-1), chunk_size=chunk_size, axes=vocab
+        )
+        d_hidden, d_wte = to_shards((found.hidden, found.wte.astype(table.dtype)))
+        # What was gathered is summed up by that; what every device had whole, by this.
+        d_hidden = _sum(d_hidden, set(vocab) - set(rules.axes("seq")))
+        d_wte = _sum(d_wte, set(rules.axes("batch")) - set(rules.axes("embed")))
+        return found.losses.reshape(targets.shape), d_hidden, d_wte
+
+    losses, d_hidden, d_wte = on_each_device(
+        local, in_specs=(of_hidden, of_wte, ids, ids), out_specs=(ids, of_hidden, of_wte)
+    )(hidden, wte, targets, weights)
+    return (losses * weights).sum(), (d_hidden, d_wte, losses)
 
 
-def _backward(chunk, residuals, cotangents):
-    x, wte, targets, log_sum_exp = residuals
-    d_lse, d_target = cotangents
-
-    def body(index, carry):
-        dx, dwte = carry
-        start, logits, is_target = _chunk_logits(chunk, index, x, wte, targets)
-        d_logits = jnp.exp(logits - log_sum_exp[:, None]) * d_lse[:, None] + is_target * d_target[:, None]
-        d_logits = d_logits.astype(x.dtype)
-        rows = jax.lax.dynamic_slice_in_dim(wte, start, chunk)
-        dx = dx + jnp.einsum("nv,vd->nd", d_logits, rows, preferred_element_type=jnp.float32)
-        d_rows = jnp.einsum("nv,nd->vd", d_logits, x, preferred_element_type=jnp.float32)
-        old = jax.lax.dynamic_slice_in_dim(dwte, start, chunk)
-        return dx, jax.lax.dynamic_update_slice_in_dim(dwte, old + d_rows, start, 0)
-
-    start = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(wte.shape, jnp.float32))
-    dx, dwte = jax.lax.fori_loop(0, _num_chunks(chunk, wte), body, start)
-    return dx.astype(x.dtype), dwte.astype(wte.dtype), None
+def _sum(x, axes):
+    return jax.lax.psum(x, sorted(axes)) if axes else x
 
 
-_chunked_stats.defvjp(_forward, _backward)
+def _backward(chunk_size, rules, residuals, cotangent):
+    d_hidden, d_wte, losses = residuals
+    of_hidden = (d_hidden.astype(jnp.float32) * cotangent).astype(d_hidden.dtype)
+    return of_hidden, d_wte * cotangent, None, losses * cotangent
 
 
-def _num_chunks(chunk, wte):
-    return -(-wte.shape[0] // chunk)
+_weighted_loss.defvjp(_forward, _backward)

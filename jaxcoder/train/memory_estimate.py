@@ -11,6 +11,7 @@ Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x 
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -91,6 +92,12 @@ def kept_per_token(config: RunConfig) -> float:
 
 def weight_bytes(config: RunConfig) -> tuple[int, int]:
     """Bytes of all weights on one device, and of one block gathered over `fsdp`."""
+    return _weight_bytes(RunConfig(name="x", model=config.model, num_steps=1, global_batch_size=1, mesh=config.mesh))
+
+
+@lru_cache(maxsize=256)
+def _weight_bytes(config: RunConfig) -> tuple[int, int]:
+    """Remembered, for whoever compares microbatches and policies on one mesh."""
     model = abstract_state_on(config.mesh, config).model
     on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
     block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers

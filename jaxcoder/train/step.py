@@ -18,7 +18,7 @@ from jaxcoder.data.loader import Batch
 from jaxcoder.kernels.dropout.api import make_key
 from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode
 from jaxcoder.sharding.ops import reshard
-from jaxcoder.train.loss import token_losses
+from jaxcoder.train.loss import token_losses, weighted_loss
 from jaxcoder.train.optimizer import apply_adamw, learning_rate
 from jaxcoder.train.state import TrainState
 from jaxcoder.train.xla_options import Value, accepted, options_for
@@ -85,18 +85,25 @@ def keep_if(is_good: jax.Array, new, old):
 
 def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
     """Summed loss of a batch in nats and the number of tokens it counts, fp32 scalars."""
-    return (losses_of(model, batch, dropout) * batch.loss_mask).sum(), batch.loss_mask.sum()
+    hidden = hidden_of(model, batch, dropout)
+    chunk = model.compute.loss_chunk_size
+    total = weighted_loss(hidden, model.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=model.rules)
+    return total, batch.loss_mask.sum()
 
 
-def losses_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
-    """Loss of every target in nats, fp32 (B, S), the masked ones too."""
-    hidden = model(
+def hidden_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
+    """The model's hidden states (B, S, D) of a batch."""
+    return model(
         batch.inputs,
         positions=None if batch.segment_ids is None else batch.positions,
         segment_ids=batch.segment_ids,
         dropout=dropout,
     )
-    chunk = model.compute.loss_chunk_size
+
+
+def losses_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
+    """Loss of every target in nats, fp32 (B, S), the masked ones too."""
+    hidden, chunk = hidden_of(model, batch, dropout), model.compute.loss_chunk_size
     return token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
 
 
