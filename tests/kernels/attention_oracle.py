@@ -102,8 +102,8 @@ def exact(problem: Problem, rounded: str | None = None) -> Results:
     (batch, q_len, heads, head_dim), (_, kv_len, groups, _) = q.shape, k.shape
     k, v = (np.repeat(x, heads // groups, axis=2) for x in (k, v))
     scale = head_dim**-0.5
-    q_scaled = bf16(q * (scale * np.log2(np.e)), "flash_tpu") * np.log(2)
-    scores = np.einsum("bshk,bthk->bhst", q_scaled, k)
+    k_scaled = bf16(k * (scale * np.log2(np.e)), "flash_tpu") * np.log(2)
+    scores = np.einsum("bshk,bthk->bhst", q, k_scaled)
 
     q_positions, k_positions = np.arange(q_len) + problem.q_offset, np.arange(kv_len)
     seen = np.ones((batch, q_len, kv_len), bool)
@@ -129,11 +129,11 @@ def exact(problem: Problem, rounded: str | None = None) -> Results:
     d_weights = np.einsum("bshk,bthk->bhst", d_out, v) * factor
     delta = np.einsum("bshk,bshk->bhs", d_out, out) - np.where(is_empty, 0.0, problem.d_lse)
     d_scores = probabilities * (d_weights - delta[..., None])
-    d_scores_q = d_scores_k = bf16(d_scores, "flash_tpu")
+    d_scores = bf16(d_scores, "flash_tpu")
     if rounded == "blockwise":
-        d_scores_q = d_scores_k = bf16(d_scores * scale, "blockwise") / scale
-    dq = np.einsum("bhst,bthk->bshk", d_scores_q, k) * scale
-    dk = np.einsum("bhst,bshk->bthk", d_scores_k, q_scaled if rounded == "flash_tpu" else q * scale)
+        d_scores = bf16(d_scores * scale, "blockwise") / scale
+    dq = np.einsum("bhst,bthk->bshk", d_scores, k_scaled)
+    dk = np.einsum("bhst,bshk->bthk", d_scores, q * scale)
     dv = np.einsum("bhst,bshk->bthk", bf16(probabilities * factor, *both), d_out)
     dk, dv = (x.reshape(batch, kv_len, groups, -1, head_dim).sum(3) for x in (dk, dv))
     return Results(out, log_sum_exp, bf16(dq, *both), bf16(dk, *both), bf16(dv, *both))
@@ -236,6 +236,9 @@ def assert_right(got: Results, problem: Problem) -> None:
         assert a.shape == b.shape and np.isfinite(a).all(), f.name
         allowed = 2e-6 * (np.linalg.norm(b) + np.sqrt(b.size))
         if rounding is not None:
-            allowed += 1.25 * np.linalg.norm(getattr(rounding, f.name) - b)
+            lost = getattr(rounding, f.name) - b
+            rows = np.count_nonzero(lost.any(-1) if lost.ndim == 4 else lost)
+            # Roundings in another order are others, of the same size on average: the fewer rows, the less that says.
+            allowed += (1.25 + 4 / np.sqrt(max(rows, 1))) * np.linalg.norm(lost)
         error = np.linalg.norm(a - b)
         assert error <= allowed, (f.name, error, allowed, np.linalg.norm(b), b.size)

@@ -218,7 +218,7 @@ def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
         (("tpu", "TPU v5"), "flash_tpu"),
         (("tpu", "TPU v5 lite"), "flash_tpu"),
         (("tpu", "TPU v6 lite"), "flash_tpu"),
-        (("tpu", "TPU v4"), "blockwise"),
+        (("tpu", "TPU v4"), "flash_tpu"),
         (("gpu", "NVIDIA H200"), "blockwise"),
         (("cpu", "cpu"), "blockwise"),
     ):

@@ -34,6 +34,15 @@ def test_drawn_contents(name):
     check()
 
 
+def test_two_cores_share_the_heads_and_the_matrix_unit_sums():
+    blocks = replace(SMALL, cores=2, sums_by_matmul=True, chunk_heads=1)
+    assert [blocks.fit(9, 9, 6, batch_groups=n).heads for n in (1, 2)] == [3, 6]
+    kernels = Interpreted(blocks, blocks)
+    for seed in range(3):
+        problem = draw(np.random.default_rng(seed), (1, 300, 300, 6, 1, 128), ml_dtypes.bfloat16)
+        assert_right(compute(kernels, problem), problem)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 127])
 def test_short_documents(length):
     problem = draw(np.random.default_rng(length), **SHAPES["multi_query"], segments=length)
@@ -83,7 +92,7 @@ BLOCKS = {
     "small": SMALL,
     "one_step": Blocks(block_kv=512, edge_kv=512),
     "wide_edges": Blocks(block_kv=512, edge_kv=256, span_kv=512, chunk_heads=4, heads=4),
-    "tall": Blocks(block_q=256, block_kv=256, edge_kv=128, span_kv=512),
+    "tall": Blocks(block_q=256, block_kv=256, edge_kv=128, span_kv=512, cores=2, sums_by_matmul=True),
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import blockwise, reference
-from jaxcoder.kernels.attention.blocks_tpu import COMPILED, MOST_HEAD_DIM, for_device
+from jaxcoder.kernels.attention.blocks_tpu import MOST_HEAD_DIM, for_device, has_kernels
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
 
@@ -95,7 +95,7 @@ def _best(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
         return "reference"
     platform, kind = _device()
     is_typed = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)
-    has_kernel = platform == "tpu" and kind in COMPILED and is_typed and q.shape[3] <= MOST_HEAD_DIM
+    has_kernel = platform == "tpu" and has_kernels(kind) and is_typed and q.shape[3] <= MOST_HEAD_DIM
     return "flash_tpu" if has_kernel else "blockwise"
 
 

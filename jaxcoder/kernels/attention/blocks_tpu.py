@@ -1,26 +1,37 @@
 """Block shapes of flash_tpu by TPU generation, chosen by the compiler's static cycle estimates."""
 
+from dataclasses import replace
+
 from jaxcoder.kernels.attention.schedule import Blocks
 
-TABLE: dict[str, tuple[Blocks, Blocks]] = {
-    "default": (
-        Blocks(block_q=128, chunk_heads=1, block_kv=1024, edge_kv=512, vmem_mib=40),
-        Blocks(block_q=128, chunk_heads=2, block_kv=512, edge_kv=512, vmem_mib=48),
-    ),
-    "TPU v6 lite": (
-        Blocks(block_q=128, chunk_heads=2, block_kv=1024, edge_kv=512, vmem_mib=40),
-        Blocks(block_q=128, chunk_heads=2, block_kv=512, edge_kv=512, vmem_mib=48),
-    ),
-}
-"""Device kind (or `default`) -> blocks of the forward and of the backward kernel."""
+WIDE = Blocks(block_q=256, heads=16, block_kv=1024, edge_kv=256, vmem_mib=48)
+BACKWARD = Blocks(block_q=256, heads=8, block_kv=512, edge_kv=256, vmem_mib=48)
+SMALL = Blocks(block_q=128, heads=8, block_kv=512, edge_kv=256, span_kv=4096, cores=2, vmem_mib=15)
 
-COMPILED = ("TPU v5 lite", "TPU v5e", "TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")
-"""Device kinds that the kernels were compiled for. On a v4 they want more fast memory than it has."""
+TABLE: dict[str, tuple[Blocks, Blocks]] = {
+    "TPU v4": (SMALL, replace(SMALL, span_kv=2048)),  # 16 MiB of fast memory
+    "TPU v5 lite": (WIDE, BACKWARD),
+    "TPU v5": (replace(WIDE, cores=2), replace(BACKWARD, cores=2)),
+    # The matrix unit is 256 wide: with a head dimension of 128 sums are free there.
+    "TPU v6 lite": (
+        replace(WIDE, sums_by_matmul=True, vmem_mib=64),
+        replace(BACKWARD, heads=16, vmem_mib=64),
+    ),
+    "TPU7x": (replace(WIDE, sums_by_matmul=True), BACKWARD),
+}
+"""Device kind -> blocks of the forward and of the backward kernel."""
+
+ALIASES = {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5", "TPU v6e": "TPU v6 lite"}
 
 MOST_HEAD_DIM = 256
 """Beyond, the kernels want more fast memory than a v5p has."""
 
 
+def has_kernels(device_kind: str) -> bool:
+    """Were the kernels compiled for this kind of device?"""
+    return ALIASES.get(device_kind, device_kind) in TABLE
+
+
 def for_device(device_kind: str) -> tuple[Blocks, Blocks]:
-    """Blocks for a device by the name JAX gives it, such as "TPU v5 lite" or "TPU v5"."""
-    return TABLE.get(device_kind, TABLE["default"])
+    """Blocks for a device by the name JAX gives it, such as "TPU v5 lite" or "TPU v5"; a v5e's for unknown kinds."""
+    return TABLE.get(ALIASES.get(device_kind, device_kind), TABLE["TPU v5 lite"])

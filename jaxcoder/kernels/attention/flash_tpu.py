@@ -56,7 +56,11 @@ def attention(
             f"attention with implementation `flash_tpu` has kernels for head dimensions to {MOST_HEAD_DIM}, and got q "
             f"{q.shape}: take `blockwise`."
         )
-    both = [blocks.fit(q_len, kv_len, heads // groups) for blocks in (forward_blocks, backward_blocks)]
+    row_bytes = round_up(head_dim, 128) * q.dtype.itemsize
+    both = [
+        blocks.fit(q_len, kv_len, heads // groups, batch_groups=batch * groups, row_bytes=row_bytes)
+        for blocks in (forward_blocks, backward_blocks)
+    ]
     q_pad = round_up(q_len, both[0].block_q) - q_len
     kv_pad = round_up(kv_len, max(blocks.span_kv for blocks in both)) - kv_len
     # Heads lie side by side in lanes, so that a block of them must fill whole registers, or be all there are.
@@ -103,8 +107,9 @@ def _backward(_, sizes: Sizes, residuals, cotangents):
         of_span = Visits(*(jax.lax.dynamic_slice_in_dim(x, span, 1, 1) for x in all_visits))
         table = _table(of_span._replace(span=jnp.full_like(of_span.span, span)))
         return kernels.backward(
-            sizes, table, q, k_scaled, k_scaled.swapaxes(1, 2), v, d_out.astype(q.dtype), *statistics, *_rows(seen), words
-        )
+            sizes, table, q, k_scaled, k_scaled.swapaxes(1, 2), v, d_out.astype(q.dtype), *statistics, *_rows(seen),
+            words,
+        )  # fmt: skip
 
     if num_spans == 1:
         dq, dk, dv = one_span(0)

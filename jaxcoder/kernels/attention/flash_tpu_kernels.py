@@ -10,7 +10,7 @@ takes its rows chunk by chunk, and issues the scores of the next chunk before th
 matrix unit and the vector unit work at the same time; heads of a block share every load of K and V.
 
 Forward: scores (rows, keys) from K transposed; statistics (rows, 128): the maximum in every lane, the sum of each lane.
-Where the matrix unit is wider than head_dim the sums are products too: V gets columns of ones beside it, which are free.
+Where the matrix unit is wider than head_dim the sums are products too: V gets columns of ones, which are free.
 Only the maximum starts anew with a block of queries. What the one before left in sum and accumulator goes when a row
 sees its first key: it is shrunk by exp2(-1e30), which is zero. (So a NaN in Q spreads over its sequence and head.)
 Backward: scores transposed, (keys, rows), so that nothing is transposed in the loop; dK and dV of the span are
@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxcoder.compat import approximate_reciprocal
 from jaxcoder.kernels.attention.mask import MASKED_SCORE, AttentionSpec
 from jaxcoder.kernels.attention.schedule import Blocks, Visits
 from jaxcoder.kernels.dropout.api import survives
@@ -59,13 +60,19 @@ class Sizes:
         return self.batch, self.groups, per_group // blocks.heads, self.q_len // blocks.block_q, spans
 
     @property
+    def parts(self) -> int:
+        """Parts of a key/value head's query heads whose dK and dV are summed apart, so that every core has one."""
+        cores = self.blocks.cores
+        return cores if self.batch * self.groups % cores and self.grid[2] % cores == 0 else 1
+
+    @property
     def num_chunks(self) -> int:
         return self.blocks.heads // self.blocks.chunk_heads
 
     @property
     def sums_by_matmul(self) -> bool:
-        """Not with dropout, which keeps sums of all weights and products of those that are kept."""
-        return self.blocks.sums_by_matmul and not self.spec.dropout_rate
+        """Not with dropout, which needs the sum of all weights and the products of those that are kept."""
+        return self.blocks.sums_by_matmul and self.head_dim % LANES == 0 and not self.spec.dropout_rate
 
     @property
     def rows(self) -> int:
@@ -74,9 +81,12 @@ class Sizes:
 
 
 class Specs:
-    """Where the blocks of a grid step lie in the arrays; `grid` and `table` as the kernel has them."""
+    """Where the blocks of a grid step lie in the arrays; `grid` and `table` as the kernel has them.
 
-    def __init__(self, sizes: Sizes, grid: tuple[int, ...]):
+    The grid's second dim counts key/value heads, or parts of them.
+    """
+
+    def __init__(self, sizes: Sizes, grid: tuple[int, ...], parts: int = 1):
         blocks, head_dim = sizes.blocks, sizes.head_dim
 
         def spec(shape, index):
@@ -86,8 +96,8 @@ class Specs:
             return read_visits(table, grid, b, p, i).span
 
         self.q = spec((1, blocks.block_q, blocks.heads * head_dim), lambda b, g, h, i, t, p: (b, i, h))
-        self.kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, span(t, b, p, i), g))
-        self.kv_transposed = spec((1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g, span(t, b, p, i)))
+        self.kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, span(t, b, p, i), g // parts))
+        self.kv_transposed = spec((1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g // parts, span(t, b, p, i)))
         self.d_kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, 0, g))
         self.seen = spec((1, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, 0, i))
         self.statistics = spec((1, blocks.heads, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
@@ -201,7 +211,8 @@ def _forward_kernel(
             largest = max_ref[c, rows]
             columns = jnp.where(lane == head, largest, columns)
             columns = jnp.where(lane == LANES // 2 + head, total, columns)
-            inverse = jnp.where(largest == MASKED_SCORE, 0.0, _reciprocal(total * (1.0 - rate) if rate else total, dtype))
+            inverse = _reciprocal(total * (1.0 - rate) if rate else total, dtype)
+            inverse = jnp.where(largest == MASKED_SCORE, 0.0, inverse)
             out_ref[0, :, lanes] = (acc_ref[c, rows, :head_dim] * _wide(inverse, head_dim)).astype(dtype)
         columns = columns.T
         largest, total = columns[: blocks.heads], columns[LANES // 2 : LANES // 2 + blocks.heads]
@@ -210,14 +221,15 @@ def _forward_kernel(
 
 
 def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words):
-    """As `forward` takes them, k and k_transposed (B, G * K, T) scaled; d_out (B, S, H * K), log2_sum_exp and delta (B, H, 1, S).
+    """As `forward` takes them, of one span; k and k_transposed (B, G * K, T) are scaled.
 
-    Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
+    d_out (B, S, H * K); log2_sum_exp and delta (B, H, 1, S). Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
     """
-    grid = (*sizes.grid[:4], 1)
-    specs, columns = Specs(sizes, grid), (sizes.num_chunks, sizes.head_dim, sizes.rows)
-    d_kv = jax.ShapeDtypeStruct((sizes.batch, sizes.blocks.span_kv, k.shape[2]), jnp.float32)
-    return pl.pallas_call(
+    parts = sizes.parts
+    grid = (sizes.batch, sizes.groups * parts, sizes.grid[2] // parts, sizes.grid[3], 1)
+    specs, columns = Specs(sizes, grid, parts), (sizes.num_chunks, sizes.head_dim, sizes.rows)
+    d_kv = jax.ShapeDtypeStruct((sizes.batch, sizes.blocks.span_kv, k.shape[2] * parts), jnp.float32)
+    dq, dk, dv = pl.pallas_call(
         partial(_backward_kernel, sizes, grid),
         name="flash_backward",
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -239,6 +251,13 @@ def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, de
         ),
         interpret=sizes.interpret,
     )(table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words)  # fmt: skip
+    return dq, _sum_parts(sizes, dk), _sum_parts(sizes, dv)
+
+
+def _sum_parts(sizes: Sizes, d_kv):
+    """(B, span_kv, G * parts * K) to (B, span_kv, G * K)."""
+    by_part = d_kv.reshape(*d_kv.shape[:2], sizes.groups, sizes.parts, sizes.head_dim)
+    return by_part.sum(3).reshape(*d_kv.shape[:2], -1)
 
 
 def _backward_kernel(
@@ -354,7 +373,7 @@ def _reciprocal(x, dtype):
     """As exact as an output of this dtype needs it: bf16 takes the hardware's guess and one step of Newton's."""
     if dtype == jnp.float32:
         return 1.0 / x
-    guess = pl.reciprocal(x, approx=True)
+    guess = approximate_reciprocal(x)
     return guess * (2.0 - x * guess)
 
 

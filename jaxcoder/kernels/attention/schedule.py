@@ -40,15 +40,26 @@ class Blocks:
     sums_by_matmul: bool = False
     """Forward: sum the weights in the matrix unit, for chips where it is wider than head_dim."""
 
+    cores: int = 1
+    """Cores of a device, which share the work of a kernel: rows of the batch, key/value heads and blocks of heads."""
+
     vmem_mib: int = 40
     """Fast memory that the kernel may use."""
 
-    def fit(self, q_len: int, kv_len: int, num_heads: int) -> "Blocks":
-        """The same, cut to what a shape needs: q_len queries, kv_len keys, num_heads query heads per key/value head."""
-        heads = largest_divisor(num_heads, self.heads)
+    def fit(self, q_len: int, kv_len: int, num_heads: int, *, batch_groups: int = 1, row_bytes: int = 256) -> "Blocks":
+        """The same, cut to what a shape needs: q_len queries, kv_len keys, num_heads query heads per key/value head.
+
+        batch_groups: rows of the batch times key/value heads; where the cores can't share those evenly, the blocks of
+        heads become such that they can. Heads and span are made for rows of 256 bytes a head (128 in bf16): of wider
+        ones there are fewer.
+        """
+        times_wider = -(-row_bytes // 256)
+        most = max(1, self.heads // times_wider)
+        shared = num_heads // self.cores if batch_groups % self.cores and num_heads % self.cores == 0 else num_heads
+        heads = largest_divisor(shared, most)
         edge_kv = min(self.edge_kv, round_up(kv_len, 128))
         block_kv = edge_kv * max(1, min(self.block_kv, kv_len) // edge_kv)
-        num_spans = -(-kv_len // max(self.span_kv, block_kv))
+        num_spans = -(-kv_len // max(self.span_kv // times_wider, block_kv))
         return replace(
             self,
             heads=heads,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from jaxcoder.config import MeshConfig, RunConfig
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.errors import ConfigError
-from jaxcoder.kernels.attention.blocks_tpu import COMPILED
+from jaxcoder.kernels.attention.blocks_tpu import has_kernels
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.dry_run import num_samples
 from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory
@@ -121,7 +121,7 @@ def attention_backend(config: RunConfig, topology: Topology) -> str:
     """The backend that `attention` chooses for the topology's device (kernels/attention/api.py)."""
     if config.compute.attention is not None:
         return config.compute.attention
-    return "flash_tpu" if topology.kind in COMPILED else "blockwise"
+    return "flash_tpu" if has_kernels(topology.kind) else "blockwise"
 
 
 def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) -> Plan:
