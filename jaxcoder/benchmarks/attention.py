@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kernel", choices=("forward", "backward"), help="one of the two (default: both)")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the sequence (default %(default)s)")
     parser.add_argument("--head-dim", type=int, default=128, help="default %(default)s")
-    parser.add_argument("--num-heads", type=int, default=16, help="query heads of our kernel (default %(default)s)")
+    parser.add_argument("--num-heads", type=int, default=48, help="query heads of the model (default %(default)s)")
     parser.add_argument("--set", metavar="NAME=N", nargs="+", default=[], help="our block sizes instead of the table's")
     parser.add_argument("--cache", type=Path, metavar="FILE", help="estimates already made (default: in ~/.cache)")
     modes = parser.add_mutually_exclusive_group()
@@ -97,10 +97,14 @@ def settings_of(args: argparse.Namespace) -> tuple[tuple[str, int], ...]:
 
 
 def our_case(args: argparse.Namespace, kernel: str) -> Case:
-    return Case(
+    """One block of heads on one core, as a model of `--num-heads` has them: the others cost the same again."""
+    model = Case(
         device=args.device, contestant="ours", kernel=kernel, length=args.length, heads=args.num_heads,
         head_dim=args.head_dim, settings=settings_of(args),
     )  # fmt: skip
+    heads, names = contestant("ours").blocks_of(model).heads, contestant("ours").setting_names()
+    pinned = {"heads": heads} | ({"cores": 1} if "cores" in names else {})
+    return replace(model, heads=heads, settings=tuple(sorted((dict(model.settings) | pinned).items())))
 
 
 def peer_case(args: argparse.Namespace, name: str, kernel: str) -> Case:
@@ -172,7 +176,7 @@ def _ratio(args: argparse.Namespace, kernel: str) -> Report:
             rows.append(_inference_row(args, totals, memory))
     return Report(
         title=f"{args.device} {kernel}: cycles a head, {args.length} causal tokens, head_dim {args.head_dim}",
-        settings={"heads of ours": args.num_heads, "heads of a peer": 1},
+        settings={"heads of ours": our_case(args, kernel).heads, "heads of a peer": 1},
         columns={
             "who": "", "settings": "blocks", "costs": "cycles of each", "residual": "residual",
             "documents": "documents", "cycles": "cycles", "total": "together",

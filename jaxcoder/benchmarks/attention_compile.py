@@ -71,7 +71,10 @@ def _long(args: argparse.Namespace) -> Report:
     memory, rows = attention.memory_of(args), []
     for kernel in [args.kernel] if args.kernel else ["forward", "backward"]:
         for length in LONG:
-            case = replace(attention.our_case(args, kernel), length=length, heads=LONG_HEADS, is_walked=False)
+            case = Case(
+                device=args.device, contestant="ours", kernel=kernel, length=length, heads=LONG_HEADS,
+                head_dim=args.head_dim, is_walked=False,
+            )  # fmt: skip
             found = estimate(case, patience=PATIENCE, memory=memory)
             blocks = contestant("ours").blocks_of(case)
             attention.say(f"{args.device} {kernel} {length}: {_cell(found)} MiB")
@@ -101,7 +104,8 @@ def _long(args: argparse.Namespace) -> Report:
 def _cost_at_length(args: argparse.Namespace, kernel: str, memory: Memory) -> dict:
     """The fit against a walk of twice the longest fitted length, with few heads, fitted with as few."""
     heads, length = 4, 8192
-    case = replace(attention.our_case(args, kernel), heads=heads)
+    one = attention.our_case(args, kernel)
+    case = replace(one, heads=heads, settings=tuple(sorted((dict(one.settings) | {"heads": heads}).items())))
     try:
         fitted = fit(case, memory=memory, say=attention.say)
     except NoEstimate as error:

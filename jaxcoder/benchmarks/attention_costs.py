@@ -28,7 +28,7 @@ def _dropout(args: argparse.Namespace, kernels: list[str], memory: Memory) -> Re
         plain = replace(attention.our_case(args, kernel), length=WALKED)
         rows.append(_pair(f"ours {kernel}", plain, replace(plain, dropout_rate=0.1), memory))
     return Report(
-        title=f"{args.device}: dropout of 0.1, cycles of {WALKED} causal tokens, {args.num_heads} heads",
+        title=f"{args.device}: dropout of 0.1, cycles of {WALKED} causal tokens, a block of heads",
         settings={},
         columns={"who": "", "without": "without", "with": "with", "times": "times", "why": ""},
         rows=rows,

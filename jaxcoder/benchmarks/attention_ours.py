@@ -54,9 +54,9 @@ def trace(case: Case):
 
     from jaxcoder.kernels.attention import api, flash_tpu_kernels
 
-    blocks = blocks_of(case)
-    api.for_device = lambda kind: (blocks, blocks)
     if case.is_walked:
+        blocks = blocks_of(case)
+        api.for_device = lambda kind: (blocks, blocks)
         flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document)
     attend = partial(api.attention, dropout_rate=case.dropout_rate, implementation="flash_tpu")
 

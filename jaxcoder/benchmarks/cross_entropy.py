@@ -23,9 +23,11 @@ from jaxcoder.runtime import environment_with
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "tpu7x:2x2x1"}
 """Of eight devices each."""
+CORES = {"v4": 2, "v5p": 2}
+"""Of a device, where it is not one."""
 COLUMNS = {
     "mesh": "fsdp x tensor", "way": "way", "chunk": "chunk", "temporaries": "MiB", "matmuls": "matmuls",
-    "cycles": "Mcycles", "of_peak": "% of peak", "collectives": "collectives", "sent": "MiB sent",
+    "cycles": "Mcycles", "of_peak": "% of peak, 3 matmuls", "collectives": "collectives", "sent": "MiB sent",
 }  # fmt: skip
 
 
@@ -63,27 +65,39 @@ def _row(args: argparse.Namespace, way: str, fsdp: int, tensor: int, chunk: int)
         case = [args.device, way, fsdp, tensor, args.tokens, args.embed_dim, args.vocab_size, chunk, str(answer)]
         code = f"import json, sys; from {__name__} import _compile; _compile(*json.loads(sys.argv[1]))"
         settings = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-        done = subprocess.run(
-            [sys.executable, "-c", code, json.dumps(case)], env=environment_with(settings), capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", code, json.dumps(case)]
+        done = subprocess.run(command, env=environment_with(settings), capture_output=True, text=True)
         if not answer.exists():
             raise ConfigError(f"The compiler gave no program for {case[:-1]}; it ended with {done.stderr[-300:]!r}.")
         found = json.loads(answer.read_text())
     one_matmul = 2 * args.tokens * args.embed_dim * args.vocab_size / tensor
-    cycles = found["cycles"]
-    of_peak = None if not cycles else 100 * 3 * one_matmul / CHIPS[args.device].flop_per_cycle / cycles
+    peak = CHIPS[args.device].flop_per_cycle * CORES.get(args.device, 1)
+    cycles, counts = found["cycles"], found["collectives"]
     return {
-        "mesh": f"{fsdp} x {tensor}", "way": way, "chunk": chunk, "temporaries": found["temporaries"] / 2**20,
-        "matmuls": found["flops"] / one_matmul, "cycles": cycles and cycles / 1e6, "of_peak": of_peak,
-        "collectives": ", ".join(f"{c['count']} {c['kind']}" for c in found["collectives"]) or "none",
-        "sent": sum(c["bytes"] for c in found["collectives"]) / 2**20,
-    }  # fmt: skip
+        "mesh": f"{fsdp} x {tensor}",
+        "way": way,
+        "chunk": chunk,
+        "temporaries": found["temporaries"] / 2**20,
+        "matmuls": found["flops"] / one_matmul,
+        "cycles": cycles and cycles / 1e6,
+        "of_peak": cycles and 100 * 3 * one_matmul / peak / cycles,
+        "collectives": ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "none",
+        "sent": found["sent"] / 2**20,
+    }
 
 
 def _compile(device, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk, answer) -> None:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device]).devices
+    found = figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk)
+    Path(answer).write_text(json.dumps(found))
+
+
+def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) -> dict:
+    """What the compiled program of a way needs and does, on one device; eight `devices`, which may be described only."""
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import NamedSharding
 
     from jaxcoder.benchmarks.cross_entropy_ways import WAYS
@@ -92,8 +106,7 @@ def _compile(device, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk, an
     from jaxcoder.sharding.rules import ShardingRules
     from jaxcoder.train.plan.hlo import Program
 
-    described = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device])
-    mesh, rules = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), described.devices), ShardingRules()
+    mesh, rules = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices), ShardingRules()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
 
         def array(dtype, shape, *dims):
@@ -110,14 +123,14 @@ def _compile(device, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk, an
             return WAYS[way](*arrays, chunk_size=chunk, rules=rules)
 
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arrays).compile()
-    program = Program(compiled.as_text())
-    collectives = [
-        dict(kind=c.kind, axes=c.axes, count=c.count, bytes=c.bytes) for c in program.collectives(dict(mesh.shape))
-    ]
-    figures = dict(
+    program, counts, sent = Program(compiled.as_text()), {}, 0.0
+    for collective in program.collectives(dict(mesh.shape)):
+        counts[collective.kind] = counts.get(collective.kind, 0) + collective.count
+        sent += collective.bytes
+    return dict(
         temporaries=compiled.memory_analysis().temp_size_in_bytes,
         flops=program.matmul_flops(),
         cycles=program.estimated_cycles(),
-        collectives=collectives,
+        collectives=counts,
+        sent=sent,
     )
-    Path(answer).write_text(json.dumps(figures))

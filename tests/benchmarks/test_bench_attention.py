@@ -1,5 +1,6 @@
 """`jaxcoder bench attention`: the arithmetic that stands for each schedule, the counts, the fit and what is said."""
 
+import argparse
 import json
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcoder.benchmarks import (
+    attention,
     attention_compile,
     attention_cycles,
     attention_documents,
@@ -29,6 +31,12 @@ from jaxcoder.cli.main import main
 
 def ours(**changes) -> Case:
     return Case(**(dict(device="v5p", contestant="ours", kernel="forward", length=1024, heads=16) | changes))
+
+
+def block_of_heads(length: int) -> Case:
+    """What the tables count for a model of 48 heads on a v5p."""
+    args = argparse.Namespace(device="v5p", num_heads=48, length=length, head_dim=128, set=[])
+    return attention.our_case(args, "forward")
 
 
 def peer(name: str, **settings) -> Case:
@@ -159,8 +167,9 @@ def test_packed_cycles_are_the_fitted_costs_times_the_counts(monkeypatch, tmp_pa
     assert main([*command, "--cache", cache, "--output", str(output)]) == 0
     rows = {row["batch"]: row for row in json.loads(output.read_text())[0]["rows"]}
     ids = attention_documents.packed(kind, 16, 8192)
-    counts = attention_ours.steps(ours(length=8192, batch=16), ids)
-    assert rows[1]["ours"] == pytest.approx(np.dot(counts, [9000, 5000, 400]) / 16 / 16, rel=1e-4)
+    case = block_of_heads(8192)
+    cycles = np.dot(attention_ours.steps(replace(case, batch=16), ids), [9000, 5000, 400])
+    assert rows[1]["ours"] == pytest.approx(cycles / case.heads / 16, rel=1e-4)
     assert rows[1]["ours"] == pytest.approx(rows[16]["ours"]) and rows[1]["tokamax"] < rows[16]["tokamax"]
     large = replace(peer("tokamax", block_q=1024, block_kv=1024), length=8192)
     tiles, blocks = attention_tokamax.steps(large, ids)
@@ -170,7 +179,7 @@ def test_packed_cycles_are_the_fitted_costs_times_the_counts(monkeypatch, tmp_pa
 def test_picture_shows_every_step(tmp_path, capsys):
     """The steps that are drawn cover the mask, and their number is the schedule's."""
     ids = attention_documents.packed("log-normal, median 500, sigma 1.3", 2, 2048)
-    case = ours(length=2048, batch=2)
+    case = replace(block_of_heads(2048), batch=2)
     drawn = [attention_picture.steps(case, ids, row) for row in range(2)]
     for one, rectangles in zip(ids, drawn, strict=True):
         covered = np.zeros((2048, 2048), bool)
@@ -223,7 +232,8 @@ def test_the_table_of_ratios_follows_from_the_estimates(tmp_path, capsys, monkey
     assert all(row["peak"] != "artefact" for row in checks["rows"])
     first = forward["rows"][0]
     assert "whole blocks 9,000" in first["costs"] and first["residual"] == "0.0 %" and first["documents"] == "0.0 %"
-    per_head = np.dot(attention_ours.steps(ours(length=8192)), [9000, 5000, 400]) / 16
+    case = block_of_heads(8192)
+    per_head = np.dot(attention_ours.steps(case), [9000, 5000, 400]) / case.heads
     assert first["cycles"] == pytest.approx(per_head, rel=1e-4)
     splash = next(row for row in forward["rows"] if row["who"] == "splash forward")
     assert splash["ratio"] == pytest.approx((9000 * 36 + 50 * 8) / per_head, rel=1e-3)
