@@ -19,7 +19,7 @@ WALKED = {"ours": (1024, 2048, 4096), "splash": (2048, 4096, 8192), "tokamax": (
 """Lengths that a fit rests on: ours has all heads of a block in one case, the peers have one head."""
 WALKED_DOCUMENTS = (256,)
 """Of our kernels, at 2048 tokens: tells the cost of an edge from that of a block of queries."""
-HELD_OUT = ((2048, 512), (2048, 1024), (4096, 2048))
+HELD_OUT = ((2048, 1024), (4096, 2048))
 """(length, tokens of a document) of our kernels that the fit does not rest on but must predict."""
 
 

@@ -21,9 +21,9 @@ SETTINGS: dict[str, dict[str, dict[str, int]]] = {
         "dq": {"block_q": 2048, "block_kv": 2048},
     },
     "v5p": {
-        "forward": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1},
-        "inference": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1},
-        "dkv": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1},
+        "forward": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 256, "k_layout": 2},
+        "inference": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 256, "k_layout": 2},
+        "dkv": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 1024, "k_layout": 1},
         "dq": {"block_q": 1024, "block_kv": 1024},
     },
 }

@@ -10,6 +10,7 @@ split over `tensor` and the vocabulary too, as in training. Needs libtpu.
 """
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Report:
     from jaxcoder.benchmarks.cross_entropy_ways import WAYS
 
+    _libtpu_version()
     rows = []
     for mesh in args.mesh:
         fsdp, _, tensor = mesh.partition("x")
@@ -56,7 +58,15 @@ def run(args: argparse.Namespace) -> Report:
             chunks = [most] if way == "whole" else sorted({min(chunk, most) for chunk in args.chunks})
             rows += [_row(args, way, int(fsdp), int(tensor), chunk) for chunk in chunks]
     settings = dict(tokens=args.tokens, embed=args.embed_dim, vocabulary=args.vocab_size)
-    return Report(f"Cross-entropy on {args.device}", settings, COLUMNS, rows, {}, environment(("jax", "libtpu")))
+    versions = environment(("jax",)) | {"libtpu": _libtpu_version()}
+    return Report(f"Cross-entropy on {args.device}", settings, COLUMNS, rows, {}, versions)
+
+
+def _libtpu_version() -> str:
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError("bench cross-entropy needs libtpu, which compiles: pip install 'jaxcoder[tpu]'.") from None
 
 
 def _row(args: argparse.Namespace, way: str, fsdp: int, tensor: int, chunk: int) -> dict:
