@@ -34,7 +34,7 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=TOPOLOGIES, default="v5p", help="TPU generation (default %(default)s)")
-    parser.add_argument("--mesh", nargs="+", default=["8x1", "2x4", "1x8"], help="fsdp x tensor, of eight (default all)")
+    parser.add_argument("--mesh", nargs="+", default=["8x1", "2x4", "1x8"], help="fsdp x tensor, of eight")
     parser.add_argument("--tokens", type=int, default=8192, help="of a sequence, one a device along fsdp")
     parser.add_argument("--embed-dim", type=int, default=6144, help="default %(default)s")
     parser.add_argument("--vocab-size", type=int, default=49152, help="default %(default)s")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> Report:
     for mesh in args.mesh:
         fsdp, _, tensor = mesh.partition("x")
         if not (fsdp.isdigit() and tensor.isdigit() and int(fsdp) * int(tensor) == 8):
-            raise ConfigError(f"--mesh takes sizes of fsdp and tensor whose product is 8, such as 2x4, and got `{mesh}`.")
+            raise ConfigError(f"--mesh takes sizes of fsdp and tensor whose product is 8, as 2x4, and got `{mesh}`.")
         for way in args.ways or WAYS:
             if way not in WAYS:
                 raise ConfigError(f"--ways takes some of {', '.join(WAYS)}, and got `{way}`.")
@@ -105,7 +105,7 @@ def _compile(device, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk, an
 
 
 def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) -> dict:
-    """What the compiled program of a way needs and does, on one device; eight `devices`, which may be described only."""
+    """What the compiled program of a way needs and does, on one of eight devices, which may be described only."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding

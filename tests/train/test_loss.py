@@ -60,7 +60,9 @@ def test_equals_the_plain_loss_for_any_chunk(chunk_size, total):
 
 
 @pytest.mark.parametrize("total", SUMS)
-@pytest.mark.parametrize("shape, length", [((1, 4, 2), 6), ((2, 1, 4), 6), ((1, 1, 8), 8), ((4, 1, 1), 6), ((2, 2, 2), 6)])
+@pytest.mark.parametrize(
+    "shape, length", [((1, 4, 2), 6), ((2, 1, 4), 6), ((1, 1, 8), 8), ((4, 1, 1), 6), ((2, 2, 2), 6)]
+)
 def test_equals_the_plain_loss_on_meshes(shape, length, total):
     """Sequences are split over `tensor` where it divides them; elsewhere whole on every device of it."""
     arrays = draw(length=length)

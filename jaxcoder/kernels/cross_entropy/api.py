@@ -54,7 +54,7 @@ def losses_and_gradients(
     chunk_size: int,
     axes: tuple[str, ...] = (),
 ) -> Gradients:
-    """`token_losses`, and the gradients of their sum weighted by `weights`, fp32 (N,), in one pass. Arguments as there."""
+    """`token_losses`, and the gradients of their sum weighted by `weights`, fp32 (N,), in one pass."""
     wte = wte.astype(hidden.dtype)
 
     def of_chunk(d_wte, chunk):
@@ -74,8 +74,8 @@ def losses_and_gradients(
 
 
 def _softmax(x, wte, targets, axes):
-    """Of a chunk: losses (n,); exp(logits - largest) (n, V) and its sum over the whole vocabulary (n,); where a logit is
-    its token's target (n, V)."""
+    """Of a chunk: losses (n,); exp(logits - largest) (n, V), and its sum over the whole vocabulary (n,); where a logit
+    is its token's target (n, V)."""
     logits = jnp.einsum("nd,vd->nv", x, wte, preferred_element_type=jnp.float32)
     is_target = jnp.arange(wte.shape[0]) == targets[:, None]
     largest = jax.lax.stop_gradient(logits).max(-1)
