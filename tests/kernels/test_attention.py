@@ -1,5 +1,6 @@
 """Every backend of attention against the reference: values, log-sum-exp and gradients."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.kernels.attention import api, blockwise, flash_tpu
+from jaxcoder.kernels.attention import api, blockwise, cudnn, flash_tpu
 from jaxcoder.kernels.attention.api import BACKENDS, attention
 from jaxcoder.kernels.attention.schedule import Blocks
 
-OTHERS = sorted(set(BACKENDS) - {"reference"})
-BACKENDS_BUT_OURS = sorted(set(BACKENDS) - {"flash_tpu"})
+OTHERS = sorted(set(BACKENDS) - {"reference", "cudnn"})
+BACKENDS_BUT_OURS = ["blockwise", "reference"]
 SMALL = Blocks(block_kv=256, edge_kv=128, span_kv=256, chunk_heads=2)
 
 
@@ -121,7 +122,7 @@ def test_reference_against_numpy_with_explicit_loops():
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ["reference", *OTHERS])
 def test_pads_are_zero_and_nothing_leaks_into_gradients(implementation):
     q, k, v = draw(2, 40, 40, 4, 1)
     segments = draw_segments(2, 40)
@@ -212,6 +213,9 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch):
         attention(q, k, v, implementation="flash_tpu")
 
 
+PLAIN = cudnn.Call(has_segments=False, has_offset=False, has_dropout=False, wants_log_sum_exp=False)
+
+
 def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
     q = jnp.zeros((1, 128, 4, 64), jnp.bfloat16)
     for device, expected in (
@@ -223,8 +227,42 @@ def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
         (("cpu", "cpu"), "blockwise"),
     ):
         monkeypatch.setattr(api, "_device", lambda device=device: device)
-        assert api._best(q, q, q) == expected, device
-        assert api._best(q[:, :1], q, q) == "reference"
-        assert api._best(q, q.astype(jnp.float32), q) == "blockwise"
+        assert api._best(PLAIN, q, q, q) == expected, device
+        assert api._best(PLAIN, q[:, :1], q, q) == "reference"
+        assert api._best(PLAIN, q, q.astype(jnp.float32), q) == "blockwise"
         wide = jnp.zeros((1, 128, 1, 512), jnp.bfloat16)
-        assert api._best(wide, wide, wide) == "blockwise"
+        assert api._best(PLAIN, wide, wide, wide) == "blockwise"
+
+
+def test_cudnn_is_chosen_where_a_gpu_is_at_hand_and_it_masks_as_asked(monkeypatch):
+    monkeypatch.setattr(api, "_device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    q, k = jnp.zeros((1, 128, 4, 64), jnp.bfloat16), jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
+    assert api._best(PLAIN, q, k, k) == "cudnn"
+    for name in vars(PLAIN):
+        assert api._best(replace(PLAIN, **{name: True}), q, k, k) == "blockwise"
+    assert api._best(PLAIN, q, k[:, 1:], k[:, 1:]) == "blockwise"
+    segments, key = jnp.ones((1, 128), jnp.int32), jnp.zeros(2, jnp.uint32)
+    for options, why in (
+        (dict(segment_ids=segments), "no segment_ids"),
+        (dict(q_offset=1), "no q_offset but the number 0"),
+        (dict(dropout_rate=0.1, dropout_key=key), "no dropout_rate"),
+        (dict(return_log_sum_exp=True), "no return_log_sum_exp"),
+    ):
+        with pytest.raises(ConfigError, match=why + ": take `blockwise`"):
+            attention(q, k, k, implementation="cudnn", **options)
+    with pytest.raises(ConfigError, match=r"all bfloat16 or all float16, and got q float32"):
+        attention(q.astype(jnp.float32), k, k, implementation="cudnn")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_cudnn_is_asked_for_the_same_operation(causal, monkeypatch):
+    """JAX's own XLA path stands in for cuDNN behind the same function."""
+    monkeypatch.setattr(api, "_device", lambda: ("gpu", "NVIDIA H200"))
+    monkeypatch.setattr(cudnn, "IMPLEMENTATION", "xla")
+    q, k, v = (x.astype(jnp.bfloat16) for x in draw(2, 40, 40, 4, 2))
+    out, want = (attention(q, k, v, causal=causal, scale=0.3, implementation=name) for name in ("cudnn", "reference"))
+    np.testing.assert_allclose(out.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2)
+    with pytest.raises(ConfigError, match="`cudnn` takes a GPU, and this runs on cpu"):
+        monkeypatch.undo()
+        attention(q, k, v, implementation="cudnn")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.kernels.attention import blockwise, reference
+from jaxcoder.kernels.attention import blockwise, cudnn, reference
 from jaxcoder.kernels.attention.blocks_tpu import MOST_HEAD_DIM, for_device, has_kernels
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
@@ -27,7 +27,16 @@ def _flash_tpu(spec, q, k, v, context):
     return flash_tpu.attention(spec, q, k, v, context, forward_blocks=forward_blocks, backward_blocks=backward_blocks)
 
 
-BACKENDS = {"reference": reference.attention, "blockwise": blockwise.attention, "flash_tpu": _flash_tpu}
+BACKENDS = {
+    "reference": reference.attention,
+    "blockwise": blockwise.attention,
+    "flash_tpu": _flash_tpu,
+    "cudnn": cudnn.attention,
+}
+"""The seat of our own kernel for Hopper GPUs is here too, when there is one."""
+
+
+GPUS = ("gpu", "cuda", "rocm")
 
 
 def attention(
@@ -61,7 +70,8 @@ def attention(
         scale: factor of the scores, default K ** -0.5.
         dropout_rate: of the probabilities; needs dropout_key, uint32 (2,) (see kernels/dropout).
         implementation: a name of BACKENDS, or None for the best one for this device and shape. `flash_tpu` takes
-            segments that are contiguous: no id but 0 comes back after another one.
+            segments that are contiguous: no id but 0 comes back after another one. `cudnn` (GPUs) masks by causality
+            alone.
         return_log_sum_exp: also return the log-sum-exp of the scores, fp32 (B, H, S), for merging parts.
     Returns:
         (B, S, H, K) in q's dtype.
@@ -82,21 +92,39 @@ def attention(
         kv_offset=jnp.asarray(kv_offset, jnp.int32),
         dropout_key=dropout_key if dropout_rate else None,
     )
-    name = _best(q, k, v) if implementation is None else implementation
+    call = cudnn.Call(
+        has_segments=segment_ids is not None,
+        has_offset=not isinstance(q_offset, int) or q_offset != 0,
+        has_dropout=dropout_rate > 0.0,
+        wants_log_sum_exp=return_log_sum_exp,
+    )
+    name = _best(call, q, k, v) if implementation is None else implementation
     if name not in BACKENDS:
         raise ConfigError(f"attention has no implementation `{name}`: choose one of {', '.join(BACKENDS)}.")
+    if name == "cudnn":
+        _check_cudnn(call, q, k, v)
     out, log_sum_exp = BACKENDS[name](spec, q, k, v, context)
     return (out, log_sum_exp) if return_log_sum_exp else out
 
 
-def _best(q: jax.Array, k: jax.Array, v: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else our kernels where device, dtypes, shape have them."""
+def _best(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+    """`reference` for one query, where blocks gain nothing; else kernels where device, types, shape and mask fit."""
     if q.shape[1] == 1:
         return "reference"
     platform, kind = _device()
+    if platform in GPUS:
+        # Only where a GPU is at hand: what traces for an absent one may have no cuDNN to look at.
+        return "cudnn" if jax.default_backend() == "gpu" and cudnn.refusal(call, q, k, v) is None else "blockwise"
     is_typed = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)
     has_kernel = platform == "tpu" and has_kernels(kind) and is_typed and q.shape[3] <= MOST_HEAD_DIM
     return "flash_tpu" if has_kernel else "blockwise"
+
+
+def _check_cudnn(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+    platform, kind = _device()
+    why = f"a GPU, and this runs on {kind}" if platform not in GPUS else cudnn.refusal(call, q, k, v)
+    if why is not None:
+        raise ConfigError(f"attention with implementation `cudnn` takes {why}: take `blockwise`, or None.")
 
 
 def _device() -> tuple[str, str]:

@@ -97,7 +97,9 @@ class Specs:
 
         self.q = spec((1, blocks.block_q, blocks.heads * head_dim), lambda b, g, h, i, t, p: (b, i, h))
         self.kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, span(t, b, p, i), g // parts))
-        self.kv_transposed = spec((1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g // parts, span(t, b, p, i)))
+        self.kv_transposed = spec(
+            (1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g // parts, span(t, b, p, i))
+        )
         self.d_kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, 0, g))
         self.seen = spec((1, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, 0, i))
         self.statistics = spec((1, blocks.heads, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
@@ -223,7 +225,8 @@ def _forward_kernel(
 def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words):
     """As `forward` takes them, of one span; k and k_transposed (B, G * K, T) are scaled.
 
-    d_out (B, S, H * K); log2_sum_exp and delta (B, H, 1, S). Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
+    d_out (B, S, H * K); log2_sum_exp and delta (B, H, 1, S).
+    Returns dq (B, S, H * K), in q's dtype where there is one span, else fp32; dk, dv fp32 (B, span_kv, G * K).
     """
     parts = sizes.parts
     grid = (sizes.batch, sizes.groups * parts, sizes.grid[2] // parts, sizes.grid[3], 1)
