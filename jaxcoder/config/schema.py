@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Activation = Literal["gelu_tanh", "gelu"]
-AttentionBackend = Literal["reference", "blockwise", "flash_tpu"]
+AttentionBackend = Literal["reference", "blockwise", "flash_tpu", "cudnn"]
 RematPolicy = Literal["none", "minimal", "block"]
 Dtype = Literal["bfloat16", "float32"]
 XlaOptions = Literal["chip", "none"]
