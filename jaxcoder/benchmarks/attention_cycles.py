@@ -60,7 +60,10 @@ COUNTED_CALL = "counted_call"
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel at one shape. settings: the contestant's own block sizes and switches."""
+    """One kernel at one shape. settings: the contestant's own block sizes and switches.
+
+    kernel `both` (ours, not walked): the whole public function and its gradients, with what XLA puts around them.
+    """
 
     device: str
     contestant: str
@@ -234,7 +237,8 @@ def main(text: str) -> None:
     device = topologies.get_topology_desc(platform="tpu", topology_name=case.chip.topology).devices[0]
     function, arguments, name = importlib.import_module(CONTESTANTS[case.contestant]).trace(case)
     with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
-        call, shapes = pallas_call(function, arguments, name)
+        is_whole = case.kernel == "both"
+        call, shapes = (function, arguments) if is_whole else pallas_call(function, arguments, name)
         sharding = SingleDeviceSharding(device)
         shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding) for shape in shapes]
         compiled = jax.jit(call).lower(*shapes).compile()

@@ -19,7 +19,7 @@ def blocks_of(case: Case):
     """Block shapes of a case: the table's for the device and kernel, with the case's settings instead, cut to fit."""
     from jaxcoder.kernels.attention.blocks_tpu import for_device
 
-    table = for_device(CHIPS[case.device].kind)[KERNELS.index(case.kernel)]
+    table = for_device(CHIPS[case.device].kind)[case.kernel == "backward"]
     return replace(table, **dict(case.settings)).fit(case.length, case.length, case.heads // case.groups)
 
 

@@ -360,7 +360,7 @@ def test_every_configured_shape_is_compiled_on_every_chip(monkeypatch, tmp_path)
     rows = {row["shape"]: row for row in json.loads(output.read_text())["rows"]}
     assert "starcoderbase" in rows["48 : 1 x 128"]["runs"] and rows["48 : 1 x 128"]["length"] == 8192
     assert "16 : 16 x 128" in rows and "12 : 1 x 64" in rows
-    assert all(row["v6e"] == "3.0 / 3.0" and row["v4"] == "no: no room / no: no room" for row in rows.values())
+    assert all(row["v6e"] == "3.0" and row["v4"] == "no: no room" for row in rows.values())
 
 
 def test_the_inner_loop_is_the_densest_stretch():
