@@ -10,6 +10,7 @@ trip counts must follow from the grid's indices by shifts, additions and compari
 a figure above the chip's peak is an artefact, reported as one. Cycles are one core's, without contention.
 """
 
+import ast
 import contextlib
 import hashlib
 import importlib
@@ -162,12 +163,18 @@ def _key(case: Case) -> str:
     source = ""
     if case.contestant == "ours":
         folder = Path(jaxcoder.__file__).parent / "kernels"
-        files = sorted(
-            [*folder.glob("attention/*tpu*.py"), folder / "attention/schedule.py", *folder.glob("dropout/*")]
-        )
-        texts = b"".join(file.read_bytes() for file in files if file.is_file())
-        source = hashlib.sha256(texts).hexdigest()[:12]
+        files = [*folder.glob("attention/*tpu*.py"), folder / "attention/schedule.py", *folder.glob("dropout/*.py")]
+        source = hashlib.sha256("".join(_code(file) for file in sorted(files)).encode()).hexdigest()[:12]
     return json.dumps([asdict(case), versions(case.contestant), source], sort_keys=True)
+
+
+def _code(file: Path) -> str:
+    """What a file says to Python: without comments, layout and docstrings."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [x for x in node.body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return ast.dump(tree)
 
 
 def _version(package: str) -> str:
