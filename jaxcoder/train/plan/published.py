@@ -67,7 +67,7 @@ def _llama(layers: int, embed: int, heads: int, kv: int, mlp: int, vocab: int, s
 
 def _layout(batch: int, recomputed: frozenset[str], *, fsdp: int, tensor: int = 1, data: int = 1) -> Layout:
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    return Layout(mesh=mesh, batch=batch, recomputed=recomputed, head_again=False, gradient_bytes=FP32)
+    return Layout(mesh=mesh, batch=batch, recomputed=recomputed, gradient_bytes=FP32)
 
 
 LLAMA2_7B = _llama(32, 4096, 32, 32, 11008, 32000, 4096)

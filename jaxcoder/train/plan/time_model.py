@@ -30,6 +30,9 @@ ATTENTION = {
 """Of peak, forward and backward together, of the causal half. TPUs: static cycles (docs/attention.md for ours, which
 stand beside splash's); GPUs: published for FlashAttention-2 on A100, cuDNN on Hopper. `blockwise`, XLA's: assumed."""
 ATTENTION_ELSEWHERE = 0.2
+WHOLE_TORUS = ("TPU v4", "TPU v5p")
+"""Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
+twice the bytes, and waited for. Over one or two sides it does not."""
 LINK = {"tpu": 0.9, "cuda": 0.8}
 """Of the data sheet's bandwidth: 45 of 50 GB/s a link in "How to Scale Your Model"; NCCL's bus bandwidth in a node."""
 
@@ -76,24 +79,39 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) 
     """attention: the kernel, a key of ATTENTION."""
     chip = topology.chip
     links = axis_bandwidths(topology, mesh)
+    seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
+    beside = None
+    if topology.chip.name in WHOLE_TORUS and mesh.fsdp * mesh.tensor * mesh.data > 1:
+        if _sides(topology, mesh).get("fsdp", 0) > 2:
+            seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
         attention=work.attention_flops / chip.peak_flops / reached,
         memory=work.memory_bytes / chip.memory_bandwidth,
-        interconnect={axis: sent / links[axis] for axis, sent in work.transfers.items()},
+        interconnect=seconds,
+        beside=beside,
     )
 
 
 def axis_bandwidths(topology: Topology, mesh: MeshConfig) -> dict[str, float]:
     """Bytes/s that one device can send along each mesh axis of more than one device, if each is used alone."""
-    sizes = {axis: size for axis in ("tensor", "fsdp", "data") if (size := getattr(mesh, axis)) > 1}
     reached = LINK[topology.platform]
     if topology.platform == "cuda":
-        found = _in_nodes(topology, sizes)
+        found = _in_nodes(topology, _sizes(mesh))
     else:
-        found = _in_torus(topology, sizes)
+        found = {axis: bandwidth for axis, (bandwidth, _) in _in_torus(topology, _sizes(mesh)).items()}
     return {axis: bandwidth * reached for axis, bandwidth in found.items()}
+
+
+def _sizes(mesh: MeshConfig) -> dict[str, int]:
+    """Axes of more than one device, those of neighbours first."""
+    return {axis: size for axis in ("tensor", "fsdp", "data") if (size := getattr(mesh, axis)) > 1}
+
+
+def _sides(topology: Topology, mesh: MeshConfig) -> dict[str, int]:
+    """Axis -> over how many sides of the torus it runs."""
+    return {axis: sides for axis, (_, sides) in _in_torus(topology, _sizes(mesh)).items()}
 
 
 def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
@@ -104,47 +122,43 @@ def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
         if size == inside:
             found[axis] = chip.link_bandwidth
         else:
-            found[axis] = min(chip.link_bandwidth, max(inside, 1) * topology.network)
+            found[axis] = min(chip.link_bandwidth, inside * topology.network)
         left //= inside
     return found
 
 
-def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
-    """An axis takes whole sides where their product is its size (closed ones carry both ways), else a piece of one;
-    whatever goes between slices takes the slow network."""
+def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
+    """Axis -> (bytes/s, sides): an axis takes whole sides where their product is its size (closed ones carry both ways),
+    else pieces of some; `data` between slices takes the slow network."""
     chip, found = topology.chip, {}
     sides = [(length * (chip.devices_per_chip if i == 0 else 1), topology.wraps(i))
              for i, length in enumerate(topology.shape)]  # fmt: skip
     sides = [side for side in sides if side[0] > 1]
-    slices = topology.num_slices
-    for axis in sizes:
-        size = sizes[axis]
-        outermost = axis == list(sizes)[-1]
-        across = math.gcd(size, slices) if outermost and slices > 1 else 1
-        links, sides = _take(sides, size // across)
+    for axis, size in sizes.items():
+        across = topology.num_slices if axis == "data" else 1
+        links, used, sides = _take(sides, size // across)
         bandwidth = links * chip.link_bandwidth if links else math.inf
         if across > 1:
             bandwidth = min(bandwidth, topology.network * max(size // across, 1))
-        found[axis] = bandwidth
+        found[axis] = bandwidth, used
     return found
 
 
-def _take(sides: list[tuple[int, bool]], size: int) -> tuple[int, list[tuple[int, bool]]]:
-    """(links that carry an axis of this size, the sides that are left)."""
+def _take(sides: list[tuple[int, bool]], size: int) -> tuple[int, int, list[tuple[int, bool]]]:
+    """(links that carry an axis of this size, sides that it runs over, the sides that are left)."""
     if size <= 1:
-        return 0, sides
+        return 0, 0, sides
     for count in range(len(sides), 0, -1):
         for chosen in itertools.combinations(range(len(sides)), count):
             if math.prod(sides[i][0] for i in chosen) == size:
                 links = sum(2 if sides[i][1] else 1 for i in chosen)
-                return links, [side for i, side in enumerate(sides) if i not in chosen]
-    links, rest = 0, list(sides)
+                return links, count, [side for i, side in enumerate(sides) if i not in chosen]
+    links, used, rest = 0, 0, list(sides)
     for i in sorted(range(len(rest)), key=lambda i: -rest[i][0]):
         part = math.gcd(size, rest[i][0])
         if part > 1:
-            links += 1
-            whole = part == rest[i][0]
-            links += whole and rest[i][1]
+            used += 1
+            links += 2 if part == rest[i][0] and rest[i][1] else 1
             rest[i] = (rest[i][0] // part, False)
             size //= part
-    return max(links, 1), [side for side in rest if side[0] > 1]
+    return max(links, 1), used, [side for side in rest if side[0] > 1]

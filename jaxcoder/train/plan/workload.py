@@ -14,11 +14,13 @@ BACKWARD_ATTENTION = 2.5
 """Five matmuls in the backward kernel to two in the forward one (Dao 2023)."""
 RECOMPUTED = {
     "none": frozenset[str](),
-    "minimal": frozenset({"out"}),
+    "minimal": frozenset[str](),
     "block": frozenset({"qkv", "attention", "out", "mlp_in"}),
 }
 """Our remat policies -> what the backward pass computes again: projections, the attention kernel, the output
 projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/train/plan)."""
+TENSOR_SUMS = {"none": 4, "minimal": 5, "block": 6}
+"""Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
 ELEMENTWISE = (20, 6)
 """(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
 step, what matmuls take in and give out beside them not counted."""
@@ -92,10 +94,11 @@ class Layout:
     batch: int
     """Sequences of a step."""
     microbatches: int = 1
-    recomputed: frozenset[str] = RECOMPUTED["minimal"]
+    recomputed: frozenset[str] = frozenset()
     """Parts of a block that the backward pass computes again."""
-    head_again: bool = True
-    """The loss computes its logits a second time in the backward pass, as ours does."""
+    tensor_sums: int = 4
+    """Sums over `tensor` of a layer: two of a block's outputs forward, two of its inputs backward, and what is gathered
+    or summed again."""
     gradient_bytes: int = BF16
     """Of a gradient when it is summed over devices: ours are in the compute type."""
 
@@ -104,7 +107,7 @@ class Layout:
         pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
         return cls(
             mesh=config.mesh, batch=config.global_batch_size, microbatches=pieces,
-            recomputed=RECOMPUTED[config.compute.remat],
+            recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
             gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
         )  # fmt: skip
 
@@ -135,7 +138,7 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     }
     again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
     head = decoder.head_weights / mesh.tensor
-    matmul = tokens * (layers * (6 * block + 2 * again) + (8 if layout.head_again else 6) * head)
+    matmul = tokens * (layers * (6 * block + 2 * again) + 6 * head)
     passes = 1 + BACKWARD_ATTENTION + ("attention" in layout.recomputed)
     attention = tokens * layers * passes * decoder.attention_flops() / mesh.tensor
 
@@ -163,8 +166,7 @@ def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, flo
     of_tensor = decoder.weights / mesh.tensor
     fsdp = layout.microbatches * ring(mesh.fsdp) * of_tensor * (2 * BF16 + layout.gradient_bytes)
     data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * layout.gradient_bytes * layout.microbatches
-    # Two sums of a block's outputs forward, two of its inputs backward, and what is computed again.
-    sums = 4 + ("out" in layout.recomputed)
-    tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * (decoder.num_layers * sums + 2)
+    sums = decoder.num_layers * layout.tensor_sums + 2
+    tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * sums
     found = {"data": data, "fsdp": fsdp, "tensor": tensor}
     return {axis: sent for axis, sent in found.items() if getattr(mesh, axis) > 1}
