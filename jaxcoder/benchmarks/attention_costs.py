@@ -41,7 +41,7 @@ def _masks(args: argparse.Namespace, kernels: list[str], memory: Memory) -> Repo
     rows = []
     for kernel in kernels:
         try:
-            whole, edge, rest = fit(attention.our_case(args, kernel), memory=memory, say=attention.say).costs
+            whole, edge, *_ = fit(attention.our_case(args, kernel), memory=memory, say=attention.say).costs
         except NoEstimate as error:
             rows.append({"who": f"ours {kernel}", "why": str(error)})
             continue

@@ -17,9 +17,9 @@ from jaxcoder.benchmarks.attention_cycles import CONTESTANTS, Case, Estimate, Me
 
 WALKED = {"ours": (1024, 2048, 4096), "splash": (2048, 4096, 8192), "tokamax": (2048, 4096, 8192)}
 """Lengths that a fit rests on: ours has all heads of a block in one case, the peers have one head."""
-WALKED_DOCUMENTS = (256,)
-"""Of our kernels, at 2048 tokens: tells the cost of an edge from that of a block of queries."""
-HELD_OUT = ((2048, 1024), (4096, 2048))
+WALKED_DOCUMENTS = (256, 1024)
+"""Of our kernels, at 2048 tokens: they tell the cost of an edge from that of a block of queries and of the call."""
+HELD_OUT = ((4096, 2048), (4096, 512))
 """(length, tokens of a document) of our kernels that the fit does not rest on but must predict."""
 
 

@@ -12,7 +12,7 @@ from jaxcoder.benchmarks.attention_cycles import CHIPS, Case
 KERNELS = ("forward", "backward")
 FLOP = {"forward": 4, "backward": 10}
 """Per query, key it sees, head and element of head_dim: two and five matmuls."""
-COUNTED = ("whole blocks", "edge steps", "blocks of queries")
+COUNTED = ("whole blocks", "edge steps", "blocks of queries", "calls")
 
 
 def blocks_of(case: Case):
@@ -125,4 +125,4 @@ def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
     """What COUNTED names, over the whole grid of a case; of real documents, ids (B, S), where they are given."""
     todo, blocks = visits_of(case, segment_ids), blocks_of(case)
     folds = case.heads // blocks.heads
-    return tuple(float(folds * x) for x in (todo.fulls.sum(), todo.edges.sum(), todo.fulls[:, 0].size))
+    return *(float(folds * x) for x in (todo.fulls.sum(), todo.edges.sum(), todo.fulls[:, 0].size)), 1.0
