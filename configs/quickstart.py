@@ -32,7 +32,7 @@ def quickstart() -> RunConfig:
         model=model,
         num_steps=1800,
         global_batch_size=8,
-        compute=ComputeConfig(dtype="float32", loss_chunk_size=4096),
+        compute=ComputeConfig(dtype="float32", loss_chunk_tokens=4096),
         optimizer=OptimizerConfig(
             peak_learning_rate=6e-3, final_learning_rate=6e-4, warmup_steps=50, beta2=0.98, weight_decay=0.1
         ),

@@ -50,7 +50,7 @@ class ComputeConfig:
     recompute (q, kv, attention output, MLP up), "block" keeps only each block's input."""
     attention: AttentionBackend | None = None
     """A name forces one attention backend; None picks the best for the device and shape."""
-    loss_chunk_size: int = 1024
+    loss_chunk_tokens: int = 1024
     """Tokens of a device per chunk of the cross-entropy: logits never exist for more of them at once."""
     xla_options: XlaOptions = "chip"
     """"chip" compiles the training step with the options that are good for the device (train/xla_options.py), "none"

@@ -38,10 +38,14 @@ _ADDED: dict[tuple[type, str], Any] = {
     (Corpus, "eval_store"): None,
     (EvalConfig, "infill_gaps"): 0,
     (ComputeConfig, "xla_options"): "chip",  # changes speed alone
+    (ComputeConfig, "loss_chunk_tokens"): 1024,  # memory and speed alone
     (MeshConfig, "num_slices"): None,
     (OptimizerConfig, "max_skipped_steps"): 10,  # nothing was skipped, and nothing but NaN came of it
 }
 """Fields that files of older versions lack, with the JSON value of what those versions did."""
+
+_DROPPED = {(ComputeConfig, "loss_chunk_size")}
+"""Fields that files of older versions have and that changed memory and speed alone."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -96,6 +100,7 @@ def _from_plain(cls: type, plain: Any, prefix: str, problems: list[str]) -> Any:
     hints = fields.hints(cls)
     before = len(problems)
     plain = {name: default for (owner, name), default in _ADDED.items() if owner is cls} | plain
+    plain = {name: value for name, value in plain.items() if (cls, name) not in _DROPPED}
     problems += [f"{prefix}{name} is missing" for name in hints if name not in plain]
     problems += [f"{prefix}{name} is unknown" for name in plain if name not in hints]
     values = {}

@@ -63,7 +63,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     of_d, of_f = WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
     rows = model.vocab_size // mesh.tensor
-    logits = LOGITS_COPIES * 4 * min(config.compute.loss_chunk_size, tokens) * rows
+    logits = LOGITS_COPIES * 4 * min(config.compute.loss_chunk_tokens, tokens) * rows
     in_loss = logits + tokens * model.embed_dim * 2 * itemsize
     gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if mesh.fsdp > 1 else 0)
     return MemoryEstimate(

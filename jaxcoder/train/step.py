@@ -86,7 +86,7 @@ def keep_if(is_good: jax.Array, new, old):
 def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
     """Summed loss of a batch in nats and the number of tokens it counts, fp32 scalars."""
     hidden = hidden_of(model, batch, dropout)
-    chunk = model.compute.loss_chunk_size
+    chunk = model.compute.loss_chunk_tokens
     total = weighted_loss(hidden, model.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=model.rules)
     return total, batch.loss_mask.sum()
 
@@ -103,7 +103,7 @@ def hidden_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.A
 
 def losses_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
     """Loss of every target in nats, fp32 (B, S), the masked ones too."""
-    hidden, chunk = hidden_of(model, batch, dropout), model.compute.loss_chunk_size
+    hidden, chunk = hidden_of(model, batch, dropout), model.compute.loss_chunk_tokens
     return token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
 
 

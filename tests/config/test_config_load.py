@@ -172,7 +172,7 @@ def test_overrides(overrides, expected):
         ("--num-steps --seed 3", "`--num-steps` has no value behind it"),
         ("--optimizer.beta1 big", "but has to be a number."),
         ("--microbatch-size x", "but has to be a whole number or None."),
-        ("--compute.attention flash", 'but has to be "reference" or "blockwise" or "flash_tpu" or None.'),
+        ("--compute.attention flash", 'but has to be "reference" or "blockwise" or "flash_tpu" or "cudnn" or None.'),
         ("--tensorboard=True", "`--tensorboard` is a switch"),
         ("--tensorboard True", "'True' belongs to no option"),
         ("num_steps=5", "write `--num-steps 5`"),

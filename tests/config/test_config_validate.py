@@ -65,7 +65,7 @@ def test_a_good_run_passes(num_devices):
         ("model.attention_dropout", -0.1, "model.attention_dropout is -0.1"),
         ("model.layer_norm_epsilon", 0.0, "model.layer_norm_epsilon is 0.0"),
         ("model.activation", "relu", 'model.activation is \'relu\', but has to be "gelu_tanh" or "gelu"'),
-        ("compute.loss_chunk_size", 0, "compute.loss_chunk_size is 0"),
+        ("compute.loss_chunk_tokens", 0, "compute.loss_chunk_tokens is 0"),
         ("data.fim_rate", 1.5, "data.fim_rate is 1.5"),
         ("data.fim_spm_rate", -0.5, "data.fim_spm_rate is -0.5"),
         ("optimizer.peak_learning_rate", math.nan, "optimizer.peak_learning_rate is nan"),

@@ -25,7 +25,7 @@ KINDS = ["mqa", "mha"]
 def curve(kind: str, *, optimizer=OPTIMIZER, mesh=MeshConfig(fsdp=1), microbatch_size=None, remat="none"):
     """Our ten steps, the golden, and how far our tensors moved."""
     golden = np.load(GOLDEN / "training" / f"{kind}.npz")
-    compute = ComputeConfig(dtype="float32", remat=remat, loss_chunk_size=40)
+    compute = ComputeConfig(dtype="float32", remat=remat, loss_chunk_tokens=40)
     mesh = make_mesh(mesh)
     model, architecture, _ = load_model(GOLDEN / "hf" / kind, compute=compute, mesh=mesh)
     before = their_tensors(model)

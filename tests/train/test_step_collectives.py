@@ -31,7 +31,7 @@ def compiled_collectives(mesh_config: MeshConfig, remat: str):
         num_steps=10,
         global_batch_size=ROWS,
         mesh=mesh_config,
-        compute=ComputeConfig(dtype="float32", remat=remat, loss_chunk_size=64),
+        compute=ComputeConfig(dtype="float32", remat=remat, loss_chunk_tokens=64),
     )
     size = mesh_config.data * mesh_config.fsdp * mesh_config.tensor
     mesh = make_mesh(mesh_config, jax.devices()[:size])

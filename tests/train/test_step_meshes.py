@@ -40,7 +40,7 @@ def run_config(
         num_steps=10,
         global_batch_size=NUM_ROWS,
         microbatch_size=microbatch_size,
-        compute=ComputeConfig(dtype="float32", remat=remat, loss_chunk_size=32),
+        compute=ComputeConfig(dtype="float32", remat=remat, loss_chunk_tokens=32),
         # The first moments are then the gradients, the norm is never reached, and no gradient is divided by itself.
         optimizer=OptimizerConfig(beta1=0.0, max_grad_norm=1e9, epsilon=1.0, warmup_steps=0),
     )
