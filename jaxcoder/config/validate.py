@@ -78,7 +78,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "model.num_kv_heads", "model.vocab_size", "model.max_seq_len", "model.layer_norm_epsilon", "model.init_std",
         "compute.loss_chunk_tokens", "mesh.num_slices", "optimizer.decay_steps", "optimizer.epsilon",
         "optimizer.max_grad_norm", "checkpoint.save_every_steps", "checkpoint.save_every_seconds",
-        "checkpoint.keep_last", "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows", "optimizer.max_skipped_steps",
+        "checkpoint.keep_last", "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows",
+        "optimizer.max_skipped_steps",
     )  # fmt: skip
     values = dict(fields.leaves(config))
     for name in positive:
