@@ -87,9 +87,6 @@ GPU_OVERLAP = Bundle(
     name="transfers beside matmuls",
     options={
         "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_enable_pipelined_all_gather": True,
-        "xla_gpu_enable_pipelined_reduce_scatter": True,
-        "xla_gpu_enable_pipelined_all_reduce": True,
         "xla_gpu_enable_while_loop_double_buffering": True,
     },
     why="layers are a loop: transfers of the next turn overlap with this one only if both are in sight",

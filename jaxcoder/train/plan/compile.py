@@ -239,7 +239,8 @@ def _answer(request: dict) -> Compiled:
     step = make_train_step(config, device)
     options = compiler_options(config, device)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = step.lower(state, batch)
+        # JAX names the described device `gpu` and would look for one; `cuda` it lowers for without.
+        lowered = step.trace(state, batch).lower(lowering_platforms=(topology.platform,))
         lowered_at = time.monotonic()
         common = dict(
             lower_seconds=lowered_at - start,

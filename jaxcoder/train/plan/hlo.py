@@ -237,7 +237,7 @@ def item_bytes(dtype: str) -> float:
 def _sent(kind: str, instruction: Instruction, size: int) -> float:
     """Bytes that one device sends for one collective."""
     arrays = shapes_of(instruction.shape)
-    if instruction.op.endswith("-start") and kind in ("all-gather", "collective-permute"):
+    if instruction.op.endswith("-start") and kind != "all-reduce":
         # (operands, results, and what the runtime needs): results are the second half of the arrays.
         arrays = [array for array in arrays if array[1]]
         arrays = arrays[len(arrays) // 2 :]

@@ -131,7 +131,9 @@ def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) 
     modelled = step_time(work, topology, config.mesh, attention)
     time = modelled
     if compiled is not None and compiled.fits:
-        measured = replace(work, matmul_flops=compiled.matmul_flops, transfers={})
+        # Without a kernel of its own the attention is among the compiler's matmuls, and cannot be told from them.
+        matmuls = compiled.matmul_flops if compiled.kernels else work.matmul_flops
+        measured = replace(work, matmul_flops=matmuls, transfers={})
         time = step_time(measured, topology, config.mesh, attention)
         seconds, beside = transfer_seconds(compiled, topology, config.mesh)
         time = replace(time, interconnect=seconds, beside=beside)

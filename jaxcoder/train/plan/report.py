@@ -156,7 +156,7 @@ def _beside(is_beside: bool) -> str:
 
 def _time(plan: Plan) -> Iterator[str]:
     time, compiled = plan.time, plan.compiled
-    of = "compiled FLOPs" if compiled is not None and compiled.fits else "modelled"
+    of = "compiled FLOPs" if compiled is not None and compiled.fits and compiled.kernels else "modelled"
     yield from row("step", "seconds that each takes alone, at the speed it reaches in practice")
     terms = [("matmuls", time.matmul, of)]
     terms += [("attention", time.attention, "modelled"), ("memory", time.memory, "modelled")]
