@@ -189,22 +189,25 @@ def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, Ru
 
 
 def find_fit(plan: Plan, compile_one: COMPILE, *, tries: int = 4) -> tuple[list[tuple[str, Plan]], bool]:
-    """What was tried to make a run fit, in order, and whether the last one did. Ways that the estimate puts at twice
-    the memory are passed over."""
+    """What was tried to make a run fit, in order, and whether the last one did.
+
+    Ways that the estimate, scaled to what the compiler said of this run, puts above the memory are passed over; of more
+    than `tries` the first, which costs least, and the last are tried.
+    """
     tried: list[tuple[str, Plan]] = []
-    scale = 1.0
+    of_chip, scale = plan.topology.chip.devices_per_chip, 1.0
     if plan.peak_bytes:
-        scale = plan.peak_bytes / (plan.estimate.total * plan.topology.chip.devices_per_chip)
-    for options, config in ways_to_fit(plan.config, plan.topology):
-        expected = estimate_memory(config).total * scale * plan.topology.chip.devices_per_chip
-        if expected > 1.1 * plan.memory_of_chip:
-            continue
+        scale = plan.peak_bytes / (plan.estimate.total * of_chip)
+    ways = [
+        (options, config)
+        for options, config in ways_to_fit(plan.config, plan.topology)
+        if estimate_memory(config).total * of_chip * scale <= 1.1 * plan.memory_of_chip
+    ]
+    for options, config in ways[:1] + ways[1:][1 - tries :]:
         attempt = make_plan(config, plan.topology, compile_one(config, plan.topology) if plan.compiled else None)
         tried.append((options, attempt))
         if attempt.fits:
             return tried, True
-        if len(tried) == tries:
-            break
     return tried, False
 
 

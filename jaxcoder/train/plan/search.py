@@ -67,7 +67,7 @@ def search(
     for plan in ranked if compile_one is not None else []:
         if sum(done.fits for done in compiled) >= COMPILED:
             break
-        if time.monotonic() > end:
+        if time.monotonic() >= end:
             out_of_time = True
             break
         try:

@@ -81,9 +81,8 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) 
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
     beside = None
-    if topology.chip.name in WHOLE_TORUS and mesh.fsdp * mesh.tensor * mesh.data > 1:
-        if _sides(topology, mesh).get("fsdp", 0) > 2:
-            seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
+    if "fsdp" in seconds and topology.chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2:
+        seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
