@@ -21,6 +21,8 @@ from jaxcoder.kernels.attention.schedule import Blocks
 DROPOUT_KEY = np.array([1, 2], np.uint32)
 BATCH_OFFSET, HEAD_OFFSET = 3, 5
 SMALL = Blocks(block_kv=256, edge_kv=128, span_kv=256, chunk_heads=2)
+WIDER = Blocks(block_kv=384, edge_kv=128, span_kv=384, chunk_heads=2)
+"""Its spans and those of SMALL are no multiples of each other."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 class Interpreted:
     """flash_tpu as Pallas interprets it on CPUs, in place of a backend's name."""
 
-    forward: Blocks = SMALL
+    forward: Blocks = WIDER
     backward: Blocks = SMALL
     interpret: object = True
 

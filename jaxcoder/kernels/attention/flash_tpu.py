@@ -62,14 +62,16 @@ def attention(
         for blocks in (forward_blocks, backward_blocks)
     ]
     q_pad = round_up(q_len, both[0].block_q) - q_len
-    kv_pad = round_up(kv_len, max(blocks.span_kv for blocks in both)) - kv_len
+    # Either kernel takes as many keys as fill its own spans; the arrays have as many as the one that takes more.
+    kv_lens = [round_up(kv_len, blocks.span_kv) for blocks in both]
+    kv_pad = max(kv_lens) - kv_len
     # Heads lie side by side in lanes, so that a block of them must fill whole registers, or be all there are.
     groups_fit = [groups == 1 or head_dim % 128 == 0]
     heads_fit = [blocks.heads == heads or blocks.heads * head_dim % 128 == 0 for blocks in both]
     dim_pad = 0 if all(groups_fit + heads_fit) and (head_dim < 128 or head_dim % 128 == 0) else -head_dim % 128
     sizes = [
-        Sizes(spec, blocks, batch, heads, groups, q_len + q_pad, kv_len + kv_pad, head_dim + dim_pad, interpret)
-        for blocks in both
+        Sizes(spec, blocks, batch, heads, groups, q_len + q_pad, padded, head_dim + dim_pad, interpret)
+        for blocks, padded in zip(both, kv_lens)
     ]
     seen = Intervals(*(jnp.pad(x, ((0, 0), (0, q_pad))) for x in intervals(spec, context, batch, q_len, kv_len)))
     words = _dropout_words(context, batch, heads, q_len + q_pad) if spec.dropout_rate else None
@@ -88,7 +90,9 @@ def _flash(forward_sizes, backward_sizes, q, k, v, seen, words):
 def _forward(sizes: Sizes, _, q, k, v, seen: Intervals, words):
     """q (B, S, H * K); k, v (B, T, G * K). Returns out (B, S, H * K) and log-sum-exp (B, H, S)."""
     table = _table(visits(seen, sizes.blocks, sizes.grid[4]))
-    out, log_sum_exp = kernels.forward(sizes, table, q, _scaled(sizes, k).swapaxes(1, 2), v, *_rows(seen), words)
+    own_k, own_v = k[:, : sizes.kv_len], v[:, : sizes.kv_len]
+    k_transposed = _scaled(sizes, own_k).swapaxes(1, 2)
+    out, log_sum_exp = kernels.forward(sizes, table, q, k_transposed, own_v, *_rows(seen), words)
     out, log_sum_exp = checkpoint_name(out, "attention"), checkpoint_name(log_sum_exp[:, :, 0], "attention")
     return (out, log_sum_exp), (q, k, v, seen, words, out, log_sum_exp)
 
@@ -96,6 +100,8 @@ def _forward(sizes: Sizes, _, q, k, v, seen: Intervals, words):
 def _backward(_, sizes: Sizes, residuals, cotangents):
     q, k, v, seen, words, out, log_sum_exp = residuals
     d_out, d_lse = cotangents
+    kv_pad = k.shape[1] - sizes.kv_len
+    k, v = k[:, : sizes.kv_len], v[:, : sizes.kv_len]
     # Row sums of dP * P follow from the output, so the probabilities are never needed all at once.
     by_head = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).reshape(*q.shape[:2], sizes.heads, sizes.head_dim)
     delta = by_head.sum(-1).swapaxes(1, 2) - d_lse
@@ -117,7 +123,8 @@ def _backward(_, sizes: Sizes, residuals, cotangents):
         empty = jnp.zeros(q.shape, jnp.float32)
         dq, (dk, dv) = jax.lax.scan(lambda dq, p: _add(dq, *one_span(p)), empty, jnp.arange(num_spans))
         dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in (dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dk, dv = (jnp.pad(x.astype(k.dtype), ((0, 0), (0, kv_pad), (0, 0))) for x in (dk, dv))
+    return dq.astype(q.dtype), dk, dv, None, None
 
 
 _flash.defvjp(_forward, _backward)
