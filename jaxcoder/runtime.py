@@ -13,18 +13,20 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, JaxcoderError
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, ConfigError, JaxcoderError
+from jaxcoder.processes import Processes, TpuPod, find_processes
 
 if TYPE_CHECKING:
     from jaxcoder.config import RunConfig
@@ -72,6 +74,74 @@ def initialize(
             jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     if num_cpu_devices is not None and jax.config.jax_num_cpu_devices != num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
+
+
+HEARTBEAT_SECONDS = 600
+"""A process that says nothing for so long is taken for dead. Compiling has kept processes silent for 327 seconds."""
+
+
+def join(
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    patience: int = 300,
+    say: Callable[[str], object] = print,
+) -> int:
+    """Meets the other processes of the run, where there are any, and returns the index of this one (0 if alone).
+
+    Who they are is found by `jaxcoder/processes.py`. Call it after `initialize` and before JAX sees a device. Waits
+    `patience` seconds, then raises JaxcoderError; ConfigError for flags or variables that cannot be.
+    """
+    found = find_processes(
+        os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id
+    )
+    if found is None:
+        return 0
+    import jax
+
+    options = {"initialization_timeout": patience, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
+    if isinstance(found, TpuPod):
+        jax.distributed.initialize(**options)
+        return jax.process_index()
+    if found.index == 0:
+        say(f"Waiting at {found.coordinator} for {found.count - 1} other processes (as {found.source} says).")
+    _check_meeting_place(found, patience)
+    try:
+        jax.distributed.initialize(
+            found.coordinator, found.count, found.index, cluster_detection_method="deactivate", **options
+        )
+    except RuntimeError as error:
+        raise JaxcoderError(
+            f"process {found.index} of {found.count} could not join the others: {str(error).splitlines()[0]}"
+        ) from error
+    return found.index
+
+
+def _check_meeting_place(found: Processes, patience: int) -> None:
+    """JaxcoderError unless process 0 can listen there and the others reach it: JAX would end the process without one."""
+    host, _, port = found.coordinator.rpartition(":")
+    if found.index == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise ConfigError(
+                f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): end what uses it, or give another "
+                "coordinator."
+            ) from error
+        return
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise JaxcoderError(
+                    f"process {found.index} of {found.count} waited {patience} seconds for process 0 at "
+                    f"{found.coordinator} ({error.strerror or error}): see that it was started and can be reached."
+                ) from error
+        time.sleep(0.5)
 
 
 CACHE_BYTES = 4 << 30
@@ -267,6 +337,47 @@ class GracefulStop:
             os.write(2, f"\njaxcoder: {name}: {self.notice}\n".encode())
         except OSError:
             pass
+
+
+class CommonStop:
+    """A stop that all processes of a run make after the same step, whichever of them was asked, and when.
+
+    The one that is asked tells the others, through JAX's coordination service, a step that none of them can have begun:
+    a process waits for the metrics of a step, which all compute together, before it begins the step after the next.
+    """
+
+    LEAD = 3
+    _KEY = "jaxcoder/stop_after_step"
+
+    def __init__(self, stop: GracefulStop):
+        self._stop = stop
+        self._after: int | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Of this process's own signal; 143 where another process was asked."""
+        return self._stop.exit_code or EXIT_SIGTERM
+
+    def is_now(self, step: int) -> bool:
+        """Whether to stop after `step`; asked after every step, in every process."""
+        import jax
+
+        if jax.process_count() == 1:
+            return self._stop.requested is not None
+        from jax._src import distributed  # no public way to the service
+
+        client = distributed.global_state.client
+        if self._after is None and self._stop.requested is not None:
+            try:
+                client.key_value_set(self._KEY, str(step + self.LEAD))
+            except RuntimeError:  # another process was asked too
+                pass
+        if self._after is None:
+            try:
+                self._after = int(client.key_value_try_get(self._KEY))
+            except RuntimeError:  # nobody was
+                return False
+        return step >= self._after
 
 
 class Terminated(KeyboardInterrupt):

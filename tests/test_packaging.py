@@ -17,7 +17,7 @@ def installed(tmp_path_factory) -> Path:
     """The wheel's contents, as pip would lay them out."""
     directory = tmp_path_factory.mktemp("wheel")
     tree = directory / "tree"  # a build leaves files behind, and old ones would end up in the wheel
-    for name in ("jaxcoder", "configs"):
+    for name in ("jaxcoder", "configs", "launch"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -35,6 +35,10 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
     for folder, name in (("jaxcoder", "jaxcoder"), ("configs", "jaxcoder_configs")):
         sources = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
         assert sources == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
+
+
+def test_the_launch_files_are_in_the_wheel(installed):
+    assert {path.name for path in (ROOT / "launch").iterdir()} == {path.name for path in (installed / "jaxcoder_launch").iterdir()}
 
 
 def test_the_wheel_trains_outside_the_checkout(installed, tmp_path):

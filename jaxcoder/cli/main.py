@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),
     "train": ("jaxcoder.cli.train", "train a model, or go on with a stopped run"),
     "plan": ("jaxcoder.cli.plan", "whether a run fits hardware that is not here, and how fast it goes"),
+    "launch": ("jaxcoder.cli.launch", "start a run on a pod, a cluster or several processes"),
     "finetune": ("jaxcoder.cli.finetune", "train weights on, and see what every language lost"),
     "complete": ("jaxcoder.cli.complete", "complete or infill code with a trained model"),
     "convert": ("jaxcoder.cli.convert", "PyTorch-format weights out of a checkpoint, or into one"),

@@ -1,5 +1,6 @@
 """How every verb that computes begins."""
 
+import argparse
 from collections.abc import Callable
 
 
@@ -8,6 +9,33 @@ def start_jax(*, debug: bool, say: Callable[[str], object] = print) -> None:
     from jaxcoder import runtime
 
     runtime.initialize(debug=debug)
+    _tell_unseen(say)
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a verb that several processes can share."""
+    group = parser.add_argument_group(
+        "several processes", "Not needed under SLURM, on TPU pods and with the files of `jaxcoder launch`."
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met, on a port that is free")
+    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes share the run")
+    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def start_processes(args: argparse.Namespace) -> int:
+    """`start_jax` for a verb with the options above: meets the other processes. Returns the index of this one."""
+    from jaxcoder import runtime
+
+    runtime.initialize(debug=args.debug)
+    index = runtime.join(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+    if index == 0:
+        _tell_unseen(print)
+    return index
+
+
+def _tell_unseen(say: Callable[[str], object]) -> None:
+    from jaxcoder import runtime
+
     unseen = runtime.check_accelerator()
     if unseen:
         say(unseen)

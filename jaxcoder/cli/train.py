@@ -14,7 +14,7 @@ from the newest checkpoint, after Ctrl-C, a kill or a crash. `jaxcoder train NAM
 import argparse
 from typing import TYPE_CHECKING
 
-from jaxcoder.cli.start import start_jax
+from jaxcoder.cli.start import add_process_arguments, start_processes
 
 if TYPE_CHECKING:
     from jaxcoder.config import RunConfig
@@ -44,19 +44,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile-steps", metavar="FIRST:LAST", help="record a profile of these steps (10:13) in OUTPUT_DIR/profile"
     )
+    add_process_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int | None:
-    config = _config(args)
+    config = config_of(args)
     if args.dry_run:
         return _dry_run(args, config)
-    start_jax(debug=args.debug)
+    index = start_processes(args)
 
     from jaxcoder.recipes.pretrain import pretrain
     from jaxcoder.train.profile import ProfileSteps
 
     profile_steps = None if args.profile_steps is None else ProfileSteps.parse(args.profile_steps)
     result = pretrain(config, accept_config_change=args.accept_config_change, profile_steps=profile_steps)
+    if index:
+        return None
     directory = result.directory
     print(f"Finished step {result.step:,}. Checkpoint: {directory.checkpoints}, metrics: {directory.metrics_file}")
     if config.data.store != "synthetic":
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int | None:
     return None
 
 
-def _config(args: argparse.Namespace) -> "RunConfig":
+def config_of(args: argparse.Namespace) -> "RunConfig":
     """The run that the command line asks for. ConfigError where it says one thing twice."""
     from dataclasses import replace
 

@@ -14,7 +14,7 @@ from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.observability.alarms import LANGUAGE_PREFIX
-from jaxcoder.train.inputs import HeldOutStream, held_out_batches, place
+from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, place
 from jaxcoder.train.step import make_eval_step
 
 UNKNOWN = "unknown"
@@ -71,7 +71,7 @@ class HeldOut:
         num_windows = self._config.eval.num_windows
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
             counts = batch.loss_mask > 0
-            nats = np.asarray(self._step(model, place(batch, self._mesh)), np.float64)[counts]
+            nats = np.asarray(self._step(model, place(own_share(batch, self._mesh), self._mesh)), np.float64)[counts]
             numbers = languages.of_targets(samples)[counts]
             text_bytes = stream.token_bytes[batch.targets[counts]]
             columns = [np.bincount(numbers, weights, len(languages.names)) for weights in (nats, None, text_bytes)]

@@ -79,6 +79,13 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     return rows[0] // len(rows), count
 
 
+def own_share(batch: Batch, mesh: Mesh) -> Batch:
+    """The rows of a global batch that this process places."""
+    index, count = host_share(mesh)
+    size = len(batch.inputs) // count
+    return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
+
+
 def place(batch: Batch, mesh: Mesh) -> Batch:
     """A process's share of a global batch on its devices, rows split over `data` and `fsdp`; returns before the copy
     is done."""

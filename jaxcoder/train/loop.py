@@ -8,6 +8,7 @@ windows that they consumed: the whole position in the data.
 import contextlib
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.observability.console import TrainingLine
 from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.protocols import MetricWriter
-from jaxcoder.runtime import GracefulStop, held_alone, out_of_memory_explained, resume_command
+from jaxcoder.runtime import CommonStop, GracefulStop, held_alone, out_of_memory_explained, resume_command
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.begin import OpenWeights, open_own_weights, restore_or_begin, starting_weights
 from jaxcoder.train.evaluate import HeldOut
@@ -97,8 +98,11 @@ def train(
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(held_alone(directory.path))
-        line = stack.enter_context(TrainingLine(config.num_steps))
+        # One process reports.
+        silent = stack.enter_context(open(os.devnull, "w")) if jax.process_index() else None
+        line = stack.enter_context(TrainingLine(config.num_steps, stream=silent))
         stop = stack.enter_context(GracefulStop())
+        common_stop = CommonStop(stop)
         stack.enter_context(out_of_memory_explained(config))
         stack.enter_context(jax.set_mesh(mesh))
         save_tokenizer = tokenizer.save if tokenizer else None
@@ -133,12 +137,12 @@ def train(
             profiler=stack.enter_context(Profiler(profile_steps, directory.profile, line.say)),
         )
         while run.step < config.num_steps:
-            if stop.requested is not None:
+            if common_stop.is_now(run.step):
                 run.save()
                 checkpointer.wait()
                 raise Interrupted(
                     f"stopped after step {run.step:,}, which is saved in `{directory.checkpoints}`.",
-                    exit_code=stop.exit_code,
+                    exit_code=common_stop.exit_code,
                     resume_command=resume_command(),
                 )
             run.take_step()

@@ -1,0 +1,102 @@
+"""Which process of how many this one is, and where they meet: said by flags, SLURM, a launch file, or a TPU pod.
+
+One process serves all accelerators of a machine: fewer processes to lose, one loader and one host copy of what all
+cards need, and meshes do not see the difference. Pure functions of an environment; `runtime.join` acts on the answer.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxcoder.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who said so."""
+
+    coordinator: str
+    count: int
+    index: int
+    source: str
+
+
+class TpuPod:
+    """Several hosts of a TPU pod or several slices: JAX finds the rest out from the machines themselves."""
+
+
+_FLAGS = {"coordinator": "--coordinator", "count": "--num-processes", "index": "--process-id"}
+_VARIABLES = {"coordinator": "JAXCODER_COORDINATOR", "count": "JAXCODER_NUM_PROCESSES", "index": "JAXCODER_PROCESS_ID"}
+
+
+def find_processes(
+    environment: Mapping[str, str],
+    *,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> Processes | TpuPod | None:
+    """Flags first, then JAXCODER_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID, then a step of SLURM, then a TPU pod.
+
+    None: this process is alone. ConfigError for a part of the three, or values that cannot be.
+    """
+    flags = {"coordinator": coordinator, "count": num_processes, "index": process_id}
+    if any(value is not None for value in flags.values()):
+        return _explicit(flags, _FLAGS, "the command line")
+    variables = {part: environment.get(name) or None for part, name in _VARIABLES.items()}
+    if any(value is not None for value in variables.values()):
+        return _explicit(variables, _VARIABLES, "the environment")
+    return _slurm(environment) or _tpu_pod(environment)
+
+
+def _explicit(values: dict, names: dict[str, str], source: str) -> Processes | None:
+    missing = [names[part] for part, value in values.items() if value is None]
+    if missing:
+        given = [names[part] for part, value in values.items() if value is not None]
+        raise ConfigError(f"{' and '.join(given)} came without {' and '.join(missing)}: give all three, or none.")
+    count, index = _number(names["count"], values["count"]), _number(names["index"], values["index"])
+    if count < 1 or not 0 <= index < count:
+        raise ConfigError(f"{names['index']} is {index} of {count} processes: processes count from 0 to {count - 1}.")
+    host, _, port = str(values["coordinator"]).rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(
+            f"{names['coordinator']} is {values['coordinator']!r}: give the host of process 0 and a free port, HOST:PORT."
+        )
+    if count == 1:
+        return None
+    return Processes(coordinator=f"{host}:{port}", count=count, index=index, source=source)
+
+
+def _number(name: str, value: int | str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {value!r}: give a whole number.") from None
+
+
+def _slurm(environment: Mapping[str, str]) -> Processes | None:
+    """A task of an `srun` step. The batch script itself is none, though it sees the job's variables."""
+    try:
+        count, index = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_PROCID"])
+        job, nodes = int(environment["SLURM_JOB_ID"]), environment["SLURM_STEP_NODELIST"]
+    except (KeyError, ValueError):
+        return None
+    if count == 1:
+        return None
+    port = 61440 + job % 4096  # above what the system hands out, and another one for every job on a node
+    return Processes(coordinator=f"{first_host(nodes)}:{port}", count=count, index=index, source="SLURM")
+
+
+def first_host(nodes: str) -> str:
+    """The first of a SLURM node list: "gpu[003-010,12],login" is gpu003, "a,b" is a."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
+        raise ConfigError(f"SLURM's node list is {nodes!r}, in which no host is named: give --coordinator and the others.")
+    return re.sub(r"\[([^\],\-]+)[^\]]*\]", r"\1", first[0])
+
+
+def _tpu_pod(environment: Mapping[str, str]) -> TpuPod | None:
+    hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host.strip()]
+    slices = environment.get("MEGASCALE_NUM_SLICES", "1")
+    is_pod = len(hosts) > 1 or slices.isdigit() and int(slices) > 1 or environment.get("JAXCODER_TPU_POD") == "1"
+    return TpuPod() if is_pod else None
