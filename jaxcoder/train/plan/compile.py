@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from jaxcoder.config import CheckpointConfig, DataConfig, EvalConfig, RunConfig
-from jaxcoder.config.serialize import from_json, to_dict, to_json
+from jaxcoder.config.serialize import from_json, to_dict
 from jaxcoder.errors import ConfigError, JaxcoderError, MissingExtraError
 from jaxcoder.runtime import environment_with, user_cache
 from jaxcoder.train.plan.hlo import Collective
@@ -151,7 +151,7 @@ def check_compiler(topology: Topology) -> None:
     if find_spec("libtpu") is None and here != ("Linux", "x86_64"):
         raise ConfigError(
             f"compiling for {topology.name} needs libtpu, which has wheels for Linux on x86_64 only, and this is "
-            f"{' on '.join(here)}: plan on such a machine or in a container, or give --no-compile for a model's figures."
+            f"{' on '.join(here)}: plan on such a machine, or give --no-compile for a model's figures."
         )
     if find_spec("libtpu") is None:
         raise MissingExtraError(f"compiling for {topology.name}", "plan")

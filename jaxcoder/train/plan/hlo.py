@@ -165,7 +165,7 @@ class Program:
         return total
 
     def estimated_cycles(self) -> float | None:
-        """Cycles of a core, as the TPU compiler estimates its fusions (kernels and transfers have none); None: no TPU."""
+        """Cycles of a core, as the TPU compiler estimates its fusions, not kernels and transfers; None: no TPU."""
         total, found = 0.0, False
         for instruction, _, times in self.instructions():
             cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')

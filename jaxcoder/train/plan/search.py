@@ -56,7 +56,7 @@ def search(
     minutes: float,
     say: Callable[[str], object] = lambda text: None,
 ) -> Search:
-    """config: of `prepare`; its mesh, microbatch and remat are only a start. compile_one: None ranks and compiles not."""
+    """config: of `prepare`; its mesh, microbatch and remat are free. compile_one: None ranks without compiling."""
     plans = [make_plan(candidate, topology, None) for candidate in candidates(config, topology)]
     likely = [plan for plan in plans if plan.peak_bytes <= MARGIN * plan.memory_of_chip]
     ranked = sorted(likely, key=lambda plan: (plan.time.expected, plan.peak_bytes))
@@ -118,8 +118,9 @@ def layout_of(plan: Plan) -> str:
     """As options of `jaxcoder train`."""
     mesh, micro = plan.config.mesh, plan.config.microbatch_size
     data = f"--mesh.data {mesh.data} " if mesh.data > 1 else ""
-    size = f" --microbatch-size {micro}" if micro is not None else ""
-    return f"{data}--mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor}{size} --compute.remat {plan.config.compute.remat}"
+    size = f"--microbatch-size {micro} " if micro is not None else ""
+    remat = plan.config.compute.remat
+    return f"{data}--mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} {size}--compute.remat {remat}"
 
 
 def lines_of_search(found: Search) -> Iterator[str]:

@@ -5,8 +5,8 @@
 
 Transfers over `tensor` stand between two matmuls that wait for them, the sums over `data` come when the last gradient
 is there; those over `fsdp` run beside the layer before. A compiled program says itself which it waits for. The bounds:
-everything overlaps with everything, or nothing with anything. What the efficiencies are taken from stands beside them; how far the whole is from published runs, in
-calibration.py.
+everything overlaps with everything, or nothing with anything. Where the efficiencies are taken from stands beside them;
+how far the whole is from published runs, in calibration.py.
 """
 
 import itertools
@@ -127,8 +127,8 @@ def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
-    """Axis -> (bytes/s, sides): an axis takes whole sides where their product is its size (closed ones carry both ways),
-    else pieces of some; `data` between slices takes the slow network."""
+    """Axis -> (bytes/s, sides): an axis takes whole sides where their product is its size (closed ones carry both
+    ways), else pieces of some; `data` between slices takes the slow network."""
     chip, found = topology.chip, {}
     sides = [(length * (chip.devices_per_chip if i == 0 else 1), topology.wraps(i))
              for i, length in enumerate(topology.shape)]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reading compiled programs: FLOPs and transfers of programs whose answer is known, in every notation that XLA writes."""
+"""Reading compiled programs: FLOPs and transfers of programs whose answer is known, in all of XLA's notations."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
         ("%g = (f32[8], f32[16]) all-gather-start(%x), replica_groups=[4,2]<=[8]", "all-gather", "tensor", 32),
         ("%r = (f32[8], bf16[8]) all-reduce(%x, %x), replica_groups=[2,4]<=[8], to_apply=%add", "all-reduce",
          "fsdp tensor", 72),
-        ("%s = f32[4]{0} reduce-scatter(%x), replica_groups=[4,2]<=[8], dimensions={0}", "reduce-scatter", "tensor", 16),
+        ("%s = f32[4]{0} reduce-scatter(%x), replica_groups=[4,2]<=[8]", "reduce-scatter", "tensor", 16),
         ("%p2 = (f32[8]{0:S(1)}, f32[8]{0}, u32[]{:S(2)}, u32[]) collective-permute-start(%x), channel_id=3, "
          "source_target_pairs={{0,2},{2,0},{1,3},{3,1}}", "collective-permute", "fsdp", 32),
         ("%z = f32[8] all-to-all(%x), replica_groups={}", "all-to-all", "data fsdp tensor", 28),
