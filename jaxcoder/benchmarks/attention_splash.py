@@ -8,7 +8,7 @@ backward is two kernels, dkv and dq.
 from jaxcoder.benchmarks.attention_cycles import Case
 
 KERNELS = ("forward", "inference", "dkv", "dq")
-"""`inference` is the forward kernel without the log-sum-exp, which ours always writes."""
+"""`inference` is the forward kernel without the log-sum-exp, which ours always writes, and without segment ids."""
 FLOP = {"forward": 4, "inference": 4, "dkv": 8, "dq": 6}
 """Of the matmuls that the kernel runs, two, four or three; see `attention_ours.FLOP`."""
 COUNTED = ("tiles", "blocks of queries")
