@@ -94,6 +94,14 @@ def test_a_gpu_node_goes_on_after_faults_and_stops_for_good(clients):
     assert run_file(clients, "gpu-node", "2\n0\n") == 2 and run_file(clients, "gpu-node", "143\n0\n") == 143
 
 
+def test_slurm_reads_every_directive():
+    """It stops at the first command."""
+    lines = filled("slurm").split("\n")
+    first_command = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [n for n, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert len(directives) == 10 and directives[-1] < first_command
+
+
 def test_slurm_queues_again_what_was_stopped(clients):
     job = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_ID": "77"}
     for code, again in ((0, False), (2, False), (130, False), (143, True), (75, True), (137, True)):
