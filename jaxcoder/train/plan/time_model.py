@@ -21,14 +21,16 @@ MATMUL = {"tpu": 0.80, "cuda": 0.80}
 """Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step of the 15.5B model. GPUs: 790 of 989 TFLOP/s
 of a plain bf16 matmul on an H200."""
 ATTENTION = {
+    ("TPU v5p", "flash_tpu"): 0.91, ("TPU v6e", "flash_tpu"): 0.47,
+    ("TPU v4", "flash_tpu"): 0.75, ("TPU v5e", "flash_tpu"): 0.75, ("TPU7x", "flash_tpu"): 0.47,
+    ("TPU v5p", "splash"): 0.58, ("TPU v6e", "splash"): 0.23,
+    ("TPU v4", "splash"): 0.58, ("TPU v5e", "splash"): 0.58, ("TPU7x", "splash"): 0.23,
     ("TPU v4", "blockwise"): 0.35, ("TPU v5e", "blockwise"): 0.35, ("TPU v5p", "blockwise"): 0.35,
-    ("TPU v6e", "blockwise"): 0.2, ("TPU7x", "blockwise"): 0.2,
-    ("TPU v5e", "flash_tpu"): 0.8, ("TPU v5p", "flash_tpu"): 0.88, ("TPU v6e", "flash_tpu"): 0.38,
-    ("TPU v4", "splash"): 0.55, ("TPU v5e", "splash"): 0.6, ("TPU v5p", "splash"): 0.6, ("TPU v6e", "splash"): 0.3,
     ("A100", "flash"): 0.55, ("H100", "flash"): 0.55, ("H200", "flash"): 0.55,
 }  # fmt: skip
-"""Of peak, forward and backward together, of the causal half. TPUs: static cycles (docs/attention.md for ours, which
-stand beside splash's); GPUs: published for FlashAttention-2 on A100, cuDNN on Hopper. `blockwise`, XLA's: assumed."""
+"""Of peak, forward and backward together, of the causal half, without dropout. v5p and v6e: static cycles at 8,192
+tokens (docs/performance.md, Attention on TPUs); v4 and v5e as their 128-wide, TPU7x as its 256-wide sibling. GPUs: what
+is published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
 ATTENTION_ELSEWHERE = 0.2
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
 """Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
