@@ -40,9 +40,9 @@ class Chip:
 
 CHIPS = {
     "v4": Chip(topology="v4:2x2x1", kind="TPU v4", flop_per_cycle=131072),
-    "v5e": Chip(topology="v5e:1x1", kind="TPU v5 lite", flop_per_cycle=131072),
+    "v5e": Chip(topology="v5e:2x2", kind="TPU v5 lite", flop_per_cycle=131072),
     "v5p": Chip(topology="v5p:2x2x1", kind="TPU v5", flop_per_cycle=131072),
-    "v6e": Chip(topology="v6e:1x1", kind="TPU v6 lite", flop_per_cycle=524288),
+    "v6e": Chip(topology="v6e:2x2", kind="TPU v6 lite", flop_per_cycle=524288),
     "7x": Chip(topology="tpu7x:2x2x1", kind="TPU7x", flop_per_cycle=524288),
 }
 
