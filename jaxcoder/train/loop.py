@@ -189,6 +189,9 @@ class Run:
         batch, device_batch = next(self.batches)
         waited = time.monotonic() - asked
         size = len(device_batch.inputs)
+        own_bytes = text_bytes(batch, self.token_bytes)
+        # The other processes' rows are of the same mixture: their bytes are estimated by this one's, exact for one process.
+        whole_bytes = None if own_bytes is None else own_bytes * (size // len(batch.inputs))
         with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
             self.state, metrics = self.train_steps[size](self.state, device_batch)
         self.step, self.samples = self.step + 1, self.samples + size
@@ -197,7 +200,7 @@ class Run:
             metrics,
             samples=self.samples,
             batch_size=size,
-            text_bytes=text_bytes(batch, self.token_bytes),
+            text_bytes=whole_bytes,
             data_wait=waited,
         )
         self.profiler.after(self.step, self.log.flush)
