@@ -13,7 +13,7 @@ from jaxcoder.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who said so."""
+    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who says."""
 
     coordinator: str
     count: int
@@ -60,7 +60,8 @@ def _explicit(values: dict, names: dict[str, str], source: str) -> Processes | N
     host, _, port = str(values["coordinator"]).rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(
-            f"{names['coordinator']} is {values['coordinator']!r}: give the host of process 0 and a free port, HOST:PORT."
+            f"{names['coordinator']} is {values['coordinator']!r}: give the host of process 0 and a free port, "
+            "HOST:PORT."
         )
     if count == 1:
         return None
@@ -91,7 +92,7 @@ def first_host(nodes: str) -> str:
     """The first of a SLURM node list: "gpu[003-010,12],login" is gpu003, "a,b" is a."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     if first is None:
-        raise ConfigError(f"SLURM's node list is {nodes!r}, in which no host is named: give --coordinator and the others.")
+        raise ConfigError(f"SLURM's node list is {nodes!r}, which names no host: give --coordinator and the others.")
     return re.sub(r"\[([^\],\-]+)[^\]]*\]", r"\1", first[0])
 
 

@@ -119,15 +119,15 @@ def join(
 
 
 def _check_meeting_place(found: Processes, patience: int) -> None:
-    """JaxcoderError unless process 0 can listen there and the others reach it: JAX would end the process without one."""
+    """JaxcoderError unless process 0 can listen there and the others reach it: JAX would just end the process."""
     host, _, port = found.coordinator.rpartition(":")
     if found.index == 0:
         try:
             socket.create_server(("", int(port))).close()
         except OSError as error:
             raise ConfigError(
-                f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): end what uses it, or give another "
-                "coordinator."
+                f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): end what uses it, or give "
+                "another coordinator."
             ) from error
         return
     deadline = time.monotonic() + patience
@@ -437,7 +437,8 @@ def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> J
     if config is None:
         return JaxcoderError(f"{start}. Lower the batch or the length, or use a smaller model or a larger machine.")
     whole = "None, the whole global batch at once" if config.microbatch_size is None else config.microbatch_size
-    remat = {"none": '"minimal" or "block" keep less', "minimal": '"block" keeps less', "block": "the least already"}
+    remat = {"none": '"minimal" or "block" keep less', "block": "the least already"}
+    remat |= dict.fromkeys(("minimal", "offload"), '"block" keeps less')
     knobs = [
         f"microbatch_size (now {whole}): a smaller divisor of global_batch_size; the result stays the same",
         f'compute.remat (now "{config.compute.remat}"): {remat[config.compute.remat]}; the result stays the same',

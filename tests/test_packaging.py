@@ -38,7 +38,8 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
 
 
 def test_the_launch_files_are_in_the_wheel(installed):
-    assert {path.name for path in (ROOT / "launch").iterdir()} == {path.name for path in (installed / "jaxcoder_launch").iterdir()}
+    here, there = ({path.name for path in folder.iterdir()} for folder in (ROOT / "launch", installed / "jaxcoder_launch"))
+    assert here == there
 
 
 def test_the_wheel_trains_outside_the_checkout(installed, tmp_path):

@@ -35,13 +35,20 @@ from jaxcoder.sharding.ops import (
 )
 from jaxcoder.sharding.rules import ShardingRules
 
+DEAR = ("q", "kv", "attention", "middle", "mlp_up")
 REMAT_POLICIES = {
-    "minimal": jax.checkpoint_policies.save_only_these_names("q", "kv", "attention", "middle", "mlp_up"),
+    "minimal": jax.checkpoint_policies.save_only_these_names(*DEAR),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(DEAR),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds of a block beside its input x: of q, attention and mlp_up a device keeps its own heads and
-columns of whole sequences, of x and of middle, the stream between the halves, its part of the sequence. With middle kept,
-no matmul is computed twice and no sum over devices made twice; norms, their gathered outputs and gelu are computed again."""
+"""What the backward pass finds of a block beside its input x: of q, attention and mlp_up a device keeps its own heads
+and columns of whole sequences, of x and of middle, the stream between the halves, its part of the sequence. With middle
+kept, no matmul is computed twice and no sum over devices made twice; norms, their gathered outputs and gelu are."""
 
 
 @jax.tree_util.register_dataclass

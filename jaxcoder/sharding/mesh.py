@@ -2,8 +2,8 @@
 
 The layout decides which traffic meets which network. `data`, whose devices exchange one sum of gradients a pass, runs
 across slices (groups of devices with a fast network inside and a slow one between); `fsdp` and `tensor`, which work in
-every layer, stay in a slice. In a slice of TPUs the axes follow the wires; elsewhere neighbours in the order of processes
-are neighbours in the mesh, `tensor` first. Rows of the batch follow the processes that read them.
+every layer, stay in a slice. In a slice of TPUs the axes follow the wires; elsewhere neighbours in the order of
+processes are neighbours in the mesh, `tensor` first. Rows of the batch follow the processes that read them.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,7 @@ def _arrange_slice(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -
 
 
 def _along_the_wires(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """TPUs so that every axis of the mesh is an axis of the torus, or several; if there is no such way, parts of one."""
+    """TPUs so that every axis of the mesh is an axis of the torus, or several; if that cannot be, parts of one."""
     for may_split in (False, True):
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=may_split)

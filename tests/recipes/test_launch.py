@@ -1,6 +1,7 @@
-"""The launch files filled in: shell by shellcheck and a dry run, Kubernetes by its schemas, and what cannot be filled in."""
+"""The launch files filled in: shell by shellcheck and a dry run, Kubernetes by its schemas, and what cannot be."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def clients(tmp_path, monkeypatch) -> Path:
     programs = {
         "sbatch": "", "scontrol": "", "sleep": "", "kubectl": "cat \"${@: -1}\" > /dev/null", "sky": "",
         "srun": code, "jaxcoder": code,
-        "gcloud": f'case "$*" in *describe*) cat {tmp_path}/state 2>/dev/null;; *create*) echo ACTIVE > {tmp_path}/state;;\n'
+        "gcloud": f'case "$*" in *describe*) cat {tmp_path}/state 2>/dev/null;;\n'
+                  f'*create*) echo ACTIVE > {tmp_path}/state;;\n'
                   f'*delete*) rm {tmp_path}/state;; *"cli.main train"*) {code.strip()};; esac\n',
     }  # fmt: skip
     for name, body in programs.items():
@@ -118,8 +120,9 @@ def test_tpu_vms_are_asked_for_used_and_given_back(clients):
              if "describe" not in call]  # fmt: skip
     assert verbs == ["create", "ssh", "ssh", "ssh", "ssh", "delete"]  # install and train, twice
     train = [call[-1] for call in called(clients, "gcloud") if "train" in call[-1]][0]
-    assert subprocess.run(["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")],
-                          capture_output=True, text=True).stdout.split("\n")[:-1] == ["train", "smoke", *ARGUMENTS]  # fmt: skip
+    said = ["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")]
+    words = subprocess.run(said, capture_output=True, text=True).stdout.split("\n")[:-1]
+    assert words == ["train", "smoke", *ARGUMENTS]
     (clients / "state").write_text("SUSPENDED")
     (clients / "called").unlink()
     assert run_file(clients, "tpu-vm", "0\n") == 0
@@ -146,12 +149,13 @@ def test_the_jobset():
     policy, (job,) = jobset["spec"]["failurePolicy"], jobset["spec"]["replicatedJobs"]
     assert set(policy) == {"maxRestarts", "rules"} and type(policy["maxRestarts"]) is int
     (rule,) = policy["rules"]
-    assert rule["name"].isalnum() and rule["action"] == "FailJobSet" and rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert rule["name"].isalnum() and rule["action"] == "FailJobSet"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
     assert set(job) == {"name", "replicas", "template"} and set(job["template"]) == {"spec"} and job["replicas"] == 2
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"] == 16 and spec["completionMode"] == "Indexed"
     (container,) = spec["template"]["spec"]["containers"]
-    assert container["command"][-1] == "exec jaxcoder train smoke --data 'gs://bucket/a b' --mesh.fsdp 8 --output-dir 'it'\"'\"'s'\n"
+    assert shlex.split(container["command"][-1]) == ["exec", "jaxcoder", "train", "smoke", *ARGUMENTS]
     (exit_rule,) = spec["podFailurePolicy"]["rules"]
     assert exit_rule["onExitCodes"]["containerName"] == container["name"]
     validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of the extra `test`")

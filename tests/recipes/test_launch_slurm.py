@@ -1,6 +1,6 @@
 """The SLURM file on a real SLURM of two nodes on this machine: runs, is asked to stop and queued again, goes on, ends.
 
-By hand: needs root, munge and slurm-wlm, and takes some minutes, for SLURM lets a job that was queued again wait for two.
+By hand: needs root, munge and slurm-wlm, and takes some minutes: a job that was queued again waits for two.
 
     apt install slurm-wlm && pytest -m slow tests/recipes/test_launch_slurm.py
 """
@@ -103,7 +103,8 @@ def test_the_file_on_two_nodes(slurm, tmp_path):
         return [line["step"] for line in lines if "loss" in line]
 
     def state() -> str:
-        return say(["squeue", "--noheader", "--format", "%T", "--states", "all", "--jobs", job], slurm, tmp_path).strip()
+        asked = ["squeue", "--noheader", "--format", "%T", "--states", "all", "--jobs", job]
+        return say(asked, slurm, tmp_path).strip()
 
     wait_for(lambda: len(steps()) > 3, 240, log)
     say(["scancel", "--signal", "TERM", job], slurm, tmp_path)  # as at the end of its time

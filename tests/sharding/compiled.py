@@ -10,8 +10,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "al
 
 
 class Collective(NamedTuple):
-    """kind; axes of the mesh along which the devices of a group differ; elements of the largest result; whether it is in
-    a loop over the layers, and which (the name of the loop's body, "" outside)."""
+    """kind; axes of the mesh along which the devices of a group differ; elements of the largest result; the loop
+    that it is in, by the name of its body ("" outside)."""
 
     kind: str
     axes: tuple[str, ...]
@@ -28,8 +28,9 @@ def collectives(text: str, mesh: dict[str, int]) -> list[Collective]:
             computation = header[1]
         operation = re.match(rf"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ({'|'.join(KINDS)})(?:-start)?\(", line)
         if operation and (axes := _axes(line, mesh)):
-            sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\[([\d,]*)\]", operation[1])]
-            found.append(Collective(operation[2], axes, max(sizes), computation if computation in bodies else ""))
+            shapes = re.findall(r"\[([\d,]*)\]", operation[1])
+            size = max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
+            found.append(Collective(operation[2], axes, size, computation if computation in bodies else ""))
     return found
 
 

@@ -104,8 +104,8 @@ def test_a_cluster_of_gpus():
         (MeshConfig(data=3, fsdp=8, tensor=2), tpus((4, 4, 2), 2), "takes 32, 16 devices of the slices"),
         (MeshConfig(data=4, fsdp=16, num_slices=4), tpus((4, 4, 2), 2), "num_slices is 4, but the devices are in 2"),
         (MeshConfig(data=2, fsdp=16, num_slices=2), tpus((4, 4, 2)), "num_slices is 2, but the devices are in 1"),
-        (MeshConfig(data=4, fsdp=4, num_slices=4), gpus(2), "num_slices 4 does not divide the 16 devices of 2 processes"),
-        (MeshConfig(data=3, fsdp=8, num_slices=2), gpus(3), "num_slices 2 does not divide the 24 devices of 3 processes"),
+        (MeshConfig(data=4, fsdp=4, num_slices=4), gpus(2), "num_slices 4 does not divide the 16 devices"),
+        (MeshConfig(data=3, fsdp=8, num_slices=2), gpus(3), "num_slices 2 does not divide the 24 devices"),
     ],
 )
 def test_what_cannot_be_is_said(mesh, devices, said):
@@ -141,7 +141,10 @@ def test_described_tpus(case):
     """As libtpu describes pods: the same contiguous rows, one slice for each replica; v4 shows two devices a chip."""
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", DESCRIBED, json.dumps(case)], env={**os.environ, **settings}, capture_output=True, text=True
+        [sys.executable, "-c", DESCRIBED, json.dumps(case)],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     devices = [Device(*found[:2], slice_index=found[2]) for found in json.loads(done.stdout.splitlines()[-1])]

@@ -1,5 +1,6 @@
-"""What the devices exchange in a training step, counted in the compiled program: tensor parallelism with sequence shards
-is two all-gathers and two reduce-scatters a layer and pass, and no gradient is summed up twice or where it is not kept."""
+"""What the devices exchange in a training step, counted in the compiled program: tensor parallelism with sequence
+shards is two all-gathers and two reduce-scatters a layer forward, and no gradient is summed twice or where it is not
+kept."""
 
 import sys
 from collections import Counter
@@ -77,9 +78,11 @@ def test_around_the_layers(minimal):
     activations, table = ROWS // 4 * 64 * D, VOCAB // 2 * D
     outside = [one for one in minimal if not one.loop]
     assert counted(outside, "reduce-scatter", ("tensor",)) == 2 and counted(outside, "all-gather", ("tensor",)) == 2
-    assert all(one.size in (activations, activations // 2) for one in outside if one.axes == ("tensor",) and one.size > table)
+    large = [one.size for one in outside if one.axes == ("tensor",) and one.size > table]
+    assert set(large) <= {activations, activations // 2}
     assert 1 <= sum(one.kind == "all-gather" and one.size == table for one in outside) <= 2
-    assert [one.size for one in outside if one.kind == "reduce-scatter" and one.axes == ("fsdp",)].count(table // 4) == 2
+    into_shards = [one.size for one in outside if one.kind == "reduce-scatter" and one.axes == ("fsdp",)]
+    assert into_shards.count(table // 4) == 2
     # Whole sums are of norms and biases, of the positions, of the one key/value head over `tensor`, and of numbers.
     small = MODEL.num_layers * max(D // 4 * KV, MLP, D)
     assert max(one.size for one in outside if one.kind == "all-reduce") <= small
