@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens of a window (default %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
     parser.add_argument(
-        "--remat", choices=("none", "minimal", "block"), default="none",
+        "--remat", choices=("none", "minimal", "offload", "block"), default="none",
         help="what our backward pass recomputes (default %(default)s, as PyTorch does)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="a row of `torch.compile` on CPUs too")

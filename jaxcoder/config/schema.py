@@ -9,7 +9,7 @@ from typing import Literal
 
 Activation = Literal["gelu_tanh", "gelu"]
 AttentionBackend = Literal["reference", "blockwise", "flash_tpu", "cudnn"]
-RematPolicy = Literal["none", "minimal", "block"]
+RematPolicy = Literal["none", "minimal", "offload", "block"]
 Dtype = Literal["bfloat16", "float32"]
 XlaOptions = Literal["chip", "none"]
 
@@ -47,7 +47,8 @@ class ComputeConfig:
     """Type of matmul inputs and activations. Weights, softmax, norms and loss are fp32 always."""
     remat: RematPolicy = "minimal"
     """What the backward pass recomputes: "none" keeps everything, "minimal" keeps the matmul outputs that are dear to
-    recompute (q, kv, attention output, MLP up), "block" keeps only each block's input."""
+    recompute (q, kv, attention output, MLP up), "offload" keeps the same in the host's memory, "block" keeps only each
+    block's input."""
     attention: AttentionBackend | None = None
     """A name forces one attention backend; None picks the best for the device and shape."""
     loss_chunk_tokens: int = 1024

@@ -31,6 +31,8 @@ class Chip:
     """Bytes/s of one link in one direction."""
     network_bandwidth: float | None = None
     """Bytes/s in one direction, of one device's share of the network between slices or nodes."""
+    host_bandwidth: float | None = None
+    """Bytes/s between a device and its host's memory. TPUs: "How to Scale Your Model"; TPU7x as v6e."""
     devices_per_chip: int = 1
     clock: float | None = None
     """TPUs: cycles/s of a core, peak FLOP/s over the FLOP of a cycle (131,072 a core; 524,288 on v6e and 7x)."""
@@ -40,23 +42,24 @@ class Chip:
 
 _V4 = Chip(
     name="TPU v4", peak_flops=275e12, memory=int(30.75 * GIB), memory_bandwidth=1228 * GB, links=6,
-    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, clock=275e12 / 2 / 131072, cores=2,
+    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, host_bandwidth=16 * GB, clock=275e12 / 2 / 131072, cores=2,
 )  # fmt: skip
 _V5E = Chip(
     name="TPU v5e", peak_flops=197e12, memory=int(15.75 * GIB), memory_bandwidth=819 * GB, links=4,
-    link_bandwidth=50 * GB, network_bandwidth=3.125 * GB, clock=197e12 / 131072,
+    link_bandwidth=50 * GB, network_bandwidth=3.125 * GB, host_bandwidth=16 * GB, clock=197e12 / 131072,
 )  # fmt: skip
 _V5P = Chip(
     name="TPU v5p", peak_flops=459e12, memory=int(95.73 * GIB), memory_bandwidth=2765 * GB, links=6,
-    link_bandwidth=100 * GB, network_bandwidth=6.25 * GB, clock=459e12 / 2 / 131072, cores=2,
+    link_bandwidth=100 * GB, network_bandwidth=6.25 * GB, host_bandwidth=16 * GB, clock=459e12 / 2 / 131072, cores=2,
 )  # fmt: skip
 _V6E = Chip(
     name="TPU v6e", peak_flops=918e12, memory=int(31.24 * GIB), memory_bandwidth=1638 * GB, links=4,
-    link_bandwidth=100 * GB, network_bandwidth=12.5 * GB, clock=918e12 / 524288,
+    link_bandwidth=100 * GB, network_bandwidth=12.5 * GB, host_bandwidth=32 * GB, clock=918e12 / 524288,
 )  # fmt: skip
 _V7X = Chip(
     name="TPU7x", peak_flops=1153.5e12, memory=int(94.74 * GIB), memory_bandwidth=3690 * GB, links=6,
-    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, devices_per_chip=2, clock=1153.5e12 / 524288,
+    link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, host_bandwidth=16 * GB, devices_per_chip=2,
+    clock=1153.5e12 / 524288,
 )  # fmt: skip
 """A chip's links and network are halved between its two devices."""
 

@@ -10,7 +10,7 @@ Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import jax
@@ -23,8 +23,10 @@ from jaxcoder.train.state import initial_state
 GRADIENT_COPIES = 1
 GRADIENT_COPIES_ACCUMULATING = 2
 """With microbatches the sum and the summand exist at once."""
-WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "block": (17, 8)}
+WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "offload": (11, 6), "block": (17, 8)}
 """(of D, of F) values a token that the backward pass of one block has at once, what it computes again included."""
+OFFLOADED_AT_ONCE = 2
+"""Blocks whose offloaded activations are on the device: one is computed while another is on its way."""
 LOGITS_COPIES = 2
 """Of one chunk in fp32: the logits, and their gradient in both layouts."""
 
@@ -62,6 +64,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     mlp = model.mlp_dim / mesh.tensor
     of_d, of_f = WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
+    in_block += OFFLOADED_AT_ONCE * tokens * itemsize * offloaded_per_token(config)
     rows = model.vocab_size // mesh.tensor
     logits = LOGITS_COPIES * 4 * min(config.compute.loss_chunk_tokens, tokens) * rows
     in_loss = logits + tokens * model.embed_dim * 2 * itemsize
@@ -83,11 +86,19 @@ def kept_per_token(config: RunConfig) -> float:
     keys = model.num_kv_heads * model.head_dim / (tensor if model.num_kv_heads > 1 else 1)
     mlp = model.mlp_dim / tensor
     stream = model.embed_dim / tensor  # split along the sequence
-    if config.compute.remat == "block":
+    if config.compute.remat in ("block", "offload"):
         return stream
     if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
         return 2 * stream + 3 * queries + 2 * keys + mlp
     return 8 * stream + 2 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
+
+
+def offloaded_per_token(config: RunConfig) -> float:
+    """Values of one block for one token on one device that the host's memory holds until the backward pass."""
+    if config.compute.remat != "offload":
+        return 0.0
+    kept = replace(config, compute=replace(config.compute, remat="minimal"))
+    return kept_per_token(kept) - kept_per_token(config)
 
 
 def weight_bytes(config: RunConfig) -> tuple[int, int]:

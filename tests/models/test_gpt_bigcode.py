@@ -80,7 +80,7 @@ def test_remat_and_attention_backends_change_nothing_but_rounding():
         return jnp.square(model.logits(model(TOKENS))).mean()
 
     expected = jax.jit(jax.grad(loss))(make())
-    for options in ({"remat": "minimal"}, {"remat": "block"}, {"attention": "blockwise"}):
+    for options in ({"remat": "minimal"}, {"remat": "offload"}, {"remat": "block"}, {"attention": "blockwise"}):
         got = jax.jit(jax.grad(loss))(make(compute=replace(FP32, **options)))
         for want, have in zip(jax.tree.leaves(expected), jax.tree.leaves(got)):
             np.testing.assert_allclose(have, want, atol=1e-5)

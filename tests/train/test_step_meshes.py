@@ -86,7 +86,7 @@ DRAWN = dict(
     dropout=st.sampled_from((0.0, 0.0, 0.3)),
     document_mask=st.booleans(),
     microbatch_size=st.sampled_from((None, 8)),
-    remat=st.sampled_from(("none", "minimal", "block")),
+    remat=st.sampled_from(("none", "minimal", "offload", "block")),
 )
 COMMON = dict(
     deadline=None, suppress_health_check=list(HealthCheck), database=None, phases=[Phase.generate]

@@ -100,7 +100,7 @@ class Specs:
         self.kv_transposed = spec(
             (1, head_dim, blocks.span_kv), lambda b, g, h, i, t, p: (b, g // parts, span(t, b, p, i))
         )
-        self.d_kv = spec((1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (b, 0, g))
+        self.d_kv = spec((1, 1, blocks.span_kv, head_dim), lambda b, g, h, i, t, p: (g % parts, b, 0, g // parts))
         self.seen = spec((1, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, 0, i))
         self.statistics = spec((1, blocks.heads, 1, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
         self.words = spec((1, blocks.heads, 2, blocks.block_q), lambda b, g, h, i, t, p: (b, h, 0, i))
@@ -231,7 +231,7 @@ def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, de
     parts = sizes.parts
     grid = (sizes.batch, sizes.groups * parts, sizes.grid[2] // parts, sizes.grid[3], 1)
     specs, columns = Specs(sizes, grid, parts), (sizes.num_chunks, sizes.head_dim, sizes.rows)
-    d_kv = jax.ShapeDtypeStruct((sizes.batch, sizes.blocks.span_kv, k.shape[2] * parts), jnp.float32)
+    d_kv = jax.ShapeDtypeStruct((parts, sizes.batch, sizes.blocks.span_kv, k.shape[2]), jnp.float32)
     dq, dk, dv = pl.pallas_call(
         partial(_backward_kernel, sizes, grid),
         name="flash_backward",
@@ -254,13 +254,7 @@ def backward(sizes: Sizes, table, q, k, k_transposed, v, d_out, log2_sum_exp, de
         ),
         interpret=sizes.interpret,
     )(table, q, k, k_transposed, v, d_out, log2_sum_exp, delta, start, end, words)  # fmt: skip
-    return dq, _sum_parts(sizes, dk), _sum_parts(sizes, dv)
-
-
-def _sum_parts(sizes: Sizes, d_kv):
-    """(B, span_kv, G * parts * K) to (B, span_kv, G * K)."""
-    by_part = d_kv.reshape(*d_kv.shape[:2], sizes.groups, sizes.parts, sizes.head_dim)
-    return by_part.sum(3).reshape(*d_kv.shape[:2], -1)
+    return dq, dk.sum(0), dv.sum(0)
 
 
 def _backward_kernel(
@@ -307,8 +301,8 @@ def _backward_kernel(
                 kept = jnp.where(keep, weights * (1.0 / (1.0 - rate)), 0.0)
                 d_weights = jnp.where(keep, d_weights * (1.0 / (1.0 - rate)), 0.0)
             d_scores = (weights * (d_weights - of_chunk(delta_ref, c))).astype(dtype)
-            dv_ref[0, at, :] += _dot(kept.astype(dtype), _rows(do_ref, c, sizes))
-            dk_ref[0, at, :] += _dot(d_scores, _rows(q_ref, c, sizes))
+            dv_ref[0, 0, at, :] += _dot(kept.astype(dtype), _rows(do_ref, c, sizes))
+            dk_ref[0, 0, at, :] += _dot(d_scores, _rows(q_ref, c, sizes))
             acc_ref[c] += _dot(k_transposed, d_scores)
 
     _walk(todo, blocks, visit)

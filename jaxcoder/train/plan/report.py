@@ -162,6 +162,7 @@ def _time(plan: Plan) -> Iterator[str]:
     terms += [("attention", time.attention, "modelled"), ("memory", time.memory, "modelled")]
     moved = "compiled bytes" if compiled is not None and compiled.fits else "modelled"
     terms += [(f"transfers, {axis}", seconds, moved) for axis, seconds in time.interconnect.items()]
+    terms += [("transfers, host", time.host, "modelled")] if time.host else []
     for name, seconds, kind in terms:
         yield f"{_INDENT}{name:<24}{seconds:>9.3f}  ({kind})"
     fast, expected, slow = plan.seconds

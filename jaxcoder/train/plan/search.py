@@ -98,7 +98,9 @@ def candidates(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
                 if config.global_batch_size % micro:
                     continue
                 size = None if micro == config.global_batch_size else micro
-                for remat in ("none", "minimal", "block"):
+                for remat in ("none", "minimal", "offload", "block"):
+                    if remat == "offload" and topology.chip.host_bandwidth is None:
+                        continue
                     compute = replace(config.compute, remat=remat)
                     candidate = replace(config, mesh=mesh, microbatch_size=size, compute=compute)
                     try:

@@ -1,7 +1,7 @@
 """Work into seconds: a roofline with the efficiencies that matmuls, attention and links reach in practice.
 
     compute  = matmul FLOPs / (peak x MATMUL) + attention FLOPs / (peak x attention's) + traffic / memory bandwidth
-    expected = the larger of compute and `fsdp` transfers + `tensor` transfers + `data` transfers
+    expected = the largest of compute, `fsdp` transfers and transfers to the host + `tensor` and `data` transfers
 
 Transfers over `tensor` stand between two matmuls that wait for them, the sums over `data` come when the last gradient
 is there; those over `fsdp` run beside the layer before. A compiled program says itself which it waits for. The bounds:
@@ -49,6 +49,8 @@ class StepTime:
     interconnect: dict[str, float]
     beside: float | None = None
     """Of the interconnect's seconds, those that a compiled program spends beside computing; None: those of `fsdp`."""
+    host: float = 0.0
+    """Activations to the host's memory and back, beside all else."""
 
     @property
     def compute(self) -> float:
@@ -57,22 +59,23 @@ class StepTime:
     @property
     def expected(self) -> float:
         beside = self.interconnect.get("fsdp", 0.0) if self.beside is None else self.beside
-        return max(self.compute, beside) + sum(self.interconnect.values()) - beside
+        return max(self.compute, beside, self.host) + sum(self.interconnect.values()) - beside
 
     @property
     def overlapped(self) -> float:
         """If everything ran beside everything."""
-        return max(self.compute, sum(self.interconnect.values()))
+        return max(self.compute, sum(self.interconnect.values()), self.host)
 
     @property
     def sequential(self) -> float:
         """If nothing did."""
-        return self.compute + sum(self.interconnect.values())
+        return self.compute + sum(self.interconnect.values()) + self.host
 
     @property
     def bound(self) -> str:
         """What the most time goes to."""
         named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
+        named["transfers to the host"] = self.host
         named |= {f"transfers over `{axis}`": seconds for axis, seconds in self.interconnect.items()}
         return max(named, key=named.get)
 
@@ -92,6 +95,7 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) 
         memory=work.memory_bytes / chip.memory_bandwidth,
         interconnect=seconds,
         beside=beside,
+        host=work.host_bytes / chip.host_bandwidth if work.host_bytes and chip.host_bandwidth else 0.0,
     )
 
 

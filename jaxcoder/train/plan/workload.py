@@ -8,6 +8,7 @@ S sequence, L layers, V vocabulary.
 from dataclasses import dataclass, field
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.train.memory_estimate import offloaded_per_token
 
 BF16, FP32 = 2, 4
 BACKWARD_ATTENTION = 2.5
@@ -15,11 +16,12 @@ BACKWARD_ATTENTION = 2.5
 RECOMPUTED = {
     "none": frozenset[str](),
     "minimal": frozenset[str](),
+    "offload": frozenset[str](),
     "block": frozenset({"qkv", "attention", "out", "mlp_in"}),
 }
 """Our remat policies -> what the backward pass computes again: projections, the attention kernel, the output
 projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/train/plan)."""
-TENSOR_SUMS = {"none": 4, "minimal": 5, "block": 6}
+TENSOR_SUMS = {"none": 4, "minimal": 5, "offload": 5, "block": 6}
 """Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
 ELEMENTWISE = (20, 6)
 """(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
@@ -101,6 +103,8 @@ class Layout:
     or summed again."""
     gradient_bytes: int = BF16
     """Of a gradient when it is summed over devices: ours are in the compute type."""
+    offloaded_bytes: float = 0.0
+    """A token and layer, of one device: activations that the host's memory holds until the backward pass."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Layout":
@@ -109,6 +113,7 @@ class Layout:
             mesh=config.mesh, batch=config.global_batch_size, microbatches=pieces,
             recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
             gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
+            offloaded_bytes=offloaded_per_token(config) * (BF16 if config.compute.dtype == "bfloat16" else FP32),
         )  # fmt: skip
 
 
@@ -121,6 +126,8 @@ class Work:
     attention_flops: float
     memory_bytes: float
     """Traffic of what is no matmul."""
+    host_bytes: float = 0.0
+    """To the host's memory and back."""
     transfers: dict[str, float] = field(default_factory=dict)
 
 
@@ -152,6 +159,7 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
         matmul_flops=matmul,
         attention_flops=attention,
         memory_bytes=memory,
+        host_bytes=2 * tokens * layers * layout.offloaded_bytes,
         transfers=_transfers(decoder, layout, tokens),
     )
 
