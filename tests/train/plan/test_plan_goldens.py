@@ -22,6 +22,8 @@ from jaxcoder.train.plan.topology import parse_topology
 GOLDEN = Path(__file__).parents[2] / "golden"
 PEAK = 1.25
 """Of the golden's bytes: a change beyond it is a decision."""
+PEAK_ELSEWHERE = 1.6
+"""With other versions: libtpu 0.0.42 needs 1.33 times what 0.0.52 does for the same program."""
 SENT = 1.02
 
 
@@ -73,7 +75,9 @@ def test_the_program(case):
 
 def test_memory_is_bounded(case):
     name, found = case
-    assert MAKER.golden_of(found)["peak_bytes"] <= PEAK * golden(name)["peak_bytes"]
+    expected, now = golden(name), MAKER.golden_of(found)
+    most = PEAK if now["versions"] == expected["versions"] else PEAK_ELSEWHERE
+    assert now["peak_bytes"] <= most * expected["peak_bytes"]
 
 
 def plan_of(case):
