@@ -27,14 +27,7 @@ def _dropout(args: argparse.Namespace, kernels: list[str], memory: Memory) -> Re
     for kernel in kernels:
         plain = replace(attention.our_case(args, kernel), length=WALKED)
         rows.append(_pair(f"ours {kernel}", plain, replace(plain, dropout_rate=0.1), memory))
-    return Report(
-        title=f"{args.device}: dropout of 0.1, cycles of {WALKED} causal tokens, a block of heads",
-        settings={},
-        columns={"who": "", "without": "without", "with": "with", "times": "times", "why": ""},
-        rows=rows,
-        targets={},
-        environment=versions("ours"),
-    )
+    return _report(f"{args.device}: dropout of 0.1, cycles of {WALKED} causal tokens, a block of heads", rows)
 
 
 def _masks(args: argparse.Namespace, kernels: list[str], memory: Memory) -> Report:
@@ -54,8 +47,12 @@ def _masks(args: argparse.Namespace, kernels: list[str], memory: Memory) -> Repo
         for part in attention.peer_kernels("splash", kernel) if "splash" in args.against else []:
             case = replace(attention.peer_case(args, "splash", part), length=2 * WALKED, segments=False)
             rows.append(_pair(f"splash {part}: without and with ids", case, replace(case, segments=True), memory))
+    return _report(f"{args.device}: masks, cycles without and with", rows)
+
+
+def _report(title: str, rows: list[dict]) -> Report:
     return Report(
-        title=f"{args.device}: masks, cycles without and with",
+        title=title,
         settings={},
         columns={"who": "", "without": "without", "with": "with", "times": "times", "why": ""},
         rows=rows,
