@@ -1,7 +1,7 @@
 """Which process of how many this one is, and where they meet: said by flags, SLURM, a launch file, or a TPU pod.
 
 One process serves all accelerators of a machine: fewer processes to lose, one loader and one host copy of what all
-cards need, and meshes do not see the difference. Pure functions of an environment; `runtime.join` acts on the answer.
+cards need, and meshes do not see the difference. Pure functions of an environment; `join.py` acts on the answer.
 """
 
 import re

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxcoder import runtime
+from jaxcoder.runtime import accelerators
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.errors import JaxcoderError
 
@@ -46,7 +47,7 @@ def test_no_accelerator_no_word(tmp_path):
 
 @pytest.mark.parametrize("path", ["dev/nvidia0", "dev/nvidia3", "proc/driver/nvidia/gpus/0000:01:00.0/information"])
 def test_gpu_names_the_extra(tmp_path, path, monkeypatch):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerators, "find_spec", lambda name: None)
     put(tmp_path, path)
     said = check(tmp_path)
     assert "GPU" in said and "pip install 'jaxcoder[cuda]'" in said
@@ -62,14 +63,14 @@ def test_gpu_by_nvidia_smi(tmp_path):
 
 
 def test_installed_plugin_gets_other_advice(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: name == "jax_cuda12_plugin")
+    monkeypatch.setattr(accelerators, "find_spec", lambda name: name == "jax_cuda12_plugin")
     put(tmp_path, "dev/nvidia0")
     said = check(tmp_path)
     assert "pip install" not in said and "jax_cuda12_plugin is installed" in said and "nvidia-smi" in said
 
 
 def test_tpu_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    monkeypatch.setattr(accelerators, "find_spec", lambda name: None)
     put(tmp_path, "dev/accel0")
     assert "pip install 'jaxcoder[tpu]'" in check(tmp_path)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.processes import Processes, TpuPod, find_processes, first_host
+from jaxcoder.runtime.processes import Processes, TpuPod, find_processes, first_host
 
 STEP = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "gpu[003-006]",

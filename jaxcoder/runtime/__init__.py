@@ -1,0 +1,50 @@
+"""The process around the work: environment, JAX's global options, several processes, signals, memory and disk running out.
+
+Nothing else in the package touches `os.environ`, `jax.config`, `jax.distributed` or signal handlers. JAX is imported
+only by the functions that need it, so that the command line may import this room for its error sentences.
+"""
+
+from jaxcoder.runtime.accelerators import check_accelerator, find_gpu, find_tpu
+from jaxcoder.runtime.exhausted import (
+    explain_disk_full,
+    explain_out_of_memory,
+    is_disk_full,
+    is_out_of_memory,
+    out_of_memory_explained,
+)
+from jaxcoder.runtime.held import held_alone
+from jaxcoder.runtime.join import join
+from jaxcoder.runtime.start import (
+    CACHE_BYTES,
+    command_name,
+    default_cache_dir,
+    environment_with,
+    initialize,
+    resume_command,
+    user_cache,
+)
+from jaxcoder.runtime.stop import CommonStop, GracefulStop, Terminated, sigterm_raises
+
+__all__ = [
+    "CACHE_BYTES",
+    "CommonStop",
+    "GracefulStop",
+    "Terminated",
+    "check_accelerator",
+    "command_name",
+    "default_cache_dir",
+    "environment_with",
+    "explain_disk_full",
+    "explain_out_of_memory",
+    "find_gpu",
+    "find_tpu",
+    "held_alone",
+    "initialize",
+    "is_disk_full",
+    "is_out_of_memory",
+    "join",
+    "out_of_memory_explained",
+    "resume_command",
+    "sigterm_raises",
+    "user_cache",
+]
