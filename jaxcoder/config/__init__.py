@@ -11,6 +11,7 @@ from jaxcoder.config.schema import (
     OptimizerConfig,
     RunConfig,
     Stage,
+    WatchdogConfig,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "Stage",
+    "WatchdogConfig",
 ]

@@ -149,7 +149,10 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     max_skipped_steps: int = 10
-    """A step whose loss or gradients are not finite is skipped; so many in a row end the run with an error."""
+    """A step whose loss or gradients are not finite is skipped; so many skipped in a row end the run with an error."""
+    skip_grad_norm_above: float | None = None
+    """A step whose gradient norm, before it is scaled down, is above this is skipped too: for batches that make the loss
+    spike. None: none is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,17 @@ class CheckpointConfig:
     """Newest checkpoints kept; the last one of the run is always kept."""
     keep_every_steps: int | None = None
     """Checkpoints at multiples of this are kept for good."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """How long a process may stand still. It then writes down its stacks, says which process is silent, and exits with
+    code 75, so that a scheduler starts the run again."""
+
+    step_seconds: float | None = 600.0
+    """Of one step, its data included, after the first; None: for ever."""
+    start_seconds: float | None = 3600.0
+    """Of everything else: restoring, the first step of a batch size (which is compiled), a save, an evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +213,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log_every_steps: int = 1
     """Metrics are written to metrics.jsonl at multiples of this."""
     tensorboard: bool = False

@@ -40,6 +40,8 @@ _ADDED: dict[tuple[type, str], Any] = {
     (ComputeConfig, "xla_options"): "chip",  # changes speed alone
     (ComputeConfig, "loss_chunk_tokens"): 1024,  # memory and speed alone
     (MeshConfig, "num_slices"): None,
+    (OptimizerConfig, "skip_grad_norm_above"): None,
+    (RunConfig, "watchdog"): {"step_seconds": 600.0, "start_seconds": 3600.0},  # changes no number
     (OptimizerConfig, "max_skipped_steps"): 10,  # nothing was skipped, and nothing but NaN came of it
 }
 """Fields that files of older versions lack, with the JSON value of what those versions did."""

@@ -79,7 +79,8 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         "compute.loss_chunk_tokens", "mesh.num_slices", "optimizer.decay_steps", "optimizer.epsilon",
         "optimizer.max_grad_norm", "checkpoint.save_every_steps", "checkpoint.save_every_seconds",
         "checkpoint.keep_last", "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows",
-        "optimizer.max_skipped_steps",
+        "optimizer.max_skipped_steps", "optimizer.skip_grad_norm_above", "watchdog.step_seconds",
+        "watchdog.start_seconds",
     )  # fmt: skip
     values = dict(fields.leaves(config))
     for name in positive:

@@ -11,7 +11,9 @@ from jaxcoder.config import RunConfig, serialize
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.addresses import access_errors, open_address
 
-FREE_FIELDS = ("output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "optimizer.max_skipped")
+FREE_FIELDS = (
+    "output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "watchdog", "optimizer.max_skipped",
+)  # fmt: skip
 """Fields that may change on resuming: they do not change what is computed, but for rounding on another mesh."""
 
 

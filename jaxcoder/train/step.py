@@ -30,7 +30,7 @@ def make_train_step(
     """The jitted step, with the compiler options of `device` (default: of those that are here).
 
     Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
-    weights as they were, else 0), skipped_steps (of the whole run).
+    weights as they were, else 0), skipped_steps (of the whole run), batch_hash (`batch_hash`).
     """
     has_dropout = max(config.model.embed_dropout, config.model.residual_dropout, config.model.attention_dropout) > 0
 
@@ -52,16 +52,19 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         rate = learning_rate(config.optimizer, state.step + 1, config.num_steps)
         model, moments, norm = apply_adamw(config.optimizer, state.model, gradients, state.moments, rate)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        model, moments = keep_if(is_finite, (model, moments), (state.model, state.moments))
+        is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if config.optimizer.skip_grad_norm_above is not None:
+            is_good &= norm <= config.optimizer.skip_grad_norm_above
+        model, moments = keep_if(is_good, (model, moments), (state.model, state.moments))
         step = state.step + 1
         metrics = {
             "loss": loss / tokens,
             "tokens": tokens,
             "grad_norm": norm,
             "learning_rate": rate,
-            "skipped": 1 - is_finite.astype(jnp.int32),
+            "skipped": 1 - is_good.astype(jnp.int32),
             "skipped_steps": step - moments.count,  # moments count the updates that were made
+            "batch_hash": batch_hash(batch),
         }
         return TrainState(step=step, model=model, moments=moments), metrics
 
@@ -76,6 +79,18 @@ def compiler_options(config: RunConfig, device: jax.Device) -> dict[str, Value]:
     place = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, PartitionSpec())
     nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
     return accepted(options, jax.jit(lambda x: x).lower(nothing).compile)
+
+
+def batch_hash(batch: Batch) -> jax.Array:
+    """A fingerprint of the batch's tokens, uint32: the same for every mesh, whichever rows lie where.
+
+    So two runs, or a run and its continuation, show by their metrics that they read the same. A sum modulo 2 ** 32 of
+    one mixed word a token; what a target adds lies in the next input already, but for the last of a row.
+    """
+    places = jax.lax.broadcasted_iota(jnp.uint32, (1, batch.inputs.shape[1]), 1)
+    word = batch.inputs.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + places * jnp.uint32(0x85EBCA77)
+    word = (word ^ (word >> 15)) * jnp.uint32(0xC2B2AE3D)
+    return jnp.sum(word ^ (word >> 13), dtype=jnp.uint32)
 
 
 def keep_if(is_good: jax.Array, new, old):

@@ -33,7 +33,7 @@ class StepLog:
     """Takes the device arrays of a step and writes those of the step before.
 
     Of each step: loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens (that count in the loss),
-    samples (of the run so far), skipped, skipped_steps; step_time, data_wait in seconds; tokens_per_second;
+    samples (of the run so far), skipped, skipped_steps, batch_hash; step_time, data_wait in seconds; tokens_per_second;
     flops_per_second_per_device and mfu (where the peak is known); host_memory, device_memory, device_memory_peak in
     bytes, of the process that writes.
     """

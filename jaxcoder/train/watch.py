@@ -59,14 +59,18 @@ class Watch:
             return
         self._skipped_in_row += 1
         what = "loss" if not math.isfinite(metrics["loss"]) else "gradient norm"
-        self._say(f"step {step:,}: skipped, its {what} is not finite ({metrics['skipped_steps']:.0f} so far)")
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        wrong = f"above {self._config.optimizer.skip_grad_norm_above:g}" if is_finite else "not finite"
+        value = f" {metrics['grad_norm']:.4g}" if is_finite else ""
+        so_far = f"{metrics['skipped_steps']:.0f} so far"
+        self._say(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
         if self._skipped_in_row == 1:
             self._say_files(step)
         limit = self._config.optimizer.max_skipped_steps
         if self._skipped_in_row >= limit:
             first = step - limit + 1
             raise TrainingError(
-                f"the {what} was not finite in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
+                f"the {what} was {wrong} in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
                 f"their files with `jaxcoder data trace {self._directory.path} --step {first}`, lower "
                 "optimizer.peak_learning_rate, or raise optimizer.max_skipped_steps; the same command continues from "
                 "the last checkpoint."
