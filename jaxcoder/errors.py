@@ -44,6 +44,12 @@ class MissingExtraError(JaxcoderError):
         super().__init__(f"{purpose} needs the extra `{extra}`: run `pip install 'jaxcoder[{extra}]'`.")
 
 
+class LostProcessError(JaxcoderError):
+    """A process of the run never came, died or stands still: nobody's mistake, so a scheduler may start it again."""
+
+    exit_code = EXIT_WATCHDOG
+
+
 class Interrupted(JaxcoderError):
     """The run stopped on a signal after saving. `resume_command` continues it."""
 

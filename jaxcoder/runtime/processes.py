@@ -13,16 +13,20 @@ from jaxcoder.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who says."""
+    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who says.
+
+    hosts: names by process, where they are known beforehand.
+    """
 
     coordinator: str
     count: int
     index: int
     source: str
+    hosts: tuple[str, ...] | None = None
 
 
 class TpuPod:
-    """Several hosts of a TPU pod or several slices: JAX finds the rest out from the machines themselves."""
+    """Several hosts of a TPU pod, or several slices: the machines' own metadata say the rest."""
 
 
 _FLAGS = {"coordinator": "--coordinator", "count": "--num-processes", "index": "--process-id"}
@@ -85,15 +89,36 @@ def _slurm(environment: Mapping[str, str]) -> Processes | None:
     if count == 1:
         return None
     port = 61440 + job % 4096  # above what the system hands out, and another one for every job on a node
-    return Processes(coordinator=f"{first_host(nodes)}:{port}", count=count, index=index, source="SLURM")
+    hosts = host_names(nodes)
+    return Processes(
+        coordinator=f"{hosts[0]}:{port}",
+        count=count,
+        index=index,
+        source="SLURM",
+        hosts=hosts if len(hosts) == count else None,  # else several tasks share a node
+    )
 
 
-def first_host(nodes: str) -> str:
-    """The first of a SLURM node list: "gpu[003-010,12],login" is gpu003, "a,b" is a."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    if first is None:
+def host_names(nodes: str) -> tuple[str, ...]:
+    """The hosts of a SLURM node list: "gpu[003-004,12],login" is gpu003, gpu004, gpu12, login. ConfigError for none."""
+    names: list[str] = []
+    for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
+        expanded = [""]
+        for text, numbers in re.findall(r"([^\[]+)|\[([^\]]*)\]", group):
+            ends = [text] if text else [number for part in numbers.split(",") for number in _numbers(part)]
+            expanded = [start + end for start in expanded for end in ends]
+        names += expanded
+    if not names or not all(names):
         raise ConfigError(f"SLURM's node list is {nodes!r}, which names no host: give --coordinator and the others.")
-    return re.sub(r"\[([^\],\-]+)[^\]]*\]", r"\1", first[0])
+    return tuple(names)
+
+
+def _numbers(part: str) -> list[str]:
+    """ "003-005" is 003, 004, 005."""
+    first, dash, last = part.partition("-")
+    if not dash or not (first.isdigit() and last.isdigit()):
+        return [part]
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def _tpu_pod(environment: Mapping[str, str]) -> TpuPod | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.runtime.processes import Processes, TpuPod, find_processes, first_host
+from jaxcoder.runtime.processes import Processes, TpuPod, find_processes, host_names
 
 STEP = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "gpu[003-006]",
@@ -25,7 +25,10 @@ def test_who_says_so():
     assert find_processes(OURS) == Processes(coordinator="a:1", count=2, index=1, source="the environment")
     by_flags = find_processes(OURS | STEP, coordinator="[::1]:9", num_processes=3, process_id=0)
     assert by_flags == Processes(coordinator="[::1]:9", count=3, index=0, source="the command line")
-    assert find_processes(STEP) == Processes(coordinator="gpu003:61441", count=4, index=2, source="SLURM")
+    nodes = ("gpu003", "gpu004", "gpu005", "gpu006")
+    by_slurm = Processes(coordinator="gpu003:61441", count=4, index=2, source="SLURM", hosts=nodes)
+    assert find_processes(STEP) == by_slurm
+    assert find_processes(STEP | {"SLURM_STEP_NODELIST": "gpu[003-004]"}).hosts is None
     assert find_processes(STEP | OURS).source == "the environment"
     assert find_processes(OURS | {"JAXCODER_NUM_PROCESSES": "1", "JAXCODER_PROCESS_ID": "0"}) is None
 
@@ -48,17 +51,22 @@ def test_tpu_pods():
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
+    ("nodes", "names"),
     [
-        ("login", "login"),
-        ("a,b[2-3]", "a"),
-        ("gpu[003-010,12],login", "gpu003"),
-        ("rack[7,9]-n[01-04]", "rack7-n01"),
-        ("n-1.cluster[2]", "n-1.cluster2"),
+        ("login", ("login",)),
+        ("a,b[2-3]", ("a", "b2", "b3")),
+        ("gpu[008-010,12],login", ("gpu008", "gpu009", "gpu010", "gpu12", "login")),
+        ("rack[7,9]-n[01-02]", ("rack7-n01", "rack7-n02", "rack9-n01", "rack9-n02")),
+        ("n-1.cluster[2]", ("n-1.cluster2",)),
     ],
 )
-def test_node_lists(nodes, first):
-    assert first_host(nodes) == first
+def test_node_lists(nodes, names):
+    assert host_names(nodes) == names
+
+
+def test_node_lists_that_name_nobody():
+    with pytest.raises(ConfigError, match="SLURM's node list is ''"):
+        host_names("")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""The processes of a run, seen from one of them: what they agree on, what each posts, and which have ended.
+
+Posts go through JAX's coordination service, which lives in process 0; they are small texts under our own names. Unlike
+a collective they wait with a limit, say who is missing, and work while the devices are busy or stuck. A process that is
+alone has a board of its own, so that the code around it is one.
+"""
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from jaxcoder import errors
+from jaxcoder.errors import EXIT_USER_ERROR, JaxcoderError, LostProcessError
+
+_runs = itertools.count()
+
+_GOODBYE_SECONDS = 10.0
+"""Process 0 waits so long for the others to have ended: JAX ends them roughly when it goes."""
+
+
+class Peers:
+    """One for each run; every process makes it at the same point. A context manager: an error that leaves it is told to
+    the others, so that they need not wait for somebody who is gone."""
+
+    def __init__(self, patience: float = 600.0):
+        """patience: seconds to wait for a post of another process."""
+        import jax
+
+        from jaxcoder.compat import coordination_client
+
+        self.index, self.count = jax.process_index(), jax.process_count()
+        self.host = socket.gethostname()
+        self.hosts: list[str] = [self.host]
+        """Names by process; known after `meet`."""
+        self._client = coordination_client() if self.count > 1 else None
+        self._board: dict[str, str] = {}
+        self._prefix = f"jaxcoder/{next(_runs)}"
+        self._patience = patience
+
+    def name(self, index: int) -> str:
+        """ "process 3 (host-d)"."""
+        return f"process {index} ({self.hosts[index]})" if len(self.hosts) == self.count else f"process {index}"
+
+    # --- the board ---------------------------------------------------------------------------------------------------
+
+    def post(self, key: str, text: str) -> None:
+        """Whoever reads `key` from now on finds `text`."""
+        if self._client is None:
+            self._board[key] = text
+        else:
+            self._client.key_value_set(f"{self._prefix}/{key}", text, allow_overwrite=True)
+
+    def posted(self, directory: str) -> dict[str, str]:
+        """Everything under `directory`/, by the rest of its name."""
+        if self._client is None:
+            start = f"{directory}/"
+            return {key.removeprefix(start): text for key, text in self._board.items() if key.startswith(start)}
+        start = f"{self._prefix}/{directory}/"
+        return {key.removeprefix(start): text for key, text in self._client.key_value_dir_get(start)}
+
+    def wait_for(self, key: str, who: int) -> str:
+        """What process `who` posts under `key`. LostProcessError if it has ended, or posts nothing for too long."""
+        if self._client is None:
+            return self._board[key]
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                return self._client.blocking_key_value_get(f"{self._prefix}/{key}", 2000)
+            except Exception as error:  # of a type without a public name
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise LostProcessError(f"{self.name(0)}, through which all speak, does not answer.") from error
+            self.check_ended()
+            if time.monotonic() > deadline:
+                raise LostProcessError(
+                    f"{self.name(who)} said nothing for {self._patience:.0f} seconds ({key}): look at its log."
+                )
+
+    def agree(self, topic: str, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
+        """Every process hands in `mine` (plain JSON); process 0 decides on all of it, in order of processes.
+
+        Returns what `decide` returns (plain JSON), or raises the JaxcoderError that it raises, in every process. Each
+        topic once.
+        """
+        if self.count == 1:
+            return decide([mine])
+        self.post(f"{topic}/{self.index}", json.dumps(mine))
+        if self.index == 0:
+            try:
+                everyone = [json.loads(self.wait_for(f"{topic}/{index}", index)) for index in range(self.count)]
+                verdict = {"result": decide(everyone)}
+            except JaxcoderError as error:
+                self.post(f"{topic}/verdict", json.dumps({"error": str(error), "kind": type(error).__name__}))
+                raise
+            self.post(f"{topic}/verdict", json.dumps(verdict))
+            return verdict["result"]
+        verdict = json.loads(self.wait_for(f"{topic}/verdict", 0))
+        if "error" in verdict:
+            kind = vars(errors).get(verdict["kind"], JaxcoderError)
+            raise kind(verdict["error"])
+        return verdict["result"]
+
+    def meet(self) -> None:
+        """Learns the names of all hosts."""
+        self.hosts = self.agree("hosts", self.host, list)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def ended(self) -> dict[int, dict[str, Any]]:
+        """{process: {"message", "exit_code"}} of those that an error has ended."""
+        return {int(index): json.loads(text) for index, text in self.posted("ended").items()}
+
+    def check_ended(self) -> None:
+        """LostProcessError, with its sentence, if another process has ended."""
+        for index, end in sorted(self.ended().items()):
+            if index != self.index:
+                raise ended_error(self.name(index), end)
+
+    def say_end(self, message: str, exit_code: int, *, absent: int = 0) -> None:
+        """Tells the others that this process ends. Process 0 stays until they, but for `absent` of them, have too."""
+        if self.count == 1:
+            return
+        try:
+            self.post(f"ended/{self.index}", json.dumps({"message": message, "exit_code": exit_code}))
+            deadline = time.monotonic() + _GOODBYE_SECONDS
+            while self.index == 0 and len(self.ended()) < self.count - absent and time.monotonic() < deadline:
+                time.sleep(0.1)
+        except Exception:  # process 0 is gone: there is nobody to tell
+            pass
+
+    def __enter__(self) -> "Peers":
+        self.meet()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is not None:
+            code = error.exit_code if isinstance(error, JaxcoderError) else 1
+            self.say_end(f"{error}" if isinstance(error, JaxcoderError) else f"{kind.__name__}: {error}", code)
+
+
+def ended_error(name: str, end: dict[str, Any]) -> JaxcoderError:
+    """What a process says that ends because another one has; a user's error stays one, so that nobody repeats it."""
+    said = str(end["message"]).rstrip(".")
+    error = LostProcessError(f"{name} has ended: {said}.")
+    if end["exit_code"] == EXIT_USER_ERROR:
+        error.exit_code = EXIT_USER_ERROR
+    return error

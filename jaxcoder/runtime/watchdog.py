@@ -1,0 +1,197 @@
+"""A process that stands still ends itself, and says which one it waited for.
+
+Whoever is alive but stuck holds up all others for ever, and JAX's own heartbeat does not notice. So a thread measures
+how long the main thread has been at what it does; past the limit it writes all stacks down, names the step and the
+silent process, and ends with exit code 75. The main thread cannot do that: it waits inside XLA.
+
+Another thread posts, every few seconds, that this process is alive and where it stands, and reads the others' posts. It
+is a thread of its own because the post office is process 0, which may be the one that stands still.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxcoder.config import WatchdogConfig
+from jaxcoder.errors import EXIT_WATCHDOG
+from jaxcoder.runtime.peers import Peers, ended_error
+
+STEP, DATA = "step", "data"
+"""Phases of a step, which watchdog.step_seconds limits together; every other phase has watchdog.start_seconds."""
+
+_TICK = 0.5  # seconds between two looks at the clock
+_ASLEEP = 5.0  # the thread itself was not run for so long: the process or the machine was stopped
+_GRACE = 15.0  # a main thread that will notice by itself that another process has ended gets so long to do so
+_LAST_WORDS = 10.0
+
+
+class HostWork(NamedTuple):
+    """Seconds a step that hosts work between two steps: the slowest process, its own, the median, how many answered."""
+
+    slowest: int
+    seconds: float
+    median: float
+    count: int
+
+
+class Watchdog:
+    """A context manager around the loop, which tells it where it stands.
+
+    stacks: path of the file for this process's stacks at a step. on_end: told (sentence, step) before the process ends.
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        limits: WatchdogConfig,
+        *,
+        stacks: Callable[[int], str],
+        on_end: Callable[[str, int], object],
+    ):
+        self._peers, self._limits, self._stacks, self._on_end = peers, limits, stacks, on_end
+        self._interval = max(2.0, peers.count / 32)  # process 0 answers all of them
+        self._standing: tuple[str, int, float] = ("start", 0, time.monotonic())
+        self._busy = math.nan
+        self._beats: dict[int, dict[str, Any]] = {}
+        self._changed: dict[int, float] = {}
+        self._last_round = time.monotonic()
+        self._stop = threading.Event()
+
+    def enter(self, phase: str, step: int) -> None:
+        """The main thread begins with this. Costs nothing; `DATA` and `STEP` of one step are measured together."""
+        before, before_step, since = self._standing
+        is_same = before_step == step and {before, phase} <= {DATA, STEP}
+        self._standing = (phase, step, since if is_same else time.monotonic())
+
+    def worked(self, seconds: float) -> None:
+        """The host worked so long on a step, waiting for data included and for devices not."""
+        self._busy = seconds if math.isnan(self._busy) else 0.9 * self._busy + 0.1 * seconds
+
+    def host_work(self) -> HostWork | None:
+        """Of the processes that have answered lately; None in a single process or before there is anything."""
+        busy = {index: beat["busy"] for index, beat in self._beats.items() if beat["busy"] is not None}
+        if self._peers.count == 1 or not busy:
+            return None
+        slowest = max(busy, key=busy.__getitem__)
+        return HostWork(slowest, busy[slowest], statistics.median(busy.values()), len(busy))
+
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+        if self._peers.count > 1:
+            threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+
+    # --- the two threads ---------------------------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._stop.wait(self._interval if number else 0):
+            number += 1
+            phase, step, since = self._standing
+            busy = None if math.isnan(self._busy) else self._busy
+            beat = {"number": number, "phase": phase, "step": step, "busy": busy}
+            try:
+                self._peers.post(f"beat/{self._peers.index}", json.dumps(beat))
+                beats = {int(index): json.loads(text) for index, text in self._peers.posted("beat").items()}
+                ended = self._peers.ended()
+            except Exception:  # process 0 is gone or does not answer; the other thread sees that this one is late
+                continue
+            now = time.monotonic()
+            for index, beat in beats.items():
+                if beat != self._beats.get(index):
+                    self._changed[index] = now
+            self._beats, self._last_round = beats, now
+            others = sorted(set(ended) - {self._peers.index})
+            if others and not self._stop.wait(_GRACE):
+                error = ended_error(self._peers.name(others[0]), ended[others[0]])
+                self._end(str(error), error.exit_code, with_stacks=False)
+
+    def _watch(self) -> None:
+        asleep, last = 0.0, time.monotonic()
+        while not self._stop.wait(_TICK):
+            now = time.monotonic()
+            if now - last > _ASLEEP:  # time that nobody had does not count
+                asleep += now - last
+            last = now
+            phase, step, since = self._standing
+            if since + asleep > now:  # a new phase since then
+                asleep = 0.0
+            name = "step_seconds" if phase in (STEP, DATA) else "start_seconds"
+            limit = self._limits.step_seconds if phase in (STEP, DATA) else self._limits.start_seconds
+            if limit is not None and now - since - asleep > limit:
+                self._end(self._sentence(phase, step, limit, name), EXIT_WATCHDOG, with_stacks=True)
+
+    def _sentence(self, phase: str, step: int, limit: float, name: str) -> str:
+        at = {
+            STEP: f"step {step:,}", DATA: f"step {step:,}, which waits for its batch,", "save": f"the save of step {step:,}",
+            "evaluate": f"the evaluation of step {step:,}", "start": f"the start, before step {step + 1:,},",
+        }.get(phase, f"{phase} at step {step:,}")  # fmt: skip
+        return f"{at} has taken longer than {limit:g} seconds (watchdog.{name}): {self._suspect(phase, step)}"
+
+    def _suspect(self, phase: str, step: int) -> str:
+        if self._peers.count == 1:
+            return "this process stands still."
+        silent = self.silent()
+        if silent:
+            names = " and ".join(f"{self._peers.name(index)}" for index in silent[:4])
+            more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
+            return f"{names}{more} has not answered for {self._quiet(silent[0]):.0f} seconds."
+        behind = [index for index, beat in sorted(self._beats.items()) if beat["step"] < step]
+        waiting = [index for index, beat in sorted(self._beats.items()) if beat["phase"] == DATA]
+        for indices, what in ((behind, "is behind, in"), (waiting, "waits for its data in")):
+            if indices and indices != list(range(self._peers.count)):
+                first = self._beats[indices[0]]
+                return f"{self._peers.name(indices[0])} {what} {first['phase']} of step {first['step']:,}."
+        return "all processes answer, and all stand there: the devices or the network between them are stuck."
+
+    def silent(self) -> list[int]:
+        """Processes that have posted nothing for a while; process 0 where nothing can be posted."""
+        patience = 2.5 * self._interval + 1
+        if time.monotonic() - self._last_round > patience and self._peers.index != 0:
+            return [0]
+        everyone = range(self._peers.count)
+        return [index for index in everyone if index != self._peers.index and self._quiet(index) > patience]
+
+    def _quiet(self, index: int) -> float:
+        since = self._changed.get(index, self._last_round) if index else min(self._changed.get(0, math.inf), self._last_round)
+        return time.monotonic() - since
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def _end(self, sentence: str, code: int, *, with_stacks: bool) -> None:
+        """Does not return."""
+        silent = self.silent()
+        step = self._standing[1]
+        words = threading.Thread(target=self._last_words, args=(sentence, step, with_stacks), daemon=True)
+        words.start()
+        words.join(_LAST_WORDS)  # a file system may be what hangs
+        farewell = threading.Thread(
+            target=self._peers.say_end, args=(sentence, code), kwargs={"absent": len(silent)}, daemon=True
+        )
+        farewell.start()
+        farewell.join(_LAST_WORDS + 2)
+        os._exit(code)
+
+    def _last_words(self, sentence: str, step: int, with_stacks: bool) -> None:
+        print(f"\njaxcoder: error: {self._peers.name(self._peers.index)}: {sentence}", file=sys.stderr, flush=True)
+        if with_stacks:
+            try:
+                path = self._stacks(step)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w", encoding="utf-8") as file:
+                    print(sentence, file=file, flush=True)
+                    faulthandler.dump_traceback(file)
+                print(f"jaxcoder: its stacks are in {path}", file=sys.stderr, flush=True)
+            except OSError:
+                faulthandler.dump_traceback()
+        self._on_end(sentence, step)
