@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "tokenizer": ("jaxcoder.cli.tokenizer", "train a tokenizer, or try one"),
     "data": ("jaxcoder.cli.data", "documents into a token store, ready to train on"),
     "corpus": ("jaxcoder.cli.corpus", "source trees into filtered, deduplicated documents"),
+    "drill": ("jaxcoder.cli.drill", "disturb a real run in every way, and see what survives"),
     "bench": ("jaxcoder.cli.bench", "measure, side by side, what is claimed"),
 }
 

@@ -1,0 +1,75 @@
+"""Disturb a real training run in every way that a pod does, and see what survives.
+
+    jaxcoder drill                              50 faults, some 25 minutes on two cores
+    jaxcoder drill --faults 3                   a minute or two
+    jaxcoder drill --only kill-one,stop-one --faults 10 --seed 7
+
+A small model is trained by several real processes over loopback, once undisturbed and once under fire: killed, stopped,
+their checkpoints damaged, their disk full, their batches spoilt. After every fault the same command starts the run
+again, and in the end its weights must be those of the undisturbed run, bit for bit. `jaxcoder drill --kinds` lists what
+is done. Exit code 1 if anything did not survive; its directory is then left as it is.
+"""
+
+import argparse
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from jaxcoder.cli.start import add_process_arguments, start_processes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--faults", type=int, default=50, metavar="N", help="how many (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="which ones, and when (default: another one each time, and said)")
+    parser.add_argument("--only", metavar="KIND,...", help="only these kinds, in turn")
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="of the run (default %(default)s)")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new (default: runs/drill-DATE-TIME)")
+    parser.add_argument("--keep", action="store_true", help="keep the runs, their logs and checkpoints on success too")
+    parser.add_argument("--kinds", action="store_true", help="list the kinds of faults and stop")
+    # A process of the drill's own run: the trainer, with the batches that go bad.
+    parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--mesh", help=argparse.SUPPRESS)
+    add_process_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.process_of is not None:
+        return _train(args)
+    from jaxcoder.recipes.drill_faults import kinds
+
+    if args.kinds:
+        for name, kind in kinds(args.processes).items():
+            print(f"{name:<14} {kind.what}")
+        return 0
+    from jaxcoder.recipes.drill import Plan, clean_up, drill
+
+    seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
+    only = args.only.split(",") if args.only else ()
+    plan = Plan.draw(args.faults, seed, only=only, processes=args.processes)
+    directory = args.output_dir or Path("runs") / time.strftime("drill-%Y%m%d-%H%M%S")
+    report = drill(directory, plan, seed=seed, say=_say)
+    print(report.text())
+    if report.has_failed:
+        _say(f"The runs, their logs and checkpoints are in {directory}.")
+        return 1
+    if not args.keep:
+        clean_up(directory)
+    _say(f"Wrote {directory / 'drill.json'}")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _train(args: argparse.Namespace) -> int:
+    """What `jaxcoder train` does, on the drill's configuration."""
+    from jaxcoder.recipes.drill_setup import read
+
+    config, bad_batches = read(args.process_of, str(args.output_dir), [int(size) for size in args.mesh.split(",")])
+    start_processes(args)
+    from jaxcoder.recipes.pretrain import pretrain
+
+    pretrain(config)
+    return 0
