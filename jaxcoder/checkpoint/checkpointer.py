@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,6 +39,15 @@ from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.errors import CheckpointError
 
 
+class Saved(NamedTuple):
+    """A save that is done: seconds that the caller was held up, and until the checkpoint was whole."""
+
+    step: int
+    blocked: float
+    seconds: float
+    num_bytes: int
+
+
 class Checkpointer:
     """Owns `directory` (`<run>/checkpoints`). At most one save is under way; its failure is raised by the next call.
 
@@ -61,6 +70,8 @@ class Checkpointer:
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saving_step, self._saving_bytes = -1, 0
+        self._began, self._blocked, self._done = 0.0, 0.0, 0.0
+        self._finished: list[Saved] = []
         self._bad: set[int] = set()
         self._last_save_time = time.monotonic()
         if jax.process_index() == 0:
@@ -86,6 +97,7 @@ class Checkpointer:
         """
         if not force and not self.is_due(step):
             return False
+        began = time.monotonic()
         self.wait()
         path = self.directory / str(step)
         if bool(_of_process_0(step not in self._bad and has_manifest(path))):
@@ -111,6 +123,7 @@ class Checkpointer:
         # A daemon: a second Ctrl-C must not wait for a disk. The save is then unfinished, and the one before counts.
         self._saving = threading.Thread(target=self._finish, args=(path, manifest, response), daemon=True)
         self._saving.start()
+        self._began, self._blocked = began, time.monotonic() - began
         return True
 
     def poll(self) -> None:
@@ -126,6 +139,13 @@ class Checkpointer:
         self._saving, failure, self._failure = None, self._failure, None
         if failure is not None:
             raise self._failed(self._saving_step, failure) from failure
+        seconds = self._done - self._began
+        self._finished.append(Saved(self._saving_step, self._blocked, seconds, self._saving_bytes))
+
+    def take_finished(self) -> list[Saved]:
+        """The saves that were found done since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
 
     def close(self) -> None:
         """Waits for the last save; the same as `wait`, at the end."""
@@ -189,6 +209,7 @@ class Checkpointer:
                 write_manifest(path, manifest)
                 self._bad.discard(manifest.step)
                 self._delete_old(manifest.step)
+            self._done = time.monotonic()
         except BaseException as error:  # raised in the main thread by `wait`
             self._failure = error
 

@@ -16,7 +16,7 @@ from jaxcoder.recipes.start import open_weights
 from jaxcoder.tokenizer.document import Document, Part
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.inputs import held_out_stores
-from jaxcoder.train.loop import Evaluation, TrainResult, train
+from jaxcoder.train.loop import AlterBatch, Evaluation, TrainResult, train
 from jaxcoder.train.profile import ProfileSteps
 
 _DOCUMENTS_PER_GAP = 4  # read from a held-out store: some have no line that may be asked for
@@ -29,6 +29,7 @@ def pretrain(
     accept_config_change: bool = False,
     directory_is_shared: bool = False,
     profile_steps: ProfileSteps | None = None,
+    alter_batch: AlterBatch | None = None,
 ) -> TrainResult:
     """`train.loop.train`, beginning with weights of any format, and measuring what `config.eval` asks for."""
     return train(
@@ -38,6 +39,7 @@ def pretrain(
         open_weights=open_weights,
         evaluations=evaluations(config),
         profile_steps=profile_steps,
+        alter_batch=alter_batch,
     )
 
 

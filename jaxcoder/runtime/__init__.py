@@ -14,22 +14,27 @@ from jaxcoder.runtime.exhausted import (
 )
 from jaxcoder.runtime.held import held_alone
 from jaxcoder.runtime.join import join
+from jaxcoder.runtime.peers import Peers
 from jaxcoder.runtime.start import (
     CACHE_BYTES,
     command_name,
     default_cache_dir,
     environment_with,
     initialize,
+    process_started,
     resume_command,
     user_cache,
 )
-from jaxcoder.runtime.stop import CommonStop, GracefulStop, Terminated, sigterm_raises
+from jaxcoder.runtime.stop import CommonStop, GracefulStop, Terminated, on_signal, sigterm_raises
+from jaxcoder.runtime.watchdog import Watchdog
 
 __all__ = [
     "CACHE_BYTES",
     "CommonStop",
     "GracefulStop",
+    "Peers",
     "Terminated",
+    "Watchdog",
     "check_accelerator",
     "command_name",
     "default_cache_dir",
@@ -43,7 +48,9 @@ __all__ = [
     "is_disk_full",
     "is_out_of_memory",
     "join",
+    "on_signal",
     "out_of_memory_explained",
+    "process_started",
     "resume_command",
     "sigterm_raises",
     "user_cache",

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 
-from jaxcoder.compat import detect_tpu_pod
 from jaxcoder.errors import ConfigError, LostProcessError
 from jaxcoder.runtime.processes import Processes, TpuPod, find_processes
 from jaxcoder.runtime.roll_call import answer_roll, call_roll

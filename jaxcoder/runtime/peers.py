@@ -53,6 +53,25 @@ class Peers:
         else:
             self._client.key_value_set(f"{self._prefix}/{key}", text, allow_overwrite=True)
 
+    def post_first(self, key: str, text: str) -> None:
+        """`post`, unless somebody was quicker."""
+        if self._client is None:
+            self._board.setdefault(key, text)
+            return
+        try:
+            self._client.key_value_set(f"{self._prefix}/{key}", text)
+        except RuntimeError:  # it is there already
+            pass
+
+    def read(self, key: str) -> str | None:
+        """What was posted under `key`, or None."""
+        if self._client is None:
+            return self._board.get(key)
+        try:
+            return self._client.key_value_try_get(f"{self._prefix}/{key}")
+        except RuntimeError:
+            return None
+
     def posted(self, directory: str) -> dict[str, str]:
         """Everything under `directory`/, by the rest of its name."""
         if self._client is None:

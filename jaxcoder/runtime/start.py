@@ -91,6 +91,19 @@ def _processor_key() -> str:
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:8]}"
 
 
+def process_started() -> float:
+    """When this process was started, in Unix seconds: imports and all."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+    except (OSError, ValueError, IndexError):
+        return _imported
+    return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+
+
+_imported = time.time()
+
+
 def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with some variables set, for a process that it starts."""
     return dict(os.environ) | dict(variables)

@@ -4,11 +4,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM
+from jaxcoder.runtime.peers import Peers
 
 class GracefulStop:
     """SIGTERM or Ctrl-C asks for a stop that the work polls for; a second Ctrl-C stops at once.
@@ -61,6 +62,19 @@ class GracefulStop:
             pass
 
 
+@contextmanager
+def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
+    """Inside the block the signal calls `call`, between two instructions of the main thread; elsewhere nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(number, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if previous is None else previous)
+
+
 class CommonStop:
     """A stop that all processes of a run make after the same step, whichever of them was asked, and when.
 
@@ -69,10 +83,10 @@ class CommonStop:
     """
 
     LEAD = 3
-    _KEY = "jaxcoder/stop_after_step"
+    _KEY = "stop/after_step"
 
-    def __init__(self, stop: GracefulStop):
-        self._stop = stop
+    def __init__(self, stop: GracefulStop, peers: Peers):
+        self._stop, self._peers = stop, peers
         self._after: int | None = None
 
     @property
@@ -82,23 +96,15 @@ class CommonStop:
 
     def is_now(self, step: int) -> bool:
         """Whether to stop after `step`; asked after every step, in every process."""
-        import jax
-
-        if jax.process_count() == 1:
+        if self._peers.count == 1:
             return self._stop.requested is not None
-        from jax._src import distributed  # no public way to the service
-
-        client = distributed.global_state.client
         if self._after is None and self._stop.requested is not None:
-            try:
-                client.key_value_set(self._KEY, str(step + self.LEAD))
-            except RuntimeError:  # another process was asked too
-                pass
+            self._peers.post_first(self._KEY, str(step + self.LEAD))
         if self._after is None:
-            try:
-                self._after = int(client.key_value_try_get(self._KEY))
-            except RuntimeError:  # nobody was
+            after = self._peers.read(self._KEY)
+            if after is None:
                 return False
+            self._after = int(after)
         return step >= self._after
 
 

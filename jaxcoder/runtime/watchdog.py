@@ -117,15 +117,15 @@ class Watchdog:
                 self._end(str(error), error.exit_code, with_stacks=False)
 
     def _watch(self) -> None:
-        asleep, last = 0.0, time.monotonic()
+        asleep, last, measured = 0.0, time.monotonic(), 0.0
         while not self._stop.wait(_TICK):
             now = time.monotonic()
+            phase, step, since = self._standing
+            if since != measured:
+                measured, asleep = since, 0.0
             if now - last > _ASLEEP:  # time that nobody had does not count
                 asleep += now - last
             last = now
-            phase, step, since = self._standing
-            if since + asleep > now:  # a new phase since then
-                asleep = 0.0
             name = "step_seconds" if phase in (STEP, DATA) else "start_seconds"
             limit = self._limits.step_seconds if phase in (STEP, DATA) else self._limits.start_seconds
             if limit is not None and now - since - asleep > limit:

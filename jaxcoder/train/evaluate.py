@@ -1,12 +1,13 @@
 """Held-out loss and bits per byte, over the same windows every time: of everything, of each language, of each corpus.
 
-A target token belongs to the document it stands in, and so to that document's language; end tokens too.
+A target token belongs to the document it stands in, and so to that document's language; end tokens too. And of each
+stretch of positions: where more context does not help, it is not used.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -49,24 +50,31 @@ class HeldOut:
         self._step = make_eval_step()
 
     def __call__(self, model: GPTBigCode) -> dict[str, float]:
-        """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME and, with several held-out stores,
-        eval/corpus/NAME. Call with the mesh in scope."""
+        """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME, eval/position/FIRST-LAST and, with
+        several held-out stores, eval/corpus/NAME. Call with the mesh in scope."""
         everything, by_language, by_corpus = Sums(), {}, {}
+        by_position = [Sums() for _ in position_stretches(self._config.model.max_seq_len)]
         for held_out, languages in zip(self._streams, self._languages, strict=True):
             of_corpus = by_corpus.setdefault(held_out.name, Sums())
-            for name, *sums in self._evaluate(model, held_out.stream, languages):
+            for name, *sums in self._evaluate(model, held_out.stream, languages, by_position):
                 for total in (everything, of_corpus, by_language.setdefault(name, Sums())):
                     total.add(*sums)
         metrics = everything.metrics("eval")
         for name, sums in sorted(by_language.items()):
             metrics |= sums.metrics(f"{LANGUAGE_PREFIX}{name}")
+        for (first, last), sums in zip(position_stretches(self._config.model.max_seq_len), by_position, strict=True):
+            if sums.tokens:
+                metrics |= sums.metrics(f"eval/position/{first}-{last}")
         if len(by_corpus) > 1:
             for name, sums in by_corpus.items():
                 metrics |= sums.metrics(f"eval/corpus/{name}")
         return metrics
 
-    def _evaluate(self, model: GPTBigCode, stream: SampleStream, languages: "_Languages"):
-        """(language, nats, tokens, bytes of text) of every batch and language that it holds."""
+    def _evaluate(
+        self, model: GPTBigCode, stream: SampleStream, languages: "_Languages", by_position: list[Sums]
+    ) -> Iterator[tuple[str, float, int, int]]:
+        """(language, nats, tokens, bytes of text) of every batch and language that it holds; adds to `by_position`."""
+        lasts = [last for _, last in position_stretches(self._config.model.max_seq_len)]
         batch_size = self._config.microbatch_size or self._config.global_batch_size
         num_windows = self._config.eval.num_windows
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
@@ -74,10 +82,30 @@ class HeldOut:
             nats = np.asarray(self._step(model, place(own_share(batch, self._mesh), self._mesh)), np.float64)[counts]
             numbers = languages.of_targets(samples)[counts]
             text_bytes = stream.token_bytes[batch.targets[counts]]
-            columns = [np.bincount(numbers, weights, len(languages.names)) for weights in (nats, None, text_bytes)]
-            for name, nats, tokens, size in zip(languages.names, *columns, strict=True):
-                if tokens:
-                    yield name, float(nats), int(tokens), int(size)
+            stretches = np.searchsorted(lasts, batch.positions[counts])
+            for total, sums in zip(by_position, _sums(stretches, len(by_position), nats, text_bytes), strict=True):
+                total.add(*sums)
+            for name, sums in zip(languages.names, _sums(numbers, len(languages.names), nats, text_bytes), strict=True):
+                if sums[1]:
+                    yield name, *sums
+
+
+def _sums(groups: np.ndarray, count: int, nats: np.ndarray, text_bytes: np.ndarray) -> list[tuple[float, int, int]]:
+    """(nats, tokens, bytes of text) of each group, from the group of every target."""
+    columns = [np.bincount(groups, weights, count) for weights in (nats, None, text_bytes)]
+    return [(float(nats), int(tokens), int(size)) for nats, tokens, size in zip(*columns, strict=True)]
+
+
+def position_stretches(seq_len: int) -> list[tuple[int, int]]:
+    """(first, last) of at most nine stretches, each as long as all before it: 0 to 31, 32 to 63, 64 to 127, ..., for
+    8192 tokens."""
+    first = max(1, -(-seq_len // 256))
+    stretches, start = [], 0
+    while start < seq_len:
+        end = min(max(2 * start, first), seq_len)
+        stretches.append((start, end - 1))
+        start = end
+    return stretches
 
 
 class _Languages:

@@ -97,11 +97,6 @@ def _row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
 
 
-def text_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
-    """Bytes of text behind the targets that count, for bits per byte; None where ids stand for no text."""
-    return None if token_bytes is None else int(token_bytes[batch.targets[batch.loss_mask > 0]].sum(dtype=np.int64))
-
-
 def held_out_batches(
     stream: SampleStream, *, num_windows: int, batch_size: int
 ) -> Iterator[tuple[list[int], Batch]]:

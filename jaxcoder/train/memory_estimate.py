@@ -17,6 +17,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxcoder.config import MeshConfig, RunConfig
+from jaxcoder.models.flops import num_parameters
 from jaxcoder.sharding.rules import MESH_AXES
 from jaxcoder.train.state import initial_state
 
@@ -113,6 +114,11 @@ def _weight_bytes(config: RunConfig) -> tuple[int, int]:
     on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
     block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
     return on_one, block * config.mesh.fsdp
+
+
+def saved_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: weights and their two moments, fp32."""
+    return 3 * 4 * num_parameters(config.model)
 
 
 def abstract_state_on(mesh: MeshConfig, config: RunConfig):

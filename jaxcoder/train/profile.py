@@ -1,4 +1,5 @@
-"""A profile of a few steps of a run, for XProf, TensorBoard or Perfetto."""
+"""A profile of a few steps of a run, for XProf, TensorBoard or Perfetto: of those that were asked for, or of the next
+ones when a signal comes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,36 +29,61 @@ class ProfileSteps:
         return steps
 
 
-class Profiler:
-    """Records what host and devices do during some steps into `directory`. A context manager around the loop."""
+_AT_ONCE = 3  # steps after a request
 
-    def __init__(self, steps: ProfileSteps | None, directory: str, say: Callable[[str], None]):
-        self._steps, self._directory, self._say = steps, directory, say
-        self._is_running = False
+
+class Profiler:
+    """Records what host and devices do during some steps into `directory`. A context manager around the loop.
+
+    Each process records its own; one that gets a request does so alone.
+    """
+
+    def __init__(
+        self,
+        steps: ProfileSteps | None,
+        directory: str,
+        say: Callable[[str], None],
+        on_end: Callable[[int, int], object] = lambda first, last: None,
+    ):
+        """on_end: told the first and the last step of a profile that was written."""
+        self._steps, self._directory, self._say, self._on_end = steps, directory, say, on_end
+        self._is_requested = False
+        self._running: ProfileSteps | None = None
+
+    def request(self) -> None:
+        """Records the next steps; safe to call from a signal handler."""
+        self._is_requested = True
 
     def before(self, step: int) -> None:
         """The step that will be number `step` is about to be dispatched."""
+        if self._running is not None:
+            return
         if self._steps is not None and step == self._steps.first:
+            self._running = self._steps
+        elif self._is_requested:
+            self._running = ProfileSteps(first=step, last=step + _AT_ONCE - 1)
+        if self._running is not None:
+            self._is_requested = False
             jax.profiler.start_trace(self._directory)
-            self._is_running = True
 
     def after(self, step: int, wait: Callable[[], object]) -> None:
         """It was dispatched; `wait` returns when it is done."""
-        if self._is_running and step >= self._steps.last:
+        if self._running is not None and step >= self._running.last:
             wait()
-            self._stop()
+            self._stop(step)
 
-    def _stop(self) -> None:
-        self._is_running = False
+    def _stop(self, step: int) -> None:
+        first, self._running = self._running.first, None
         jax.profiler.stop_trace()
         self._say(
-            f"Profile of steps {self._steps.first} to {self._steps.last}: {self._directory} "
+            f"Profile of steps {first} to {step}: {self._directory} "
             "(look at it with `xprof`, or `tensorboard` and its profile plugin)"
         )
+        self._on_end(first, step)
 
     def __enter__(self) -> "Profiler":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._is_running:
-            self._stop()
+        if self._running is not None:
+            self._stop(self._running.last)

@@ -4,7 +4,9 @@
     <output_dir>/metrics.jsonl    one line a step
     <output_dir>/checkpoints/     one folder a saved step
     <output_dir>/tensorboard/     the same metrics as events, when asked for
-    <output_dir>/profile/         of --profile-steps
+    <output_dir>/profile/         of --profile-steps, or of a SIGUSR1
+    <output_dir>/events.jsonl     starts, ends and the account of time, of all attempts
+    <output_dir>/stacks/          of processes that stood still
 """
 
 from jaxcoder.config import RunConfig, serialize
@@ -27,6 +29,12 @@ class RunDirectory:
         self.checkpoints = f"{self.path}/checkpoints"
         self.tensorboard = f"{self.path}/tensorboard"
         self.profile = f"{self.path}/profile"
+        self.events_file = f"{self.path}/events.jsonl"
+
+    def stacks_file(self, step: int, process: int) -> str:
+        """Where a process that stood still writes its stacks; a local path, also of a remote run."""
+        root = self.path if "://" not in self.path else "stacks-of-" + self.path.rsplit("/", 1)[-1]
+        return f"{root}/stacks/step-{step}-process-{process}.txt"
 
     @classmethod
     def of(cls, config: RunConfig) -> "RunDirectory":

@@ -27,6 +27,7 @@ class _Pending:
     batch_size: int
     text_bytes: int | None
     data_wait: float
+    counts: Mapping[str, float]
 
 
 class StepLog:
@@ -53,6 +54,8 @@ class StepLog:
         self._chip = find_chip(jax.devices()[0].device_kind)
         self._pending: _Pending | None = None
         self._last_time: float | None = None
+        self.blocked = 0.0
+        """Seconds, in all, that the host has waited here for the devices."""
 
     def record(
         self,
@@ -63,10 +66,12 @@ class StepLog:
         batch_size: int,
         text_bytes: int | None,
         data_wait: float,
+        counts: Mapping[str, float],
     ) -> None:
         """The step has been dispatched: its metrics are still being computed.
 
-        samples: consumed by the run so far, this step included. data_wait: seconds without a batch.
+        samples: consumed by the run so far, this step included. data_wait: seconds without a batch. counts: more
+        numbers of it that the host knows.
         """
         self.flush()
         self._pending = _Pending(
@@ -76,6 +81,7 @@ class StepLog:
             batch_size=batch_size,
             text_bytes=text_bytes,
             data_wait=data_wait,
+            counts=counts,
         )
 
     def flush(self) -> None:
@@ -83,13 +89,15 @@ class StepLog:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
+        asked = time.monotonic()
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        self.blocked += time.monotonic() - asked
         if pending.text_bytes:
             nats = values["loss"] * values["tokens"]
             values["bits_per_byte"] = nats / math.log(2) / pending.text_bytes
         values |= self._speed(pending, values["tokens"])
         values |= {"data_wait": pending.data_wait, "samples": pending.samples, "host_memory": host_memory()}
-        values |= device_memory()
+        values |= device_memory() | pending.counts
         if pending.step % self._config.log_every_steps == 0 or pending.step == self._config.num_steps:
             self._writer.write(pending.step, values)
         self._line.update(

@@ -1,0 +1,119 @@
+"""Writes events.jsonl (its lines: `events.py`), and the account of seconds by what they were spent on."""
+
+import json
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+_SPENT_EVERY = 10.0  # seconds between two accounts
+_UPLOAD_EVERY = 60.0  # of a file that cannot be appended to
+
+
+class EventLog:
+    """Appends one event a line, and nothing is ever taken back; other processes of the run may append too.
+
+    A remote file (gs://, s3://), which cannot be appended to, is written anew now and then, and by `close`. is_writing:
+    whether this process keeps the log; otherwise only `say_end` writes.
+    """
+
+    def __init__(self, path: str, *, attempt: str | None = None, is_writing: bool = True):
+        """attempt: hex id of this start of the run's processes."""
+        self.path = path
+        self.attempt = attempt or new_attempt()
+        self._is_writing, self._is_remote = is_writing, "://" in path
+        self._lock = threading.Lock()
+        self._before, self._lines = None, []
+        self._next_upload = 0.0
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One event, now. `fields` are plain JSON."""
+        if self._is_writing:
+            self._append(event, fields)
+
+    def say_end(self, step: int, reason: str, message: str = "", *, process: int = 0) -> None:
+        """The run ends here; a process that its watchdog ends writes too, whoever keeps the log."""
+        fields = {"step": step, "reason": reason} | ({"message": message} if message else {})
+        if self._is_writing or reason == "watchdog":
+            self._append("end", fields | ({"process": process} if process else {}))
+            self.close()
+
+    def _append(self, event: str, fields: dict[str, Any]) -> None:
+        line = json.dumps({"time": time.time(), "attempt": self.attempt, "event": event} | fields) + "\n"
+        with self._lock:
+            if self._is_remote:
+                self._lines.append(line)
+                if time.monotonic() > self._next_upload:
+                    self._upload()
+                return
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:
+                torn = file.tell() > 0 and not _ends_with_newline(self.path)
+                file.write(b"\n" * torn + line.encode())
+
+    def _upload(self) -> None:
+        if self._before is None:
+            try:
+                with fsspec.open(self.path, "rb") as file:
+                    self._before = file.read()
+            except FileNotFoundError:
+                self._before = b""
+            self._before += b"\n" * (self._before[-1:] not in (b"", b"\n"))
+        with fsspec.open(self.path, "wb") as file:
+            file.write(self._before + "".join(self._lines).encode())
+        self._next_upload = time.monotonic() + _UPLOAD_EVERY
+
+    def close(self) -> None:
+        """What is not yet written is; closing twice is harmless."""
+        with self._lock:
+            if self._is_remote and self._lines:
+                self._upload()
+
+
+def _ends_with_newline(path: str) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
+def new_attempt() -> str:
+    """The id of a start of the run."""
+    return secrets.token_hex(6)
+
+
+class Spent:
+    """Seconds since the process was started, by category; what is in none of them is not accounted for.
+
+    Categories are measured one inside another: the outer one does not count what the inner one does.
+    """
+
+    def __init__(self, log: EventLog, process_started: float):
+        """process_started: Unix seconds. The time until now is `init`."""
+        self._log = log
+        self.seconds = {"init": max(0.0, time.time() - process_started)}
+        self._inside: list[float] = []  # of each open category, what its inner ones took
+        self._next = 0.0
+
+    @contextmanager
+    def on(self, category: str) -> Iterator[None]:
+        """What happens inside counts as `category`, also when it fails."""
+        began = time.monotonic()
+        self._inside.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.monotonic() - began
+            self.seconds[category] = self.seconds.get(category, 0.0) + took - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += took
+
+    def write(self, step: int, *, now: bool = False) -> None:
+        """The account after `step`, if it is time for one, or `now`."""
+        if now or time.monotonic() >= self._next:
+            self._next = time.monotonic() + _SPENT_EVERY
+            self._log.write("spent", step=step, seconds={name: round(took, 3) for name, took in self.seconds.items()})

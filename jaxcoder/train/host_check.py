@@ -1,0 +1,149 @@
+"""Before the first step: do all hosts run the same thing, and can they? One sentence if not, before a device is used.
+
+Every process hands in what it has; process 0 compares all with its own. Nothing here is expensive: some texts through
+JAX's coordination service, one sum over all devices.
+"""
+
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jaxcoder
+from jaxcoder.config import RunConfig, fields
+from jaxcoder.data.stream import SampleStream, WindowStream
+from jaxcoder.errors import ConfigError, DataError, JaxcoderError
+from jaxcoder.runtime import Peers
+from jaxcoder.train.inputs import HeldOutStream
+
+_MOST_FIELDS = 3
+_CLOCK_SECONDS = 5.0  # logs of hosts that differ by more cannot be laid side by side
+_ROOM = 1.1  # of a checkpoint: its arrays and a little more
+
+
+def check_configuration(config: RunConfig, peers: Peers, decide: Callable[[], object]) -> None:
+    """ConfigError in every process if one has another configuration, source, version or kind of device than process 0;
+    then what `decide` (in process 0 alone) raises about the configuration that all share."""
+    mine = {
+        "configuration": {name: repr(value) for name, value in fields.leaves(config)},
+        "software": {
+            "jaxcoder": jaxcoder.__version__,
+            "the source of jaxcoder": source_hash(),
+            "jax": jax.__version__,
+            "jaxlib": jax.lib.__version__,
+            "Python": ".".join(map(str, sys.version_info[:2])),
+        },
+        "devices": {"devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"},
+    }
+
+    def compare(everyone: list[dict[str, dict[str, str]]]) -> None:
+        for index, facts in enumerate(everyone[1:], start=1):
+            for what, advice in _ADVICE.items():
+                if different := _differences(everyone[0][what], facts[what]):
+                    said = "; ".join(
+                        f"{peers.name(index)} has {name} {theirs} and {peers.name(0)} {ours}"
+                        for name, ours, theirs in different[:_MOST_FIELDS]
+                    )
+                    more = f"; and {len(different) - _MOST_FIELDS} more" if len(different) > _MOST_FIELDS else ""
+                    raise ConfigError(f"the hosts do not agree: {said}{more}. {advice}")
+        decide()
+
+    peers.agree("configuration", mine, compare)
+
+
+_ADVICE = {
+    "software": "Install the same on all hosts.",
+    "configuration": "Start all processes with the same command and the same configuration file.",
+    "devices": "Give the run hosts of one kind, and see that all devices of each are there.",
+}
+
+
+def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], peers: Peers) -> None:
+    """DataError in every process if one reads another version of a token store than process 0."""
+    stores = stream.stores if isinstance(stream, SampleStream) else []
+    stores = [*stores, *(store for other in held_out for store in other.stream.stores)]
+    mine = {str(store.path): _hash(repr(sorted(store.manifest.items()))) for store in stores}
+
+    def compare(everyone: list[dict[str, str]]) -> None:
+        for index, facts in enumerate(everyone[1:], start=1):
+            for path, ours, theirs in _differences(everyone[0], facts):
+                raise DataError(
+                    f"the hosts do not agree: {peers.name(index)} has another version of the token store {path} than "
+                    f"{peers.name(0)} (their manifests are {theirs} and {ours}): give all hosts the same copy."
+                )
+
+    peers.agree("data", mine, compare)
+
+
+def check_clocks(peers: Peers, say: Callable[[str], None]) -> None:
+    """Says whose clock is far from process 0's; all have just heard one answer, so they read theirs together."""
+    peers.agree("now", None, lambda _: None)
+
+    def compare(times: list[float]) -> list[str]:
+        late = [(index, seconds - times[0]) for index, seconds in enumerate(times)]
+        return [
+            f"Warning: the clock of {peers.name(index)} is {abs(apart):.0f} seconds "
+            f"{'ahead of' if apart > 0 else 'behind'} that of {peers.name(0)}: set both by NTP, or logs mislead."
+            for index, apart in late
+            if abs(apart) > _CLOCK_SECONDS
+        ]
+
+    for line in peers.agree("clocks", time.time(), compare):
+        say(line)
+
+
+def check_disk(directory: str, state_bytes: int) -> None:
+    """JaxcoderError if a local directory has not even room for one checkpoint; call it in process 0."""
+    if "://" in directory:
+        return
+    path = Path(directory).absolute()
+    while not path.exists():
+        path = path.parent
+    free, needed = shutil.disk_usage(path).free, int(_ROOM * state_bytes)
+    if free < needed:
+        raise JaxcoderError(
+            f"the disk of the output directory `{directory}` has {free / 2**30:.1f} GiB free and one checkpoint needs "
+            f"{needed / 2**30:.1f}: make room, or give another --output-dir."
+        )
+
+
+def check_devices(mesh: Mesh) -> None:
+    """JaxcoderError unless a sum over all devices of the mesh is what it has to be: they reach each other and add."""
+    axes = tuple(mesh.shape)
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.float32)[index])
+    whole = NamedSharding(mesh, PartitionSpec())
+    found = float(jax.jit(lambda x: jnp.sum(jax.sharding.reshard(x, PartitionSpec())), out_shardings=whole)(ones))
+    if found != mesh.size:
+        raise JaxcoderError(
+            f"a sum of ones over the {mesh.size} devices of the mesh gives {found:g}: a device or a link computes "
+            "wrongly; look for it with the maker's tools, and leave its host out."
+        )
+
+
+def source_hash() -> str:
+    """Of every Python file of this package, so that two installations of one version are told apart."""
+    root = Path(jaxcoder.__file__).parent
+    whole = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        whole.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:12]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, ours, theirs) where they differ; "nothing" stands for what is not there."""
+    names = [*ours, *(name for name in theirs if name not in ours)]
+    pairs = ((name, ours.get(name, "nothing"), theirs.get(name, "nothing")) for name in names)
+    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
