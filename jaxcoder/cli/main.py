@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("jaxcoder.cli.train", "train a model, or go on with a stopped run"),
     "plan": ("jaxcoder.cli.plan", "whether a run fits hardware that is not here, and how fast it goes"),
     "launch": ("jaxcoder.cli.launch", "start a run on a pod, a cluster or several processes"),
+    "report": ("jaxcoder.cli.report", "what a run did: a page, and a summary here"),
+    "doctor": ("jaxcoder.cli.doctor", "what is wrong with a run, and what to try"),
     "finetune": ("jaxcoder.cli.finetune", "train weights on, and see what every language lost"),
     "complete": ("jaxcoder.cli.complete", "complete or infill code with a trained model"),
     "convert": ("jaxcoder.cli.convert", "PyTorch-format weights out of a checkpoint, or into one"),

@@ -1,14 +1,15 @@
 """events.jsonl: what happened to a run, one JSON object a line, appended by every start of it.
 
-    begin     processes are there: process_started, processes, devices, device_kind, hosts, mesh, version, code, jax, command
+    begin     processes are there: process_started, processes, devices, device_kind, hosts, mesh, version, code, jax,
+              command
     ready     step (that it continues after), samples
     spent     step (last one known), seconds: since process_started, by category, cumulative
     saved     step, blocked (seconds that a step waited), seconds (until the checkpoint was whole), bytes
     profile   first, last, directory
     end       step, reason (finished, SIGTERM, Ctrl-C, watchdog, error), message, process
 
-Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Reading is lenient: a line that was torn by a
-kill, or that is no event, is left out, and events of later versions are passed on as they are.
+Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Reading is lenient: a line that was torn by
+a kill, or that is no event, is left out, and events of later versions are passed on as they are.
 """
 
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-
 
 EVENTS = "events.jsonl"
 

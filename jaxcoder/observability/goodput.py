@@ -3,10 +3,10 @@
 Goodput is the time in optimizer steps whose result survived, divided by the wall time from the first start of the run's
 processes to its last event. A step is lost when a later start continued from before it.
 
-The parts of an attempt are what it says it spent (init, restore, compile, data_wait, step, save, evaluate); of its steps
-those done again are `lost`; what it does not account for is `other`, or `init` where it never got ready. Between attempts
-the run is `down`. All parts together are the wall time, whatever the clocks of the machines did: attempts are laid
-behind each other in the order they were written, none shorter than what it says it spent.
+The parts of an attempt are what it says it spent (init, restore, compile, data_wait, step, save, evaluate); of its
+steps those done again are `lost`; what it does not account for is `other`, or `init` where it never got ready. Between
+attempts the run is `down`. All parts together are the wall time, whatever the clocks of the machines did: attempts are
+laid behind each other in the order they were written, none shorter than what it says it spent.
 """
 
 import bisect
@@ -140,7 +140,9 @@ class _Raw:
         is_sound = process_started is not None and 0 <= first - process_started <= _LONGEST_START
         self.started = process_started if is_sound else first
         self.last_seen = max(number(event["time"]) or 0.0 for event in events)
-        readies = [step for event in events if event["event"] == "ready" and (step := whole(event.get("step"))) is not None]
+        readies = [
+            step for event in events if event["event"] == "ready" and (step := whole(event.get("step"))) is not None
+        ]
         self.ready = readies[0] if readies else None
         self.spent = self._spent()
         self.accounted = sum(self.spent[-1].by.values()) if self.spent else 0.0

@@ -1,10 +1,10 @@
 """Everything that a run left behind, read once: what `report` draws and `doctor` judges.
 
-    RUN/config.json         the configuration
-    RUN/metrics.jsonl       a line a step, and one an evaluation
-    RUN/events.jsonl        starts, time spent, checkpoints, ends
-    RUN/stacks/             of processes that their watchdogs ended
-    RUN/checkpoints/STEP/   whole once there is a manifest.json
+RUN/config.json         the configuration
+RUN/metrics.jsonl       a line a step, and one an evaluation
+RUN/events.jsonl        starts, time spent, checkpoints, ends
+RUN/stacks/             of processes that their watchdogs ended
+RUN/checkpoints/STEP/   whole once there is a manifest.json
 """
 
 import re
@@ -24,7 +24,13 @@ from jaxcoder.observability.events import EVENTS, number, read_events
 from jaxcoder.observability.goodput import Goodput, account
 from jaxcoder.observability.series import Columns, Series, read_columns
 
-CONFIG, METRICS, STACKS, CHECKPOINTS, MANIFEST = "config.json", "metrics.jsonl", "stacks", "checkpoints", "manifest.json"
+CONFIG, METRICS, STACKS, CHECKPOINTS, MANIFEST = (
+    "config.json",
+    "metrics.jsonl",
+    "stacks",
+    "checkpoints",
+    "manifest.json",
+)
 _MOST_STACK_BYTES = 200_000
 _MOST_STACKS = 64
 

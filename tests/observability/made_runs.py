@@ -165,8 +165,10 @@ def attempt_events(
     """The events of a start at `began` that took the steps ready + 1 .. last, and ended so, or without a word."""
     mine = {"attempt": name}
     begin = {
-        "process_started": began, "processes": 4, "devices": 32, "device_kind": "TPU v5p", "mesh": {"data": 1, "fsdp": 32},
-        "hosts": [f"host-{number}" for number in range(4)], "version": "0.1", "code": "c0de", "jax": "0.10", "command": "train",
+        "process_started": began, "processes": 4, "devices": 32, "device_kind": "TPU v5p",
+        "mesh": {"data": 1, "fsdp": 32}, "hosts": [f"host-{number}" for number in range(4)],
+        "version": "0.1", "code": "c0de", "jax": "0.10",
+        "command": "jaxcoder train made --data store",
     }  # fmt: skip
     spent = {"init": 8.0, "restore": 4.0 * (ready > 0), "compile": 0.0, "step": 0.0, "data_wait": 0.0, "save": 0.0}
     spent |= {"evaluate": 0.0}

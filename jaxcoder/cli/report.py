@@ -1,0 +1,46 @@
+"""What a run did, as one page and in the terminal.
+
+    jaxcoder report runs/1b                          a summary here, the page in runs/1b/report.html
+    jaxcoder report runs/1b --output 1b.html
+    jaxcoder report gs://BUCKET/runs/1b --text       no page
+
+The page needs nothing but a browser: loss, bits per byte of every corpus and language, throughput and MFU, where the
+time went over all restarts, checkpoints, memory, hosts, alarms, and how every start ended. A run may be under way.
+"""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, local or gs://, s3://")
+    parser.add_argument("--output", metavar="FILE.html", help="where the page goes (default: RUN_DIR/report.html)")
+    parser.add_argument("--text", action="store_true", help="the summary only, no page")
+
+
+def run(args: argparse.Namespace) -> None:
+    from jaxcoder.errors import ConfigError
+    from jaxcoder.models.flops import num_parameters
+    from jaxcoder.observability.doctor import examine
+    from jaxcoder.observability.report_page import page
+    from jaxcoder.observability.run_record import read_run
+    from jaxcoder.observability.summary import describe
+    from jaxcoder.tokenizer.addresses import access_errors, open_address
+
+    if args.text and args.output is not None:
+        raise ConfigError("--text writes no page and --output says where it goes: give one of them.")
+    open_address(args.run)  # a client or credentials that are missing: in one sentence
+    with access_errors(args.run):
+        record = read_run(args.run)
+    parameters = num_parameters(record.config.model) if record.config is not None else None
+    print(describe(record, parameters))
+    if args.text:
+        return
+    findings = [(finding.severity, finding.what) for finding in examine(record)]
+    output = args.output or f"{record.path}/report.html"
+    filesystem, inside = open_address(output)
+    with access_errors(output, "write to"):
+        filesystem.makedirs(filesystem._parent(inside), exist_ok=True)
+        filesystem.pipe_file(inside, page(record, parameters=parameters, findings=findings).encode())
+    print(f"\nThe page: {output}")
+    if findings:
+        print(f"{len(findings)} finding(s): `jaxcoder doctor {args.run}` says what to try.")
