@@ -7,6 +7,7 @@
     jaxcoder bench train                        the step of the 164M model, PyTorch's beside it, a bare matmul
     jaxcoder bench decode                       greedy decoding of one prompt and of eight, `transformers` beside it
     jaxcoder bench compile                      compiling at 164M and 15.5B; starting a run with the cache
+    jaxcoder bench checkpoint                   what a save costs a run, and what a restart takes
     jaxcoder bench attention --device tpu:v5p   our attention kernels beside JAX's and tokamax's, in static cycles
     jaxcoder bench cross-entropy --device v5p   the loss and its gradients, as compiled for a mesh of TPUs
     jaxcoder bench parity HF_DIR                ten steps from these weights give PyTorch's curve
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, tuple[str, str]] = {
     "train": ("jaxcoder.benchmarks.training", "the training step, beside PyTorch's and a bare matmul"),
     "decode": ("jaxcoder.benchmarks.decoding", "greedy decoding, beside transformers' `generate`"),
     "compile": ("jaxcoder.benchmarks.compiling", "compiling the step, and starting with and without the cache"),
+    "checkpoint": ("jaxcoder.benchmarks.checkpointing", "a save's time and memory, and starting again"),
     "attention": ("jaxcoder.benchmarks.attention", "attention beside splash, tokamax and cuDNN; static cycles of TPUs"),
     "cross-entropy": ("jaxcoder.benchmarks.cross_entropy", "loss and gradients on a mesh, compiled for absent TPUs"),
     "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),

@@ -12,6 +12,7 @@ is done. Exit code 1 if anything did not survive; its directory is then left as 
 
 import argparse
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="KIND,...", help="only these kinds, in turn")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="of the run (default %(default)s)")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new (default: runs/drill-DATE-TIME)")
-    parser.add_argument("--keep", action="store_true", help="keep the runs, their logs and checkpoints on success too")
+    parser.add_argument("--keep", action="store_true", help="keep the runs, their logs and checkpoints in any case")
     parser.add_argument("--kinds", action="store_true", help="list the kinds of faults and stop")
     # A process of the drill's own run: the trainer, with the batches that go bad.
     parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)
@@ -42,13 +43,23 @@ def run(args: argparse.Namespace) -> int:
         for name, kind in kinds(args.processes).items():
             print(f"{name:<14} {kind.what}")
         return 0
+    from jaxcoder import runtime
+    from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted
     from jaxcoder.recipes.drill import Plan, clean_up, drill
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     only = args.only.split(",") if args.only else ()
     plan = Plan.draw(args.faults, seed, only=only, processes=args.processes)
     directory = args.output_dir or Path("runs") / time.strftime("drill-%Y%m%d-%H%M%S")
-    report = drill(directory, plan, seed=seed, say=_say)
+    try:
+        report = drill(directory, plan, seed=seed, say=_say)
+    except KeyboardInterrupt as stop:
+        code = EXIT_SIGTERM if isinstance(stop, runtime.Terminated) else EXIT_CTRL_C
+        if not args.keep:
+            shutil.rmtree(directory, ignore_errors=True)
+        left = f"what they left is in {directory}" if args.keep else f"{directory} is removed"
+        message = f"the drill was stopped; its processes are ended, {left}."
+        raise Interrupted(message, exit_code=code) from stop
     print(report.text())
     if report.has_failed:
         _say(f"The runs, their logs and checkpoints are in {directory}.")
@@ -71,5 +82,5 @@ def _train(args: argparse.Namespace) -> int:
     start_processes(args)
     from jaxcoder.recipes.pretrain import pretrain
 
-    pretrain(config)
+    pretrain(config, alter_batch=bad_batches)
     return 0

@@ -1,7 +1,7 @@
 """A real run of real processes, disturbed: `jaxcoder drill`.
 
     DRILL/undisturbed/    the run that nobody touches
-    DRILL/disturbed/      the same, hit by one fault after another, always on the same mesh: it must end in the same bits
+    DRILL/disturbed/      the same, hit by one fault after another, on the same mesh: it must end in the same bits
     DRILL/resized/        the same, going on with other numbers of processes and other meshes: the same batches, and the
                           same curve within rounding
     DRILL/*-logs/         what every process of every start has said
@@ -40,6 +40,7 @@ Say = Callable[[str], None]
 
 STEPS_PER_FAULT = 4 * SAVE_EVERY_STEPS
 """More than any fault waits for, so that the run is not done before the last one."""
+STARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,24 +62,14 @@ class Plan:
         num_steps = STEPS_PER_FAULT * (strikes + 2)
         bad = [name for name in chosen if kinds(processes)[name].strike is None]
         # Not in the warm-up, and apart: two in a row are another fault.
-        places = random.Random(seed).sample(range(2 * SAVE_EVERY_STEPS, num_steps - 1, 3), len(bad))
+        places = random.Random(seed).sample(range(STEPS_PER_FAULT, num_steps - 1, 3), len(bad))
         return cls(
             kinds=chosen, processes=processes, num_steps=num_steps, bad_batches=dict(zip(places, bad, strict=True))
         )
 
 
-def drill(
-    directory: Path,
-    plan: Plan,
-    *,
-    seed: int,
-    say: Say,
-    command: Sequence[str] | None = None,
-) -> Report:
-    """Carries the plan out in `directory`, which must be empty or new, and returns what survived.
-
-    command: of one process, to which the run's options are added; the tests give one of a broken trainer.
-    """
+def drill(directory: Path, plan: Plan, *, seed: int, say: Say) -> Report:
+    """Carries the plan out in `directory`, which must be empty or new, and returns what survived."""
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"`{directory}` is not empty: give a new --output-dir.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -86,9 +77,9 @@ def drill(
     began = time.monotonic()
     say(f"Drill: {len(plan.kinds)} faults in a run of {plan.num_steps} steps, seed {seed}, in {directory}")
     prepare(directory, plan.num_steps, plan.bad_batches)
-    trainer = Trainer(command=command or own_command(directory), port=free_port(), cache=directory / "cache")
+    trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
     undisturbed = RunFiles(directory / "undisturbed")
-    seconds = _finish_alone(trainer, undisturbed, layout_of(plan.processes))
+    seconds = finish_undisturbed(trainer, undisturbed, layout_of(plan.processes))
     say(f"Undisturbed: {plan.num_steps} steps in {readable_duration(seconds)}")
     known = kinds(plan.processes)
     report = Report(seed=seed, processes=plan.processes, num_steps=plan.num_steps)
@@ -117,7 +108,7 @@ def clean_up(directory: Path) -> None:
             entry.unlink()
 
 
-def _finish_alone(trainer: Trainer, run: RunFiles, layout: Layout) -> float:
+def finish_undisturbed(trainer: Trainer, run: RunFiles, layout: Layout) -> float:
     """Seconds that a run takes from its start to its end."""
     with trainer.start(run, layout) as start:
         _wait_to_the_end(start, run)
@@ -189,11 +180,27 @@ class Lane:
         expected = whole[-1] if whole else 0
         if strike.saves and expected != outcome.step:
             outcome.problems.append(f"it ended after step {outcome.step}, and step {expected} is what is saved")
-        last = self.run.last_step()  # a start that was killed may have trained on
-        outcome.step = max(outcome.step, last)
-        self.start = self.trainer.start(self.run, self.layout)
-        outcome.again = self._wait_for_training(self.start, expected, outcome)
+        outcome.step = max(outcome.step, self.run.last_step())  # a start that was killed may have trained on
+        self._start_again(outcome, expected)
         outcome.lost = outcome.step - outcome.continued
+
+    def _start_again(self, outcome: Outcome, expected: int) -> None:
+        """Once is right; a scheduler tries more often, and so the rest of the drill need not be given up."""
+        for _ in range(STARTS):
+            self.start = self.trainer.start(self.run, self.layout)
+            try:
+                outcome.again = self._wait_for_training(self.start, expected)
+                break
+            except DrillError as error:
+                outcome.problems.append(str(error))
+                self.start.__exit__()
+        else:
+            raise DrillError(f"{STARTS} starts in a row failed")
+        outcome.continued = continued_after(self.start.said(0))
+        if outcome.continued != expected:
+            outcome.problems.append(
+                f"it continued after step {outcome.continued}, though {expected} was the newest whole checkpoint"
+            )
 
     def _watch_the_end(self, outcome: Outcome, strike: Strike) -> None:
         """All processes that were not struck down must end by themselves, in time, with the right codes and words."""
@@ -204,6 +211,8 @@ class Lane:
         if not ended:
             stuck = [index for index in start.running() if index in others]
             outcome.problems.append(f"processes {stuck} were still there after {strike.limit:.0f} s")
+        elif outcome.noticed > strike.prompt and start.unsaid("the save of step", others):
+            outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {strike.prompt:.0f} are enough")
         outcome.codes = [code if index in others else None for index, code in enumerate(start.codes())]
         start.signal(signal.SIGKILL)
         start.wait(PATIENCE_SECONDS)
@@ -215,8 +224,8 @@ class Lane:
         if strike.is_named:
             outcome.problems += start.unsaid(strike.is_named, list(strike.codes))
 
-    def _wait_for_training(self, start: Start, expected: int, outcome: Outcome | None = None) -> float:
-        """Seconds from the start until a step was made that follows the restored one."""
+    def _wait_for_training(self, start: Start, expected: int) -> float:
+        """Seconds from the start until a step was made that follows the restored one. DrillError if none is."""
         file, last = self.run.metrics_file()
 
         def trains() -> bool:
@@ -225,14 +234,8 @@ class Lane:
 
         wait_until(lambda: trains() or len(start.running()) < self.layout.processes, PATIENCE_SECONDS, period=0.02)
         seconds = time.monotonic() - start.began
-        if len(start.running()) < self.layout.processes and 0 not in start.codes():
-            raise DrillError(f"the next start ended with {start.codes()}: {start.last_words()}")
-        if not trains():
-            raise DrillError(f"no step in {PATIENCE_SECONDS:.0f} s after the next start: {start.last_words()}")
-        if outcome is not None:
-            outcome.continued = continued_after(start.said(0))
-            if outcome.continued != expected:
-                outcome.problems.append(
-                    f"it continued after step {outcome.continued}, though {expected} was the newest whole checkpoint"
-                )
-        return seconds
+        if trains():
+            return seconds
+        if len(start.running()) < self.layout.processes:
+            raise DrillError(f"a start ended with {start.codes()}: {start.last_words()}")
+        raise DrillError(f"a start made no step in {PATIENCE_SECONDS:.0f} s: {start.last_words()}")

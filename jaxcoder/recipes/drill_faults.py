@@ -4,6 +4,7 @@ The processes that were not struck down have to end by themselves, with an exit 
 run again, within `Strike.limit` seconds.
 """
 
+import math
 import random
 import resource
 import signal
@@ -13,9 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from jaxcoder.errors import EXIT_SIGTERM, EXIT_USER_ERROR, EXIT_WATCHDOG, ConfigError
 from jaxcoder.recipes.drill_processes import DrillError, Layout, RunFiles, Start, wait_until
-from jaxcoder.recipes.drill_setup import SAVE_EVERY_STEPS, STEP_SECONDS
+from jaxcoder.recipes.drill_setup import SAVE_EVERY_STEPS, START_SECONDS, STEP_SECONDS
 
-SLACK_SECONDS = 20.0
+SLACK_SECONDS = 25.0
 """For Python to notice, write its stacks and end, on a machine with more processes than cores."""
 PATIENCE_SECONDS = 180.0
 """For a few steps of a run that is under way, or for a start."""
@@ -65,6 +66,8 @@ class Strike:
     codes: dict[int, int | str]
     at: float = field(default_factory=time.monotonic)
     limit: float = SLACK_SECONDS
+    prompt: float = math.inf
+    """The limit where no save was under way: a save may take as long as a start."""
     stopped: Sequence[int] = ()
     """Processes that are alive but stuck: they are killed once the others have ended."""
     saves: bool = False
@@ -111,9 +114,10 @@ def stop_one(scene: Scene) -> Strike:
     return Strike(
         detail=f"process {scene.target}",
         codes={index: EXIT_WATCHDOG for index in range(scene.layout.processes) if index != scene.target},
-        limit=STEP_SECONDS + SLACK_SECONDS,
+        limit=START_SECONDS + SLACK_SECONDS,
+        prompt=STEP_SECONDS + SLACK_SECONDS,
         stopped=[scene.target],
-        is_named=rf"process(es)? {scene.target}\b",
+        is_named=rf"step [\d,]+ .*\bprocess {scene.target}\b.* has not answered",
     )
 
 
@@ -150,6 +154,9 @@ def damaging(how: str) -> Callable[[Scene], Strike]:
     """All are killed, then the newest checkpoint is damaged."""
 
     def strike(scene: Scene) -> Strike:
+        newest = max(scene.run.whole(), default=0)
+        # So that damage after damage does not throw the run back to its beginning.
+        scene.wait_for(lambda: max(scene.run.whole(), default=0) > newest, "a new checkpoint")
         return replace(kill_all(scene), damage=how)
 
     return strike
@@ -216,9 +223,16 @@ def kinds(processes: int) -> dict[str, Kind]:
         "no-commit": Kind(what="its arrays' commit marker is missing", strike=damaging("commit")),
         "nan": Kind(what="a batch gives NaN", strike=None),
         "spike": Kind(what="a batch gives a spike of loss and gradients", strike=None),
-        "half": Kind(what="goes on with half the processes", strike=resizing(lambda *_: half), is_elastic=True),
+        "half": Kind(
+            what="goes on with half the processes",
+            strike=resizing(lambda *_: half),
+            least_processes=2,
+            is_elastic=True,
+        ),
         "twice": Kind(what="goes on with twice the processes", strike=resizing(lambda *_: twice), is_elastic=True),
-        "mesh": Kind(what="goes on with another mesh", strike=resizing(other_mesh), is_elastic=True),
+        "mesh": Kind(
+            what="goes on with another mesh", strike=resizing(other_mesh), least_processes=2, is_elastic=True
+        ),
     }
     return {name: kind for name, kind in found.items() if processes >= kind.least_processes}
 

@@ -1,8 +1,8 @@
 """The processes of a drill: the real trainer, started as a scheduler starts it, watched from outside.
 
-`Start` is one start of all processes of a run, which meet over loopback, one CPU device each. `RunFiles` reads what they
-leave behind, and damages it. Nothing here knows how the trainer works inside: only its exit codes, its files and what
-it says.
+`Start` is one start of all processes of a run, which meet over loopback, one CPU device each. `RunFiles` reads what
+they leave behind, and damages it. Nothing here knows how the trainer works inside: only its exit codes, its files and
+what it says.
 """
 
 import os
@@ -73,9 +73,12 @@ class Trainer:
         return Start([*self.command, *options], variables, layout.processes, run.new_logs())
 
 
-def own_command(directory: Path) -> list[str]:
-    """The command of a process of the drill in `directory`."""
-    return [sys.executable, "-m", "jaxcoder.cli.main", "drill", "--process-of", str(directory)]
+PROGRAM = (sys.executable, "-m", "jaxcoder.cli.main")
+
+
+def own_command(directory: Path, program: Sequence[str] = PROGRAM) -> list[str]:
+    """The command of a process of the drill in `directory`; the tests give a `program` that breaks the trainer."""
+    return [*program, "drill", "--process-of", str(directory)]
 
 
 def free_port() -> int:
@@ -204,7 +207,7 @@ class RunFiles:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def is_saving(self) -> bool:
-        """Whether the newest step's save is not complete. (An old one that is being deleted loses its manifest first.)"""
+        """Whether the newest step's save is not complete. (An old one that is deleted loses its manifest first.)"""
         begun = self.begun()
         return bool(begun) and self._version(begun[-1]) is None
 
@@ -238,7 +241,8 @@ class RunFiles:
         else:
             content[place] ^= 1 << draw.randrange(8)
         victim.write_bytes(content)
-        return f"{victim.relative_to(path)} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
+        name = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{26}\b", r"\1...", str(victim.relative_to(path)))
+        return f"{name} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
 
     def largest_file(self) -> int:
         """Bytes of the largest file of the newest whole checkpoint."""

@@ -1,4 +1,4 @@
-"""What survived a drill: each fault's outcome, each disturbed run beside the undisturbed one, as a table and as JSON."""
+"""What survived a drill: each fault's outcome, each disturbed run beside the undisturbed one; as a table and JSON."""
 
 import dataclasses
 import json

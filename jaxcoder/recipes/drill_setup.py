@@ -35,9 +35,10 @@ from jaxcoder.tokenizer.train import train_tokenizer
 STORE, CONFIG, BAD_BATCHES = "store", "config.json", "bad_batches.json"
 CORPUS_BYTES = 300_000
 SAVE_EVERY_STEPS = 4
-STEP_SECONDS = 10.0
+STEP_SECONDS = 8.0
 """The watchdog's limit: a step takes some ten milliseconds, and waits a second for a save now and then."""
-START_SECONDS = 150.0
+START_SECONDS = 120.0
+"""For everything but steps: compiling, restoring, saving."""
 SKIP_GRAD_NORM_ABOVE = 12.0
 """Between the gradient norms of ordinary batches and of a batch of one repeated token."""
 
