@@ -10,6 +10,7 @@ CONFIG=          # required: a configuration by name, or FILE.py:FUNCTION
 PROCESSES=2      # how many
 DEVICES=2        # CPU devices of each
 PORT=61439       # one that is free
+GRACE=60         # seconds to end in, after another process has failed
 ARGUMENTS=()     # options of `jaxcoder train`
 # --- that is all
 
@@ -25,6 +26,7 @@ for ((id = 0; id < PROCESSES; id++)); do
 done
 
 code=0
+killer=
 for pid in "${pids[@]}"; do
   one=0
   wait "$pid" || one=$?
@@ -32,6 +34,9 @@ for pid in "${pids[@]}"; do
   if ((one != 0 && code == 0)); then
     code=$one
     kill -TERM "${pids[@]}" 2>/dev/null || true # the others would wait for it
+    (sleep "$GRACE" && kill -KILL "${pids[@]}") >/dev/null 2>&1 & # one that is stuck hears nothing
+    killer=$!
   fi
 done
+if [ -n "$killer" ]; then kill "$killer" 2>/dev/null || true; fi
 exit "$code"

@@ -8,7 +8,7 @@ the tokenizer by name; text that spells a sentinel stays text. What is too long 
 starts farthest from where the answer goes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxcoder.errors import DataError

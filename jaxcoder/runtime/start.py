@@ -17,6 +17,7 @@ def initialize(
     num_cpu_devices: int | None = None,
     deterministic: bool = False,
     share_accelerator: bool = False,
+    leave_accelerators: bool = False,
     debug: bool = False,
 ) -> None:
     """Sets JAX's process-wide options; call it before the first array is made. Calling it again is harmless.
@@ -26,6 +27,7 @@ def initialize(
     num_cpu_devices: virtual devices of the CPU backend, to try meshes without accelerators (None: leave as it is).
     deterministic: only GPU kernels that give the same bits every time; slower. CPUs and TPUs always do.
     share_accelerator: take a GPU's memory as it is needed, so that another library has room beside JAX.
+    leave_accelerators: run on CPUs, whatever else is there, as a command does that describes absent chips.
     debug: leaves the libraries' own logs on. Otherwise what they log is silenced: an error is raised as well, and a
         logged traceback beside our sentence only confuses.
     """
@@ -42,6 +44,8 @@ def initialize(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
+    if leave_accelerators:
+        jax.config.update("jax_platforms", "cpu")
     if compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
     elif jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:

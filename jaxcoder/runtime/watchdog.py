@@ -163,8 +163,9 @@ class Watchdog:
         return [index for index in everyone if index != self._peers.index and self._quiet(index) > patience]
 
     def _quiet(self, index: int) -> float:
-        since = self._changed.get(index, self._last_round) if index else min(self._changed.get(0, math.inf), self._last_round)
-        return time.monotonic() - since
+        """Seconds since a process was last heard of."""
+        since = self._changed.get(index, self._last_round)
+        return time.monotonic() - (min(since, self._last_round) if index == 0 else since)
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
@@ -175,11 +176,12 @@ class Watchdog:
         words = threading.Thread(target=self._last_words, args=(sentence, step, with_stacks), daemon=True)
         words.start()
         words.join(_LAST_WORDS)  # a file system may be what hangs
-        farewell = threading.Thread(
-            target=self._peers.say_end, args=(sentence, code), kwargs={"absent": len(silent)}, daemon=True
-        )
-        farewell.start()
-        farewell.join(_LAST_WORDS + 2)
+        if 0 not in silent:  # it keeps the board
+            farewell = threading.Thread(
+                target=self._peers.say_end, args=(sentence, code), kwargs={"absent": len(silent)}, daemon=True
+            )
+            farewell.start()
+            farewell.join(_LAST_WORDS + 2)
         os._exit(code)
 
     def _last_words(self, sentence: str, step: int, with_stacks: bool) -> None:

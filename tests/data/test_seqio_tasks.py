@@ -16,7 +16,6 @@ from jaxcoder.data.build import build_store
 from jaxcoder.data.seqio_import import documents_of, import_seqio
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError, MissingExtraError
-from jaxcoder.tokenizer.document import Part
 from jaxcoder.tokenizer.document_files import write_documents
 
 HAS_SEQIO = importlib.util.find_spec("seqio") is not None
@@ -24,7 +23,7 @@ if HAS_SEQIO:
     import seqio
     import tensorflow as tf
 
-    from jaxcoder.data.seqio_tasks import CodeVocabulary, Example, add_mixture, add_task
+    from jaxcoder.data.seqio_tasks import CodeVocabulary, add_mixture, add_task
 
 
 def needs_seqio(test):

@@ -5,13 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxcoder.data.build import build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
-from jaxcoder.errors import DataError, MissingExtraError
+from jaxcoder.errors import DataError
 from jaxcoder.tokenizer.train import train_tokenizer
 
 

@@ -2,19 +2,21 @@
 
 import dataclasses
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from jaxcoder import runtime
-from jaxcoder.runtime import accelerators
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.errors import JaxcoderError
+from jaxcoder.runtime import accelerators
 
 RUN = RunConfig(
     name="x",
@@ -170,7 +172,7 @@ def test_a_directory_is_held_by_one_process(tmp_path):
     run = str(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    with pytest.raises(JaxcoderError, match=f"`{run}` is in use by process {process.pid}: wait"):
+    with pytest.raises(JaxcoderError, match=f"`{run}` is in use by process {process.pid} of .*: wait"):
         with runtime.held_alone(run, patience=0.2):
             pass
     process.kill()
@@ -312,3 +314,49 @@ def test_compiled_programs_are_kept_for_the_user(tmp_path):
     assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
     (tmp_path / "file").write_text("no directory")
     assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[0] == "None"
+
+
+# --- a lease on remote storage ---------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from jaxcoder.errors import JaxcoderError
+from jaxcoder.runtime import held
+held._RENEW_SECONDS, held._EXPIRED_SECONDS = 0.3, 4.0
+try:
+    with held.held_alone(sys.argv[1]):
+        print("HELD", flush=True)
+        time.sleep(float(sys.argv[2]))
+except JaxcoderError as error:
+    print("SAID", error, flush=True)
+"""
+
+
+def hold(address: str, seconds: float) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", HOLD, address, str(seconds)], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_remote_directory_is_held_by_a_lease_that_expires(tmp_path):
+    """By file://, which goes the same way as gs:// and s3://."""
+    address = f"file://{tmp_path}"
+    first = hold(address, 60)
+    assert first.stdout.readline() == "HELD\n"
+    refused = hold(address, 0)
+    said = refused.communicate(timeout=60)[0]
+    assert said.startswith("SAID") and f"is in use by process {first.pid} of " in said
+    lease = json.loads((tmp_path / ".lock").read_text())
+    first.kill()
+    first.wait()
+    (tmp_path / ".lock").write_text(json.dumps(lease | {"host": "another"}))  # so that only waiting shows it is dead
+    began = time.monotonic()
+    second = hold(address, 0)
+    assert second.communicate(timeout=60)[0] == "HELD\n" and time.monotonic() - began > 4
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_process_whose_lease_was_taken_over_ends(tmp_path):
+    process = hold(f"file://{tmp_path}", 60)
+    assert process.stdout.readline() == "HELD\n"
+    lease = json.loads((tmp_path / ".lock").read_text())
+    (tmp_path / ".lock").write_text(json.dumps(lease | {"token": "another", "host": "host-b"}))
+    assert process.wait(timeout=30) == 2
