@@ -64,8 +64,13 @@ def _take(file: int) -> bool:
 
 @contextmanager
 def _leased(directory: str, name: str) -> Iterator[None]:
-    lease = _Lease(f"{directory.rstrip('/')}/{name}")
-    lease.take(directory)
+    try:
+        lease = _Lease(f"{directory.rstrip('/')}/{name}")
+        lease.take(directory)
+    except JaxcoderError:
+        raise
+    except Exception as error:  # every kind of storage has errors of its own
+        raise JaxcoderError(f"cannot write to `{directory}` ({error}): check the address and your rights.") from error
     stop = threading.Event()
     renewing = threading.Thread(target=lease.renew, args=(stop,), daemon=True)
     renewing.start()

@@ -179,8 +179,6 @@ def test_a_directory_is_held_by_one_process(tmp_path):
     process.wait()
     with runtime.held_alone(run), runtime.held_alone(run, lock=".another"):
         pass
-    with runtime.held_alone("gs://bucket/run"):
-        pass
 
 
 # --- the command to type again ---------------------------------------------------------------------------------------
