@@ -299,12 +299,13 @@ def context_unused(record: RunRecord) -> Iterator[Finding]:
         return
     values = np.array([value for _, value, _ in rows])
     best, step = int(values.argmin()), rows[-1][2]
+    early, until = _early(record, rows)
     evidence = (f"loss by position at step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value, _ in rows),)
     masked = record.config is not None and record.config.data.document_mask
-    if values[-1] > 1.03 * values[best] and values[best] < 0.99 * values[0]:
+    if values[-1] > 1.03 * values[best] and values[best] < 0.99 * early:
         what = f"Positions {rows[-1][0]} are predicted worse than {rows[best][0]}: the window's far end is not learned."
-    elif values[-1] >= 0.99 * values[0]:
-        what = f"The context is not used: positions {rows[-1][0]} are predicted no better than {rows[0][0]}."
+    elif values[-1] >= 0.99 * early:
+        what = f"The context is not used: positions {rows[-1][0]} are predicted no better than 0-{until}."
     elif values[len(values) // 2 - 1] <= 1.002 * values[-1]:
         name = rows[len(values) // 2 - 1][0]
         yield Finding(
@@ -330,6 +331,15 @@ def context_unused(record: RunRecord) -> Iterator[Finding]:
             "if weights came from a shorter context, train on until the new positions are learned",
         ),
     )
+
+
+def _early(record: RunRecord, rows: list[tuple[str, float, int]]) -> tuple[float, int]:
+    """Mean loss of the first sixteenth of the window (at least one bucket), and its last position."""
+    ends = [int(name.partition("-")[2] or 0) for name, _, _ in rows]
+    first = [number for number, end in enumerate(ends) if number == 0 or (end + 1) * 16 <= ends[-1] + 1]
+    sizes = [record.columns[f"eval/position/{rows[number][0]}/tokens"].finite() for number in first]
+    weights = [size.last if len(size) and size.last > 0 else 1e-9 for size in sizes]
+    return float(np.average([rows[number][1] for number in first], weights=weights)), ends[first[-1]]
 
 
 def _has_learned(record: RunRecord) -> bool:

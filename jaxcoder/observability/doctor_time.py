@@ -11,6 +11,9 @@ from jaxcoder.observability.run_record import RunRecord
 from jaxcoder.observability.series import Series, block_medians
 from jaxcoder.observability.summary import CATEGORY_NAMES, host_rows, ranges, recent
 
+_LONG = 1800.0
+"""Seconds of a run whose goodput says something: compiling and starting weigh little in it."""
+
 
 def data_wait(record: RunRecord) -> Iterator[Finding]:
     """More than a twentieth of the time of steps goes into waiting for batches."""
@@ -145,7 +148,7 @@ def checkpoints_rare(record: RunRecord) -> Iterator[Finding]:
     """
     goodput, steps = record.goodput, record.columns["step_time"].finite()
     losing = [attempt for attempt in goodput.attempts if attempt.lost_steps]
-    if not losing or goodput.wall <= 0 or goodput.seconds["lost"] < 0.03 * goodput.wall:
+    if not losing or goodput.wall < _LONG or goodput.seconds["lost"] < 0.03 * goodput.wall:
         return
     step = float(np.median(steps.values)) if len(steps) else None
     failures = max(sum(attempt.failed for attempt in goodput.attempts), 1)
@@ -192,7 +195,7 @@ _CURES = {
 def low_goodput(record: RunRecord) -> Iterator[Finding]:
     """Of a run of half an hour or more, less than four fifths went into steps that survived."""
     goodput = record.goodput
-    if goodput.share is None or goodput.wall < 1800 or goodput.share >= 0.8:
+    if goodput.share is None or goodput.wall < _LONG or goodput.share >= 0.8:
         return
     losses = sorted(((seconds, name) for name, seconds in goodput.seconds.items() if name != "step"), reverse=True)
     named = [(seconds, name) for seconds, name in losses[:3] if seconds > 0.03 * goodput.wall] or losses[:1]

@@ -1,5 +1,6 @@
 """What `doctor` says: findings, and the few words and commands that its rules share."""
 
+import re
 import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,11 +38,14 @@ def trace_command(record: RunRecord, step: int) -> str:
 
 
 def train_command(record: RunRecord, *options: str) -> str:
-    """The command that the run was last started with, or one like it, with more options."""
+    """The command that the run was last started with, or one like it; `options` ("--name value") replace its own."""
     command = text(record.goodput.attempts[-1].begin.get("command")) if record.goodput.attempts else ""
     if "train" not in command.split():
         name = record.config.name if record.config is not None else "CONFIG"
         command = f"jaxcoder train {name} ... --output-dir {shlex.quote(record.path)}"
+    for option in options:
+        name = re.escape(option.split()[0]).replace(r"\-", "[-_]")
+        command = re.sub(rf" {name}(=\S+| (?!--)\S+)?(?= |$)", "", command)
     return f"`{' '.join([command, *options])}`"
 
 

@@ -9,7 +9,7 @@ import pytest
 from made_runs import STARTED, attempt_events, evaluation, healthy, hosts, step_record
 
 from jaxcoder.observability.doctor import RULES, describe, examine
-from jaxcoder.observability.findings import SEVERITIES
+from jaxcoder.observability.findings import SEVERITIES, train_command
 from jaxcoder.observability.run_record import read_run
 
 STACK = """process 2 (host-2) has been silent for 61 s: step 400 did not end within 60 s.
@@ -398,3 +398,18 @@ def test_an_evaluation_alone(tmp_path):
     run = healthy()
     run.metrics = [evaluation(run.config, 100), step_record(run.config, 1, random.Random(0))]
     assert {finding.rule for finding in findings_of(run, tmp_path)} <= {"cannot_be_read", "schedule_ended"}
+
+
+def test_a_command_is_the_runs_own_with_the_option_replaced(tmp_path):
+    run = healthy(20)
+    run.of("begin")[0]["command"] = (
+        "jaxcoder train made --num-steps=20 --optimizer.peak_learning_rate 3e-4 --tensorboard --steps 3"
+    )
+    record = run.read(tmp_path / "run")
+    command = train_command(record, "--optimizer.peak-learning-rate 1e-4", "--num-steps 9", "--accept-config-change")
+    assert command == (
+        "`jaxcoder train made --tensorboard --steps 3 --optimizer.peak-learning-rate 1e-4 --num-steps 9 "
+        "--accept-config-change`"
+    )
+    del run.of("begin")[0]["command"]
+    assert train_command(run.read(tmp_path / "other")).startswith("`jaxcoder train made ... --output-dir ")
