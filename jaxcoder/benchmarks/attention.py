@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Report | Reports:
+    from jaxcoder import runtime
+
     args.device = args.device.removeprefix("tpu:")
+    # TPUs are described, never asked for, and what is computed here is schedules.
+    runtime.initialize(leave_accelerators=args.picture is not None or args.device not in ("cpu", "gpu"))
     if args.picture is not None:
         from jaxcoder.benchmarks import attention_picture
 
@@ -116,7 +120,8 @@ def peer_case(args: argparse.Namespace, name: str, kernel: str) -> Case:
     best = settings.get(args.device, settings["v5p"])[kernel]
     return Case(
         device=args.device, contestant=name, kernel=kernel, length=args.length, heads=1, head_dim=args.head_dim,
-        settings=tuple(sorted(best.items())), segments=name == "splash" and kernel != "inference" and args.device != "v5e",
+        settings=tuple(sorted(best.items())),
+        segments=name == "splash" and kernel != "inference" and args.device != "v5e",
     )  # fmt: skip
 
 

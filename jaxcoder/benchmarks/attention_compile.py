@@ -2,21 +2,29 @@
 
 --compile-all: the attention of every configured model (heads, head_dim, length, segment ids, its dropout) on every
 generation of chips, forward and backward; what does not compile is a row with its reason. --long: 32K and 128K tokens
-of 48 heads on one chip, the fast memory that the kernels take, and what a block costs at lengths above the fit's.
+of 48 heads on one chip, the fast memory that the kernels take, and what a whole block costs where keys are streamed.
 Each compilation is a process of its own with a limit of time, and compiles the real schedule.
+
+No estimator walks 32K tokens. But what differs there is only that keys come in spans, and short spans make a short
+sequence do the same: such sequences are walked (forward whole, backward the call for the first span), and what a whole
+block costs in them, and each step that a longer sequence has more, is fitted with all other costs as they were.
 """
 
 import argparse
 from dataclasses import replace
 
+import numpy as np
+
 from jaxcoder.benchmarks import attention
 from jaxcoder.benchmarks.attention_cycles import CHIPS, Case, Estimate, Memory, estimate, versions
-from jaxcoder.benchmarks.attention_fit import NoEstimate, contestant, fit
+from jaxcoder.benchmarks.attention_fit import NoEstimate, contestant, described, fit, least_squares, told
 from jaxcoder.benchmarks.measure import Report, Reports
 
 PATIENCE = 300.0
 LONG = (32768, 131072)
 LONG_HEADS = 48
+STREAMED = ((2048, 1024), (4096, 1024), (4096, 2048))
+"""(tokens, keys of a span) that are walked."""
 
 
 def run(args: argparse.Namespace) -> Report | Reports:
@@ -82,13 +90,14 @@ def _long(args: argparse.Namespace) -> Report:
                     "span": blocks.span_kv,
                 }
             )
-        rows[-1] |= _cost_at_length(args, kernel, memory)
+        rows[-1] |= streamed_costs(args, kernel, memory)
     return Report(
         title=f"{args.device}: long sequences, {LONG_HEADS} heads",
         settings={},
         columns={
             "kernel": "kernel", "length": "length", "vmem": "MiB of fast memory", "limit": "allowed",
-            "span": "keys held", "fitted": "fit's cycles", "walked": "walked at", "error": "fit / walk - 1",
+            "span": "keys held", "whole": "whole block", "streamed": "streamed", "step": "a step more",
+            "residual": "residual", "why": "",
         },
         rows=rows,
         targets={},
@@ -96,19 +105,29 @@ def _long(args: argparse.Namespace) -> Report:
     )  # fmt: skip
 
 
-def _cost_at_length(args: argparse.Namespace, kernel: str, memory: Memory) -> dict:
-    """The fit against a walk of twice the longest fitted length, with few heads, fitted with as few."""
-    heads, length = 4, 8192
-    one = attention.our_case(args, kernel)
-    case = replace(one, heads=heads, settings=tuple(sorted((dict(one.settings) | {"heads": heads}).items())))
+def streamed_costs(args: argparse.Namespace, kernel: str, memory: Memory) -> dict:
+    """Cycles of a whole block, keys held whole and streamed, and of what a step of the grid costs besides.
+
+    Such steps are, forward, the spans of a block of queries beyond its first; backward, in each call, the blocks of
+    queries, which write their share of dQ in fp32.
+    """
+    case, counts, cycles = attention.our_case(args, kernel), [], []
     try:
-        fitted = fit(case, memory=memory, say=attention.say)
+        held = fit(case, memory=memory, say=attention.say)
     except NoEstimate as error:
-        return {"walked": f"no fit: {error}"}
-    longer = replace(case, length=length)
-    found = estimate(longer, memory=memory)
-    if found.cycles is None:
-        return {"walked": f"not at {length}: {found.error}"}
-    predicted = fitted.cycles(contestant("ours").steps(longer))
-    error = attention.percent(predicted / found.cycles - 1)
-    return {"fitted": predicted, "walked": f"{length}, {heads} heads: {found.cycles:,}", "error": error}
+        return {"why": f"no fit: {error}"}
+    for length, span in STREAMED:
+        settings = tuple(sorted((dict(case.settings) | {"span_kv": span}).items()))
+        streamed = replace(case, length=length, settings=settings)
+        found = estimate(streamed, memory=memory)
+        attention.say(f"  {described(streamed)}: {told(found)}")
+        if found.cycles is None:
+            return {"whole": held.costs[0], "why": f"{length} in spans of {span}: {found.error}"}
+        wholes, *others = contestant("ours").steps(streamed)
+        blocks = others[1]
+        counts.append((wholes, blocks * (length // span - 1) if kernel == "forward" else blocks))
+        cycles.append(found.cycles - float(np.dot(held.costs[1:], others)))
+    costs, residual = least_squares(np.array(counts), np.array(cycles))
+    return {
+        "whole": held.costs[0], "streamed": costs[0], "step": costs[1], "residual": attention.percent(residual),
+    }  # fmt: skip

@@ -34,16 +34,29 @@ class Chip:
     topology: str
     kind: str
     """As JAX names the device."""
-    flop_per_cycle: int
-    """bf16, of one core's matrix units."""
+
+    @property
+    def cores(self) -> int:
+        return self._known.cores
+
+    @property
+    def flop_per_cycle(self) -> int:
+        """bf16, of one core's matrix units."""
+        return round(self._known.peak_flops / self._known.clock / self._known.cores)
+
+    @property
+    def _known(self):
+        from jaxcoder.train.devices import find_chip  # imports JAX
+
+        return find_chip(self.kind)
 
 
 CHIPS = {
-    "v4": Chip(topology="v4:2x2x1", kind="TPU v4", flop_per_cycle=131072),
-    "v5e": Chip(topology="v5e:2x2", kind="TPU v5 lite", flop_per_cycle=131072),
-    "v5p": Chip(topology="v5p:2x2x1", kind="TPU v5", flop_per_cycle=131072),
-    "v6e": Chip(topology="v6e:2x2", kind="TPU v6 lite", flop_per_cycle=524288),
-    "7x": Chip(topology="tpu7x:2x2x1", kind="TPU7x", flop_per_cycle=524288),
+    "v4": Chip(topology="v4:2x2x1", kind="TPU v4"),
+    "v5e": Chip(topology="v5e:2x2", kind="TPU v5 lite"),
+    "v5p": Chip(topology="v5p:2x2x1", kind="TPU v5"),
+    "v6e": Chip(topology="v6e:2x2", kind="TPU v6 lite"),
+    "7x": Chip(topology="tpu7x:2x2x1", kind="TPU7x"),
 }
 
 CONTESTANTS = {

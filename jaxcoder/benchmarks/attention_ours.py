@@ -57,7 +57,8 @@ def trace(case: Case):
     if case.is_walked:
         blocks = blocks_of(case)
         api.for_device = lambda kind: (blocks, blocks)
-        flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document)
+        num_spans = -(-case.length // blocks.span_kv)
+        flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document, num_spans)
     attend = partial(api.attention, dropout_rate=case.dropout_rate, implementation="flash_tpu")
 
     def forward(q, k, v, key, ids):
@@ -76,11 +77,11 @@ def trace(case: Case):
     return function, (q, kv, kv, key, ids), f"^flash_{case.kernel}"
 
 
-def arithmetic_visits(blocks, document: int | None, *place):
-    """What `schedule.visits` says of one block of queries, the last of `place`, by shifts alone.
+def arithmetic_visits(blocks, document: int | None, num_spans: int, *place):
+    """What `schedule.visits` says of one block of queries in one span, the last two of `place`, by shifts alone.
 
     document: tokens of each document, a power of two and a multiple of block_q; None: one document of any length.
-    Sizes of blocks are powers of two. One span.
+    Sizes of blocks are powers of two, and of spans where there are several; then the sequence is one document.
     """
     import jax
     import jax.numpy as jnp
@@ -92,13 +93,17 @@ def arithmetic_visits(blocks, document: int | None, *place):
 
     first, zero = place[-1] * blocks.block_q, jnp.int32(0)
     start = zero if document is None else shift(first, document) * document
+    ends, span = (first + 1, first + blocks.block_q), zero  # of the first and the last query of the block
+    if num_spans > 1:
+        span = jnp.minimum(place[-2], shift(ends[1] - 1, blocks.span_kv))
+        ends = tuple(jnp.clip(end - place[-2] * blocks.span_kv, 0, blocks.span_kv) for end in ends)
     full = shift(start + blocks.block_kv - 1, blocks.block_kv)
-    fulls = jnp.where(shift(first + 1, blocks.block_kv) > full, shift(first + 1, blocks.block_kv) - full, zero)
-    edge, edge_end = shift(start, blocks.edge_kv), shift(first + blocks.block_q + blocks.edge_kv - 1, blocks.edge_kv)
+    fulls = jnp.where(shift(ends[0], blocks.block_kv) > full, shift(ends[0], blocks.block_kv) - full, zero)
+    edge, edge_end = shift(start, blocks.edge_kv), shift(ends[1] + blocks.edge_kv - 1, blocks.edge_kv)
     per_full = blocks.block_kv // blocks.edge_kv
     before = jnp.where(fulls > 0, full * per_full - edge, edge_end - edge)
     return Visits(
-        edge=edge, edges_before=before, edges=edge_end - edge - fulls * per_full, full=full, fulls=fulls, span=zero
+        edge=edge, edges_before=before, edges=edge_end - edge - fulls * per_full, full=full, fulls=fulls, span=span
     )
 
 
@@ -122,7 +127,12 @@ def visits_of(case: Case, segment_ids=None):
 
 
 def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
-    """What COUNTED names, over the whole grid of a case; of real documents, ids (B, S), where they are given."""
+    """What COUNTED names, over the whole grid of a case; of real documents, ids (B, S), where they are given.
+
+    Of several spans, the backward kernel is called for one at a time, and a case that is walked is the first.
+    """
     todo, blocks = visits_of(case, segment_ids), blocks_of(case)
+    if case.kernel == "backward":
+        todo = type(todo)(*(x[:, :1] for x in todo))
     folds = case.heads // blocks.heads
     return *(float(folds * x) for x in (todo.fulls.sum(), todo.edges.sum(), todo.fulls[:, 0].size)), 1.0

@@ -24,8 +24,6 @@ from jaxcoder.runtime import environment_with
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "tpu7x:2x2x1"}
 """Of eight devices each."""
-CORES = {"v4": 2, "v5p": 2}
-"""Of a device, where it is not one."""
 COLUMNS = {
     "mesh": "fsdp x tensor", "way": "way", "chunk": "chunk", "temporaries": "MiB", "matmuls": "matmuls",
     "cycles": "Mcycles", "of_peak": "% of peak, 3 matmuls", "collectives": "collectives", "sent": "MiB sent",
@@ -81,7 +79,7 @@ def _row(args: argparse.Namespace, way: str, fsdp: int, tensor: int, chunk: int)
             raise ConfigError(f"The compiler gave no program for {case[:-1]}; it ended with {done.stderr[-300:]!r}.")
         found = json.loads(answer.read_text())
     one_matmul = 2 * args.tokens * args.embed_dim * args.vocab_size / tensor
-    peak = CHIPS[args.device].flop_per_cycle * CORES.get(args.device, 1)
+    peak = CHIPS[args.device].flop_per_cycle * CHIPS[args.device].cores
     cycles, counts = found["cycles"], found["collectives"]
     return {
         "mesh": f"{fsdp} x {tensor}",

@@ -61,15 +61,33 @@ def test_the_arithmetic_is_our_schedule(device, kernel, document):
     blocks, todo = attention_ours.blocks_of(case), attention_ours.visits_of(case)
     assert todo.fulls.shape[1] == 1, "the lengths that are walked have one span"
     blocks_of_queries = jnp.arange(case.length // blocks.block_q, dtype=jnp.int32)
-    found = jax.vmap(lambda i: attention_ours.arithmetic_visits(blocks, document, "table", "grid", 0, 0, i))(
+    found = jax.vmap(lambda i: attention_ours.arithmetic_visits(blocks, document, 1, "table", "grid", 0, 0, i))(
         blocks_of_queries
     )
+    assert_same_steps(found, type(todo)(*(x[0, 0] for x in todo)))
+
+
+@pytest.mark.parametrize("span", [1024, 2048])
+def test_the_arithmetic_is_our_schedule_span_by_span(span):
+    case = ours(length=4096, settings=(("span_kv", span),))
+    blocks, todo = attention_ours.blocks_of(case), attention_ours.visits_of(case)
+    assert blocks.span_kv == span and todo.fulls.shape[1] == 4096 // span
+    blocks_of_queries = jnp.arange(case.length // blocks.block_q, dtype=jnp.int32)
+    for p in range(4096 // span):
+        found = jax.vmap(lambda i: attention_ours.arithmetic_visits(blocks, None, 4096 // span, "grid", p, i))(
+            blocks_of_queries
+        )
+        assert_same_steps(found, type(todo)(*(x[0, p] for x in todo)))
+
+
+def assert_same_steps(found, todo):
+    """Where there are no steps of a kind, where they would begin does not matter."""
     for name in ("edges", "fulls", "span"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(todo, name)[0, 0], err_msg=name)
+        np.testing.assert_array_equal(getattr(found, name), getattr(todo, name), err_msg=name)
     has_edges, has_fulls = np.asarray(found.edges) > 0, np.asarray(found.fulls) > 0
-    np.testing.assert_array_equal(found.edge[has_edges], todo.edge[0, 0][has_edges])
-    np.testing.assert_array_equal(found.edges_before[has_edges], todo.edges_before[0, 0][has_edges])
-    np.testing.assert_array_equal(found.full[has_fulls], todo.full[0, 0][has_fulls])
+    np.testing.assert_array_equal(found.edge[has_edges], todo.edge[has_edges])
+    np.testing.assert_array_equal(found.edges_before[has_edges], todo.edges_before[has_edges])
+    np.testing.assert_array_equal(found.full[has_fulls], todo.full[has_fulls])
 
 
 @pytest.mark.parametrize("block_q, block_kv", [(512, 512), (512, 1024), (1024, 512)])
@@ -362,6 +380,26 @@ def test_every_configured_shape_is_compiled_on_every_chip(monkeypatch, tmp_path)
     assert "starcoderbase" in rows["48 : 1 x 128"]["runs"] and rows["48 : 1 x 128"]["length"] == 8192
     assert "16 : 16 x 128" in rows and "12 : 1 x 64" in rows
     assert all(row["v6e"] == "3.0" and row["v4"] == "no: no room" for row in rows.values())
+
+
+def test_streaming_costs_what_a_longer_sequence_has_more(monkeypatch):
+    """Of estimates in which a whole block costs 9000 held and 9500 streamed, and each further span of queries 70."""
+
+    def streams(case, **_):
+        spans = case.length // attention_ours.blocks_of(case).span_kv
+        if spans == 1:
+            return made_up(case)
+        wholes, edges, blocks, calls = attention_ours.steps(case)
+        further = blocks * (spans - 1) if case.kernel == "forward" else blocks
+        cycles = 9500 * wholes + 5000 * edges + 400 * blocks + 4000 * calls + 70 * further
+        return Estimate(cycles=round(cycles), vmem=1, seconds=0)
+
+    for module in (attention_fit, attention_compile):
+        monkeypatch.setattr(module, "estimate", streams)
+    args = argparse.Namespace(device="v5p", num_heads=48, length=8192, head_dim=128, set=[])
+    for kernel in attention_ours.KERNELS:
+        found = attention_compile.streamed_costs(args, kernel, memory=None)
+        np.testing.assert_allclose([found["whole"], found["streamed"], found["step"]], [9000, 9500, 70], rtol=1e-3)
 
 
 def test_the_inner_loop_is_the_densest_stretch():
