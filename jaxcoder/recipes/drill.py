@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.observability.console import readable_duration
-from jaxcoder.recipes.drill_faults import ANY_FAILURE, PATIENCE_SECONDS, Scene, Strike, choose, kinds
+from jaxcoder.recipes.drill_faults import PATIENCE_SECONDS, Scene, Strike, choose, is_right, kinds
 from jaxcoder.recipes.drill_processes import (
     DrillError,
     Layout,
@@ -93,7 +93,7 @@ def drill(directory: Path, plan: Plan, *, seed: int, say: Say) -> Report:
         say(f"{name}: {report.verdicts[name]}")
     # In all runs alike, the first one that was hit by faults counts.
     hit = RunFiles(directory / next(iter(report.verdicts)))
-    report.outcomes += judge_bad_batches(plan.bad_batches, hit)
+    report.outcomes += judge_bad_batches(plan.bad_batches, hit, first=len(report.outcomes) + 1)
     report.seconds = time.monotonic() - began
     report.write(directory / "drill.json")
     return report
@@ -217,10 +217,8 @@ class Lane:
         start.signal(signal.SIGKILL)
         start.wait(PATIENCE_SECONDS)
         for index, right in strike.codes.items():
-            code = outcome.codes[index]
-            is_right = code not in (None, 0, 2) if right == ANY_FAILURE else code == right
-            if not is_right:
-                outcome.problems.append(f"process {index} ended with {code}, not {right}")
+            if not is_right(outcome.codes[index], right):
+                outcome.problems.append(f"process {index} ended with {outcome.codes[index]}, not {right}")
         if strike.is_named:
             outcome.problems += start.unsaid(strike.is_named, list(strike.codes))
 

@@ -21,8 +21,8 @@ SLACK_SECONDS = 25.0
 PATIENCE_SECONDS = 180.0
 """For a few steps of a run that is under way, or for a start."""
 
-ANY_FAILURE = "any but 0 and 2"
-"""Schedulers start again what ended so: 0 means done, 2 a mistake of the user's."""
+ANY_FAILURE, ANY_ERROR = "any but 0 and 2", "any but 0"
+"""Schedulers start again what ended with a failure: 0 means done, 2 that the user has something to mend."""
 
 
 @dataclass(kw_only=True)
@@ -55,11 +55,17 @@ class Scene:
         self.wait_for(self.run.is_saving, "a save")
 
 
+def is_right(code: int | None, right: int | str) -> bool:
+    """Whether an exit code is one of those that are right; None is of a process that has not ended."""
+    wrong = {ANY_FAILURE: (None, 0, 2), ANY_ERROR: (None, 0)}
+    return code not in wrong[right] if isinstance(right, str) else code == right
+
+
 @dataclass(frozen=True, kw_only=True)
 class Strike:
     """A fault that has been dealt, and what has to follow.
 
-    codes: process -> the exit code that is right for it, or ANY_FAILURE; one that was killed needs none.
+    codes: process -> the exit code that is right for it, or ANY_FAILURE, ANY_ERROR; one that was killed needs none.
     """
 
     detail: str
@@ -144,7 +150,7 @@ def fill_disk(scene: Scene) -> Strike:
     others = [index for index in range(scene.layout.processes) if index != scene.target]
     return Strike(
         detail=f"process {scene.target}",
-        codes={scene.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_FAILURE),
+        codes={scene.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_ERROR),
         limit=STEP_SECONDS + SLACK_SECONDS,
         is_named="disk is full",
     )

@@ -13,7 +13,7 @@ from jaxcoder import runtime
 from jaxcoder.observability.console import format_table, readable_duration
 from jaxcoder.recipes.drill_processes import DrillError, RunFiles
 
-LOSS_TOLERANCE = 0.02
+LOSS_TOLERANCE = 0.002
 """Largest difference of a step's loss on another mesh, in nats per token: sums are rounded in another order there."""
 
 
@@ -162,13 +162,13 @@ def _difference(one: float, other: float) -> float:
     return 0.0 if math.isnan(one) and math.isnan(other) else abs(one - other)
 
 
-def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles) -> list[Outcome]:
-    """Each must have been skipped, and said to be; nothing else may have been."""
+def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int) -> list[Outcome]:
+    """Each must have been skipped, and said to be; nothing else may have been. They are numbered from `first`."""
     steps, said = {record["step"]: record for record in run.steps()}, run.all_logs()
     outcomes = []
-    for step, kind in sorted(bad_batches.items()):
+    for number, (step, kind) in enumerate(sorted(bad_batches.items()), first):
         record = steps.get(step, {})
-        outcome = Outcome(number=0, kind=kind, step=step)
+        outcome = Outcome(number=number, kind=kind, step=step)
         if "loss" in record:
             outcome.detail = f"loss {record['loss']:.3g}, gradient norm {record['grad_norm']:.3g}, skipped"
         if not record.get("skipped"):

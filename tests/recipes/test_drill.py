@@ -143,7 +143,7 @@ def test_a_curve_on_another_mesh_may_differ_a_little(tmp_path, monkeypatch):
 
 def test_bad_batches_that_were_not_skipped(tmp_path):
     run = fake_run(tmp_path / "a", [{"step": 1, "grad_norm": 9.0}, {"step": 2, "skipped": 1, "grad_norm": 9.0}])
-    one, other = judge_bad_batches({1: "nan", 2: "spike"}, run)
+    one, other = judge_bad_batches({1: "nan", 2: "spike"}, run, first=5)
     assert "step 1 was not skipped" in one.problems and other.problems == ["nothing was said of step 2"]
 
 
