@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compile", action="store_true", help="only the model's figures, in a second")
     parser.add_argument("--no-cache", action="store_true", help="compile again what was compiled before")
     parser.add_argument("--search", action="store_true", help="rank meshes, microbatches and remat; compile the best")
+    parser.add_argument(
+        "--compile-all", action="store_true", help="--search: compile every layout, and judge the model's ranking"
+    )
     parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="for compiling (default 30)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
     parser.add_argument("--calibration", action="store_true", help="print the model beside published runs, and stop")
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> int | None:
         raise ConfigError("--topology is missing: give one, such as `--topology v5p:8x8x8` or `--topology h100:8x8`.")
     if not args.minutes > 0:
         raise ConfigError(f"--minutes is {args.minutes:g}: give more than 0.")
+    if args.compile_all and (args.no_compile or not args.search):
+        raise ConfigError("--compile-all is for --search, and not with --no-compile: leave it out, or add --search.")
     if args.network is not None and not args.network > 0:
         raise ConfigError(f"--network is {args.network:g}: give the GB/s of one device, more than 0.")
     from jaxcoder.train.plan.topology import parse_topology
@@ -82,12 +87,16 @@ def _plan(args: argparse.Namespace, config, topology) -> int:
 
 
 def _search(args: argparse.Namespace, config, topology) -> int:
-    from jaxcoder.train.plan.make import prepare
+    from jaxcoder.train.plan.compile import check_compiler
     from jaxcoder.train.plan.search import lines_of_search, search, search_json
 
-    config = prepare(config, topology)
+    if not args.no_compile:
+        check_compiler(topology)
     compile_one = None if args.no_compile else _compiler(args)
-    found = search(config, topology, compile_one, minutes=args.minutes, say=lambda text: print(text, file=sys.stderr))
+    found = search(
+        config, topology, compile_one, minutes=args.minutes, compile_all=args.compile_all,
+        say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
     for line in lines_of_search(found):
         print(line)
     if args.json is not None:

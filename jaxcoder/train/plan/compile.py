@@ -144,17 +144,19 @@ def relevant(config: RunConfig) -> RunConfig:
 def check_compiler(topology: Topology) -> None:
     """Raises an error in one sentence where this installation has no compiler for the topology."""
     if topology.platform == "cuda":
-        if not any(find_spec(name) for name in ("jax_cuda13_plugin", "jax_cuda12_plugin")):
-            raise MissingExtraError(f"compiling for {topology.name} (no GPU, but the CUDA wheels)", "cuda")
+        packages, extra, wheels = ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", "the CUDA wheels (no GPU)"
+        machines = ("x86_64", "aarch64")
+    else:
+        packages, extra, wheels, machines = ("libtpu",), "plan", "libtpu", ("x86_64",)
+    if any(find_spec(name) for name in packages):
         return
-    here = platform.system(), platform.machine()
-    if find_spec("libtpu") is None and here != ("Linux", "x86_64"):
+    system, machine = platform.system(), platform.machine()
+    if system != "Linux" or machine not in machines:
         raise ConfigError(
-            f"compiling for {topology.name} needs libtpu, which has wheels for Linux on x86_64 only, and this is "
-            f"{' on '.join(here)}: plan on such a machine, or give --no-compile for a model's figures."
+            f"compiling for {topology.name} needs {wheels}, made for Linux on {' and '.join(machines)} only, and this "
+            f"is {system} on {machine}: plan on such a machine, or give --no-compile for a model's figures."
         )
-    if find_spec("libtpu") is None:
-        raise MissingExtraError(f"compiling for {topology.name}", "plan")
+    raise MissingExtraError(f"compiling for {topology.name}", extra)
 
 
 def versions() -> dict[str, str]:

@@ -76,6 +76,14 @@ class Plan:
         return calibrated_range(self.topology.platform)
 
     @property
+    def compilers_time(self) -> StepTime:
+        """`time` with the TPU compiler's own cycles for matmuls and memory traffic where it states them."""
+        cycles = self.compiled.estimated_cycles if self.compiled is not None else None
+        if not cycles:
+            return self.time
+        return replace(self.time, matmul=cycles / self.topology.chip.clock, memory=0.0)
+
+    @property
     def seconds(self) -> tuple[float, float, float]:
         """A step: (as the fastest published run was to its prediction, expected, as the slowest was)."""
         expected = self.time.expected

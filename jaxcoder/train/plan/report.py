@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from jaxcoder.config.serialize import to_dict
+from jaxcoder.config.validate import counted
 from jaxcoder.observability.console import format_table, readable_bytes, readable_duration
 from jaxcoder.train.dry_run import row
 from jaxcoder.train.plan.calibration import comparisons
@@ -38,7 +39,7 @@ def lines_of(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> Iterator[str
 def verdict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
     """One sentence."""
     how = "compiled" if plan.compiled is not None else "by the model alone"
-    name = f"{plan.config.name} on {plan.topology} ({plan.topology.chips:,} chips)"
+    name = f"{plan.config.name} on {plan.topology} ({counted(plan.topology.chips, 'chip')})"
     if not plan.fits:
         if tried and tried[-1][1].fits:
             return f"{name} does not fit ({how}: {_of_memory(plan)}); with {tried[-1][0]} it does."
@@ -46,9 +47,15 @@ def verdict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
         return f"{name} does not fit ({how}: {_of_memory(plan)}){smaller}."
     fast, expected, slow = plan.seconds
     return (
-        f"{name} fits ({how}: {_of_memory(plan)}) and should take {plan.days(expected):,.1f} days, between "
-        f"{plan.days(fast):,.1f} and {plan.days(slow):,.1f}, bound by {plan.time.bound}."
+        f"{name} fits ({how}: {_of_memory(plan)}) and should take {_duration(plan, expected)}, between "
+        f"{_duration(plan, fast)} and {_duration(plan, slow)}, bound by {plan.time.bound}."
     )
+
+
+def _duration(plan: Plan, seconds: float) -> str:
+    """Of the whole run."""
+    days = plan.days(seconds)
+    return f"{days:,.1f} days" if days >= 1 else readable_duration(86400 * days)
 
 
 def _of_memory(plan: Plan) -> str:

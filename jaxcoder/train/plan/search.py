@@ -15,7 +15,8 @@ from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError, JaxcoderError
 from jaxcoder.observability.console import format_table, readable_bytes, readable_duration
 from jaxcoder.train.dry_run import row
-from jaxcoder.train.plan.make import COMPILE, Plan, make_plan
+from jaxcoder.train.plan.make import COMPILE, Plan, make_plan, prepare
+from jaxcoder.train.plan.ranking import layout_of, lines_of_ranking
 from jaxcoder.train.plan.report import as_dict, lines_of
 from jaxcoder.train.plan.topology import Topology
 
@@ -40,12 +41,13 @@ class Search:
     """Those that were compiled, in the order of the model."""
     out_of_time: bool
     failures: list[str]
+    compile_all: bool = False
 
     @property
     def best(self) -> Plan | None:
         """The fastest that fits, of the compiled ones where any was compiled."""
         fitting = [plan for plan in self.compiled or self.ranked if plan.fits]
-        return min(fitting, key=lambda plan: plan.time.expected, default=None)
+        return min(fitting, key=lambda plan: plan.compilers_time.expected, default=None)
 
 
 def search(
@@ -54,18 +56,34 @@ def search(
     compile_one: COMPILE | None,
     *,
     minutes: float,
+    compile_all: bool = False,
     say: Callable[[str], object] = lambda text: None,
 ) -> Search:
-    """config: of `prepare`; its mesh, microbatch and remat are free. compile_one: None ranks without compiling."""
+    """Of config the mesh, microbatch and remat are free. compile_one: None ranks without compiling. ConfigError where
+    nothing can be built.
+
+    compile_all: not the first that fit but all, those that should not fit last, to judge the ranking.
+    """
     plans = [make_plan(candidate, topology, None) for candidate in candidates(config, topology)]
+    if not plans:
+        prepare(config, topology)  # says what is wrong, if it is not the mesh
+        raise ConfigError(
+            f"no mesh of powers of two divides the {config.global_batch_size:,} windows and the heads of {config.name} "
+            f"over the {topology.devices:,} devices of {topology}: change --global-batch-size."
+        )
     likely = [plan for plan in plans if plan.peak_bytes <= MARGIN * plan.memory_of_chip]
     ranked = sorted(likely, key=lambda plan: (plan.time.expected, plan.peak_bytes))
-    say(f"{len(plans):,} layouts, {len(ranked):,} of which should fit; the best of these are compiled.")
+    which = "nothing is compiled" if compile_one is None else "all are compiled" if compile_all else (
+        "the best of these are compiled"
+    )  # fmt: skip
+    say(f"{len(plans):,} layouts, {len(ranked):,} of which should fit; {which}.")
+    unlikely = [plan for plan in plans if plan.peak_bytes > MARGIN * plan.memory_of_chip]
+    to_compile = ranked + sorted(unlikely, key=lambda plan: plan.peak_bytes) if compile_all else ranked
     compiled: list[Plan] = []
     failures: list[str] = []
     end, out_of_time = time.monotonic() + 60 * minutes, False
-    for plan in ranked if compile_one is not None else []:
-        if sum(done.fits for done in compiled) >= COMPILED:
+    for plan in to_compile if compile_one is not None else []:
+        if not compile_all and sum(done.fits for done in compiled) >= COMPILED:
             break
         if time.monotonic() >= end:
             out_of_time = True
@@ -74,14 +92,14 @@ def search(
             done = make_plan(plan.config, topology, compile_one(plan.config, topology))
         except JaxcoderError as error:
             failures.append(f"{layout_of(plan)}: {error}")
-            if len(failures) >= COMPILED:
+            if not compile_all and len(failures) >= COMPILED:
                 break
             continue
         compiled.append(done)
         say(f"{layout_of(done)}: {'fits' if done.fits else 'does not fit'}, {done.time.expected:.3f} s a step")
     return Search(
         topology=topology, candidates=len(plans), ranked=ranked, compiled=compiled, out_of_time=out_of_time,
-        failures=failures,
+        failures=failures, compile_all=compile_all,
     )  # fmt: skip
 
 
@@ -116,15 +134,6 @@ def _powers(first: int, last: int) -> Iterator[int]:
         first *= 2
 
 
-def layout_of(plan: Plan) -> str:
-    """As options of `jaxcoder train`."""
-    mesh, micro = plan.config.mesh, plan.config.microbatch_size
-    data = f"--mesh.data {mesh.data} " if mesh.data > 1 else ""
-    size = f"--microbatch-size {micro} " if micro is not None else ""
-    remat = plan.config.compute.remat
-    return f"{data}--mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} {size}--compute.remat {remat}"
-
-
 def lines_of_search(found: Search) -> Iterator[str]:
     """The ranking, how far the model was off, and the plan of the best."""
     yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit. By the model:"
@@ -134,12 +143,15 @@ def lines_of_search(found: Search) -> Iterator[str]:
         for place, plan in enumerate(found.ranked[:SHOWN])
     ]
     yield from format_table(["", "layout", "s a step", "memory a chip"], table).splitlines()
-    if found.compiled:
+    if found.compiled and found.compile_all:
+        yield ""
+        yield from lines_of_ranking(found.compiled)
+    elif found.compiled:
         yield ""
         yield "Compiled:"
         yield ""
         yield from format_table(
-            ["layout", "fits", "s a step", "by the model", "memory", "by the model", "compile"],
+            ["layout", "fits", "s a step", "by the model", "its cycles", "memory", "by the model", "compile"],
             [_compared(plan) for plan in found.compiled],
         ).splitlines()
         yield ""
@@ -164,6 +176,7 @@ def _compared(plan: Plan) -> list[str]:
         "yes" if plan.fits else "no",
         f"{plan.time.expected:.3f}" if plan.fits else "-",
         f"{plan.modelled.expected:.3f}",
+        f"{plan.compilers_time.expected:.3f}" if plan.fits else "-",
         "-" if plan.peak_bytes is None else readable_bytes(plan.peak_bytes),
         readable_bytes(estimated),
         readable_duration(plan.compiled.compile_seconds),
@@ -185,7 +198,7 @@ def accuracy(found: Search) -> str:
         said.append(f"its time {min(times):.2f} to {max(times):.2f} of that with the compiler's FLOPs and transfers")
     fitting = [plan for plan in found.compiled if plan.fits]
     if len(fitting) > 1:
-        held = fitting == sorted(fitting, key=lambda plan: plan.time.expected)
+        held = fitting == sorted(fitting, key=lambda plan: plan.compilers_time.expected)
         said.append("the compiled ones keep its order" if held else "the compiled ones are in another order")
     return "; ".join(said) or "nothing that was compiled fits"
 
@@ -198,7 +211,10 @@ def search_json(found: Search) -> str:
             {"layout": layout_of(plan), "seconds": plan.time.expected, "bytes_per_chip": plan.peak_bytes}
             for plan in found.ranked
         ],
-        "compiled": [as_dict(plan) | {"layout": layout_of(plan)} for plan in found.compiled],
+        "compiled": [
+            as_dict(plan) | {"layout": layout_of(plan), "compilers_seconds": plan.compilers_time.expected}
+            for plan in found.compiled
+        ],
         "accuracy": accuracy(found),
         "best": None if found.best is None else layout_of(found.best),
     }

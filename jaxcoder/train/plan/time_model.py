@@ -22,15 +22,18 @@ MATMUL = {"tpu": 0.80, "cuda": 0.80}
 of a plain bf16 matmul on an H200."""
 ATTENTION = {
     ("TPU v5p", "flash_tpu"): 0.91, ("TPU v6e", "flash_tpu"): 0.47,
-    ("TPU v4", "flash_tpu"): 0.75, ("TPU v5e", "flash_tpu"): 0.75, ("TPU7x", "flash_tpu"): 0.47,
+    ("TPU v4", "flash_tpu"): 0.91, ("TPU v5e", "flash_tpu"): 0.91, ("TPU7x", "flash_tpu"): 0.47,
     ("TPU v5p", "splash"): 0.58, ("TPU v6e", "splash"): 0.23,
     ("TPU v4", "splash"): 0.58, ("TPU v5e", "splash"): 0.58, ("TPU7x", "splash"): 0.23,
     ("TPU v4", "blockwise"): 0.35, ("TPU v5e", "blockwise"): 0.35, ("TPU v5p", "blockwise"): 0.35,
     ("A100", "flash"): 0.55, ("H100", "flash"): 0.55, ("H200", "flash"): 0.55,
 }  # fmt: skip
-"""Of peak, forward and backward together, of the causal half, without dropout. v5p and v6e: static cycles at 8,192
-tokens (docs/performance.md, Attention on TPUs); v4 and v5e as their 128-wide, TPU7x as its 256-wide sibling. GPUs: what
-is published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
+"""Of peak, forward and backward together, of the causal half, without dropout. v5e, v5p, v6e: static cycles at 8,192
+tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide, TPU7x as its 256-wide sibling. GPUs: what is
+published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
+DROPOUT = {"flash_tpu": (1.44, 1.09)}
+"""How much longer our kernel takes with dropout, (forward, backward): static cycles on v5p (docs/performance.md,
+Attention on TPUs); the other chips as v5p, other kernels unknown and left at 1."""
 ATTENTION_ELSEWHERE = 0.2
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
 """Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
@@ -73,11 +76,15 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What the most time goes to."""
+        """What the most of the expected time goes to; transfers beside computing only where they take longer."""
+        beside = self.interconnect.get("fsdp", 0.0) if self.beside is None else self.beside
+        waited = sum(self.interconnect.values()) - beside
+        slower = max(beside, self.host) > self.compute
         named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
-        named["transfers to the host"] = self.host
-        named |= {f"transfers over `{axis}`": seconds for axis, seconds in self.interconnect.items()}
-        return max(named, key=named.get)
+        if slower:
+            named = {"transfers to the host": self.host} if self.host > beside else {"transfers between chips": beside}
+        longest = max(named, key=named.get)
+        return longest if named[longest] >= waited else "transfers that are waited for"
 
 
 def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) -> StepTime:
@@ -89,9 +96,11 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) 
     if "fsdp" in seconds and topology.chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2:
         seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
+    longer = DROPOUT.get(attention, (1.0, 1.0)) if work.attention_dropout else (1.0, 1.0)
+    attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer))
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
-        attention=work.attention_flops / chip.peak_flops / reached,
+        attention=attention_flops / chip.peak_flops / reached,
         memory=work.memory_bytes / chip.memory_bandwidth,
         interconnect=seconds,
         beside=beside,

@@ -105,6 +105,8 @@ class Layout:
     """Of a gradient when it is summed over devices: ours are in the compute type."""
     offloaded_bytes: float = 0.0
     """A token and layer, of one device: activations that the host's memory holds until the backward pass."""
+    attention_dropout: bool = False
+    """Whether the attention kernel draws a hash for every probability."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Layout":
@@ -114,6 +116,7 @@ class Layout:
             recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
             gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
             offloaded_bytes=offloaded_per_token(config) * (BF16 if config.compute.dtype == "bfloat16" else FP32),
+            attention_dropout=config.model.attention_dropout > 0,
         )  # fmt: skip
 
 
@@ -123,12 +126,14 @@ class Work:
 
     matmul_flops: float
     """Computed again included."""
-    attention_flops: float
+    attention_flops: tuple[float, float]
+    """(forward, again included; backward)."""
     memory_bytes: float
     """Traffic of what is no matmul."""
     host_bytes: float = 0.0
     """To the host's memory and back."""
     transfers: dict[str, float] = field(default_factory=dict)
+    attention_dropout: bool = False
 
 
 def work_of(decoder: Decoder, layout: Layout) -> Work:
@@ -146,8 +151,8 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
     head = decoder.head_weights / mesh.tensor
     matmul = tokens * (layers * (6 * block + 2 * again) + 6 * head)
-    passes = 1 + BACKWARD_ATTENTION + ("attention" in layout.recomputed)
-    attention = tokens * layers * passes * decoder.attention_flops() / mesh.tensor
+    attention = tokens * layers * decoder.attention_flops() / mesh.tensor
+    forwards = 1 + ("attention" in layout.recomputed)
 
     of_d, of_f = ELEMENTWISE
     if "mlp_in" in layout.recomputed:
@@ -157,10 +162,11 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     memory = tokens * layers * BF16 * values + shard * OPTIMIZER_BYTES
     return Work(
         matmul_flops=matmul,
-        attention_flops=attention,
+        attention_flops=(forwards * attention, BACKWARD_ATTENTION * attention),
         memory_bytes=memory,
         host_bytes=2 * tokens * layers * layout.offloaded_bytes,
         transfers=_transfers(decoder, layout, tokens),
+        attention_dropout=layout.attention_dropout,
     )
 
 

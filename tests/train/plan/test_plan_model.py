@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from jaxcoder_configs.starcoder import starcoderbase, starcoderbase_1b
 
 from jaxcoder.config import MeshConfig
-from jaxcoder.errors import JaxcoderError
+from jaxcoder.errors import ConfigError, JaxcoderError
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.plan.calibration import calibrated_range, comparisons
 from jaxcoder.train.plan.compile import Compiled
 from jaxcoder.train.plan.hlo import Collective
 from jaxcoder.train.plan.make import find_fit, make_plan, prepare
 from jaxcoder.train.plan.published import LACKING, RUNS
+from jaxcoder.train.plan.ranking import lines_of_ranking, spearman
 from jaxcoder.train.plan.search import accuracy, lines_of_search, search
 from jaxcoder.train.plan.time_model import axis_bandwidths, step_time
 from jaxcoder.train.plan.topology import parse_topology
@@ -54,7 +55,7 @@ def test_work_is_divided_and_not_lost(decoder, layout):
     devices = mesh.data * mesh.fsdp * mesh.tensor
     alone, spread = work_of(decoder, one), work_of(decoder, layout)
     assert spread.matmul_flops * devices == pytest.approx(alone.matmul_flops)
-    assert spread.attention_flops * devices == pytest.approx(alone.attention_flops)
+    assert [devices * flops for flops in spread.attention_flops] == pytest.approx(alone.attention_flops)
     assert alone.transfers == {}
     assert spread.transfers.keys() == {axis for axis in ("data", "fsdp", "tensor") if getattr(mesh, axis) > 1}
     more = dataclasses.replace(layout, recomputed=layout.recomputed | {"mlp_in", "attention"})
@@ -190,6 +191,61 @@ def test_search_where_the_compiler_gives_up(base):
 
     found = search(*base, compile_one, minutes=1)
     assert len(found.failures) == 3 and found.compiled == []
+
+
+def words(lines) -> str:
+    return " ".join("\n".join(lines).split())
+
+
+def test_search_that_compiles_everything():
+    """The compiler's order is the reverse of the model's here, and two judgements of what fits are wrong."""
+    topology = parse_topology("v5e:2x2")
+    run = dataclasses.replace(starcoderbase_1b(), global_batch_size=4)
+    first = search(run, topology, None, minutes=1).ranked
+    place = {plan.config: i for i, plan in enumerate(first)}
+
+    def compile_one(config, topology) -> Compiled:
+        answer = compiler()[0](config, topology)
+        if config == first[0].config:
+            return dataclasses.replace(answer, fits=False, temporary_bytes=None, needed_bytes=17 * 2**30)
+        return dataclasses.replace(answer, estimated_cycles=1e9 * (len(first) + 1 - place.get(config, len(first))))
+
+    found = search(run, topology, compile_one, minutes=1, compile_all=True)
+    assert len(found.compiled) == found.candidates > len(first)
+    assert found.best.config not in {plan.config for plan in first}  # the cycles are the lowest there
+    said = words(lines_of_ranking([plan for plan in found.compiled if plan.config in place]))
+    assert "correlation of ranks of modelled and compiled times -1.00" in said
+    assert "do not contain the compiler's best" in said and "judged to fit, but does not: 1" in said
+    everything = words(lines_of_ranking(found.compiled))
+    judged_wrong = sum(not plan.fits for plan in search(run, topology, None, minutes=1).ranked)
+    unlikely = found.candidates - len(first) + judged_wrong
+    assert f"judged not to fit, but does: {unlikely}" in everything
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [([1, 2, 3], [10, 20, 40], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1, 2], [1, 2, 3], 3**0.5 / 2)],
+)
+def test_correlation_of_ranks(first, second, expected):
+    assert spearman(first, second) == pytest.approx(expected)
+
+
+def test_search_needs_no_mesh_that_works_and_says_what_does_not():
+    """512 windows on 1,024 devices: not along `fsdp` alone, but with `tensor`."""
+    wide = parse_topology("v5p:8x8x16")
+    assert all(plan.config.mesh.tensor > 1 for plan in search(starcoderbase(), wide, None, minutes=1).ranked)
+    with pytest.raises(ConfigError, match="global_batch_size 512 is not a multiple"):
+        search(starcoderbase(), parse_topology("v5p:4x4x12"), None, minutes=1)
+
+
+def test_dropout_takes_time_in_our_kernels():
+    layout, decoder, topology = _layout(8, 64, 1), Decoder.of(starcoderbase().model), parse_topology("v5p:8x8x8")
+    without = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu").attention
+    dropping = work_of(decoder, dataclasses.replace(layout, attention_dropout=True))
+    longer = step_time(dropping, topology, layout.mesh, "flash_tpu").attention
+    assert longer == pytest.approx(without * (1.44 + 2.5 * 1.09) / 3.5)
+    assert step_time(dropping, topology, layout.mesh, "splash").attention > 0
+    assert Layout.of(prepare(starcoderbase(), topology)).attention_dropout
 
 
 def test_search_where_nothing_fits():
