@@ -15,9 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jaxcoder.data.trace import TracedDocument
     from jaxcoder.observability.run_record import RunRecord
 
 _MOST_DOCUMENTS = 20_000_000  # the table of more would take gigabytes of memory
+_MOST_FILES = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ def tracer(record: "RunRecord") -> Callable[[int], list[str]] | None:
         return None
     from jaxcoder.data.open import open_stream
     from jaxcoder.data.schedule import StepHistory
-    from jaxcoder.data.trace import Tracer, describe_batch
+    from jaxcoder.data.trace import Tracer
     from jaxcoder.errors import JaxcoderError
 
     config = record.config
@@ -100,8 +102,19 @@ def tracer(record: "RunRecord") -> Callable[[int], list[str]] | None:
 
     def lines(step: int) -> list[str]:
         try:
-            return list(describe_batch(trace, step))
+            return [f"step {step:,}, row {traced.row}: {named(traced.documents)}" for traced in trace.batch(step)]
         except JaxcoderError as error:
             return [f"step {step:,} cannot be traced: {error}"]
 
     return lines
+
+
+def named(documents: "Sequence[TracedDocument]") -> str:
+    """The files of a row, those with most tokens in it first."""
+    largest = sorted(documents, key=lambda document: document.start - document.stop)[:_MOST_FILES]
+    files = [
+        f"{' '.join(filter(None, (document.repo_name, document.path))) or 'a file without a name'}"
+        for document in largest
+    ]
+    rest = f" and {len(documents) - _MOST_FILES} more" if len(documents) > _MOST_FILES else ""
+    return ", ".join(files) + rest

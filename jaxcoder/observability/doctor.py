@@ -1,7 +1,7 @@
 """`doctor`: every rule over one RunRecord, the findings in order of weight, and as text for a terminal.
 
-A rule is a function from a record to findings, in doctor_learning.py, doctor_time.py and doctor_life.py; its docstring
-says when it speaks. It is silent where what it needs was not recorded.
+A rule is a function from a record to findings, in doctor_learning.py, doctor_data.py, doctor_time.py and
+doctor_life.py; its docstring says when it speaks. It is silent where what it needs was not recorded.
 """
 
 import re
@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from jaxcoder.observability import doctor_learning, doctor_life, doctor_time
+from jaxcoder.observability import doctor_data, doctor_learning, doctor_life, doctor_time
 from jaxcoder.observability.findings import SEVERITIES, Finding, Rule
 from jaxcoder.observability.run_record import RunRecord
 from jaxcoder.observability.summary import status
@@ -28,11 +28,11 @@ RULES: tuple[tuple[Rule, str], ...] = (
     (doctor_learning.gradients_rise, "gradient norms"),
     (doctor_learning.gradient_spikes, "gradient spikes"),
     (doctor_learning.skipped_steps, "skipped steps"),
-    (doctor_learning.languages_behind, "every language and corpus"),
-    (doctor_learning.held_out_rises, "memorising"),
-    (doctor_learning.context_unused, "loss by position"),
-    (doctor_learning.fim_shares, "FIM shares"),
-    (doctor_learning.repeated_batches, "repeated batches"),
+    (doctor_data.languages_behind, "every language and corpus"),
+    (doctor_data.held_out_rises, "memorising"),
+    (doctor_data.context_unused, "loss by position"),
+    (doctor_data.fim_shares, "FIM shares"),
+    (doctor_data.repeated_batches, "repeated batches"),
     (doctor_time.data_wait, "waiting for data"),
     (doctor_time.slow_hosts, "slow hosts"),
     (doctor_time.checkpoints_block, "what checkpoints cost"),
@@ -55,23 +55,29 @@ def examine(record: RunRecord, trace: Trace | None = None) -> list[Finding]:
     """All findings, errors first. trace: when given, the batches of the steps that findings point at are traced."""
     found = [finding for rule, _ in RULES for finding in rule(record)]
     found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return found if trace is None else [_traced(finding, trace) for finding in found]
+    told: set[int] = set()
+    return found if trace is None else [_traced(finding, trace, told) for finding in found]
 
 
-def _traced(finding: Finding, trace: Trace) -> Finding:
+def _traced(finding: Finding, trace: Trace, told: set[int]) -> Finding:
+    """told: the steps that were traced for findings before it, and need not be again."""
     lines: list[str] = []
     for step in finding.traced:
+        if step in told:
+            lines.append(f"step {step:,}: its files are above")
+            continue
+        told.add(step)
         own = list(trace(step))
         lines += own[:_MOST_TRACED_LINES]
         if len(own) > _MOST_TRACED_LINES:
-            lines.append(f"    and {len(own) - _MOST_TRACED_LINES} more lines")
+            lines.append(f"and {len(own) - _MOST_TRACED_LINES} more lines")
     return replace(finding, evidence=finding.evidence + tuple(lines))
 
 
 def describe(record: RunRecord, findings: Sequence[Finding], width: int = 100) -> str:
     """The findings for a terminal; what was looked at, when there are none."""
     name = record.config.name if record.config is not None else record.path
-    head = f"{name}: {status(record)}; step {record.last_step:,}"
+    head = f"{name}: {status(record).rstrip('.')}; step {record.last_step:,}"
     checked = textwrap.fill(f"Looked at: {', '.join(what for _, what in RULES)}.", width)
     if not findings:
         return f"{head}\n\nNothing found.\n{checked}"

@@ -1,6 +1,8 @@
 """Rules about how a run lived and ended: failures, restarts, the watchdog, the schedule, checkpoints that are torn."""
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -80,7 +82,7 @@ def restarts_loop(record: RunRecord) -> Iterator[Finding]:
         last = attempt.last_step or 0
         if not attempt.failed:
             row = []
-        elif row and last <= reached:
+        elif row and last <= reached and attempt.ready == row[0][1].ready:  # nor was anything saved between them
             row.append((number, attempt))
         else:
             row = [(number, attempt)]
@@ -102,9 +104,8 @@ def restarts_loop(record: RunRecord) -> Iterator[Finding]:
         traced=() if never else (steps[-1] + 1,),
         try_next=(
             "a failure that comes back at the same step comes from its data or from its checkpoint: read the "
-            "sentence above, look at "
-            "the batch, or move the newest checkpoint away so that the one before it is used: "
-            f"`jaxcoder checkpoint inspect {record.path} --verify`",
+            "sentence above, look at the batch, or move the newest checkpoint away so that the one before it is "
+            f"used: `jaxcoder checkpoint inspect {record.path} --verify`",
             "try one start on other machines",
         ),
     )
@@ -123,41 +124,39 @@ def watchdog(record: RunRecord) -> Iterator[Finding]:
     sentences = [text(end.get("message")) for _, end in ended] + [stack.sentence for stack in record.stacks]
     told = list(dict.fromkeys(sentence for sentence in sentences if sentence))
     stuck = [f"stacks/{stack.name}: {place}" for stack in record.stacks if (place := main_frame(stack))]
-    steps = sorted({stack.step for stack in record.stacks})
-    again = record.goodput.attempts and record.goodput.attempts[-1].reason == "watchdog"
+    again = record.reason == "watchdog"
     count = max(len({number for number, _ in ended}), 1 if record.stacks else 0)
+    suspects = Counter(said for sentence in told if (said := sentence.rpartition("): ")[2].rstrip(".")))
+    suspect = f": {suspects.most_common(1)[0][0]}" if suspects else ""
+    limit = "start" if told and all("watchdog.start_seconds" in sentence for sentence in told) else "step"
     yield Finding(
         rule="watchdog",
         severity="error" if again else "warning",
-        what=f"The watchdog ended {_number(count, 'start')}: a step did not end in time"
-        + (f" (after step {ranges(steps)})." if steps else "."),
+        what=f"The watchdog ended {_number(count, 'start')}{suspect}.",
         evidence=tuple(told[:6]) + tuple(stuck[:8]),
         try_next=(
-            f"read the stacks in {record.path}/stacks: the process that the sentence names is the one to look at, on "
-            "its host",
-            "if steps or saves are slower than the limit at times, raise it: "
-            + train_command(record, "--watchdog.step-seconds 1800"),
+            "look at the process that is named, on its host: its log, `dmesg -T`, `nvidia-smi`; where others waited "
+            f"is in {record.path}/stacks",
+            "if steps, saves or starts are slower than the limit at times, raise it: "
+            + train_command(record, f"--watchdog.{limit}-seconds {1800 if limit == 'step' else 7200}"),
         ),
     )
 
 
 def main_frame(stack: Stack) -> str:
-    """Where the main thread of a process stood: "loop.py:210 in take_step", or "" when the text does not say.
+    """Where the main thread of a process stood: "array.py:623 in _value, from loop.py:298 in take_step"; "" if unknown.
 
-    Of faulthandler's text: threads apart by blank lines, the most recent call first; the main thread comes last.
+    Of faulthandler's text: threads apart by blank lines, the most recent call first, the main thread last.
     """
-    frames = [line.strip() for line in stack.text.splitlines() if line.strip().startswith('File "')]
-    if not frames:
-        return ""
     blocks = [block for block in stack.text.split("\n\n") if 'File "' in block]
-    main = next((block for block in blocks if "MainThread" in block or "main thread" in block), blocks[-1])
-    lines = [line.strip() for line in main.splitlines() if line.strip().startswith('File "')]
-    first = lines[-1] if "most recent call last" in main else lines[0]
-    path, _, rest = first.removeprefix('File "').partition('"')
-    words = rest.strip(", ").split()
-    line = words[1].rstrip(",") if len(words) > 1 else "?"
-    function = words[3] if len(words) > 3 else "?"
-    return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"
+    if not blocks:
+        return ""
+    frames = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', blocks[-1])
+    told = [f"{path.rsplit('/', 1)[-1]}:{line} in {function}" for path, line, function in frames]
+    ours = [place for place, (path, _, _) in zip(told, frames, strict=True) if "/jaxcoder/" in path]
+    if not told:
+        return ""
+    return told[0] if not ours or ours[0] == told[0] else f"{told[0]}, from {ours[0]}"
 
 
 def schedule_ended(record: RunRecord) -> Iterator[Finding]:
@@ -192,8 +191,7 @@ def schedule_ended(record: RunRecord) -> Iterator[Finding]:
             f"{config.num_steps:,}.",
             evidence=(
                 f"optimizer.decay_steps {optimizer.decay_steps:,}, floor {rate(optimizer.final_learning_rate)}; "
-                f"{reached:,} steps "
-                "logged at it",
+                f"{reached:,} steps logged at it",
             ),
             try_next=(
                 changed(record, "--optimizer.decay-steps None"),
@@ -237,12 +235,10 @@ def _not_as_configured(record: RunRecord, config: RunConfig) -> Iterator[Finding
         rule="schedule_ended",
         severity="warning",
         what=f"The learning rate of {len(steps):,} logged steps is not that of the configuration: num_steps or "
-        "optimizer was changed "
-        "on the way.",
+        "optimizer was changed on the way.",
         evidence=(
             f"steps {steps[0]:,} to {steps[-1]:,}; at step {rates.steps[worst]:,} it was "
-            f"{rate(float(rates.values[worst]))}, and "
-            f"the configuration gives {rate(float(expected[worst]))}",
+            f"{rate(float(rates.values[worst]))}, and the configuration gives {rate(float(expected[worst]))}",
             f"last {rate(rates.last)} at step {rates.steps[-1]:,} of {config.num_steps:,}",
         ),
         try_next=(

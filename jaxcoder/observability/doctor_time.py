@@ -33,8 +33,7 @@ def data_wait(record: RunRecord) -> Iterator[Finding]:
         what=f"Steps wait for data: {share:.0%} of their time" + (", in a few long waits." if rare else "."),
         evidence=(
             f"{waits.values.sum():,.1f} s of {times.sum():,.1f} s in {len(waits):,} steps; {late.mean():.0%} of the "
-            "steps wait "
-            f"for more than a tenth of their time, the longest {waits.values.max():.2f} s (step "
+            f"steps wait for more than a tenth of their time, the longest {waits.values.max():.2f} s (step "
             f"{waits.steps[int(waits.values.argmax())]:,})",
         ),
         try_next=(
@@ -90,8 +89,7 @@ def checkpoints_block(record: RunRecord) -> Iterator[Finding]:
             f"{readable_duration(float(blocked.values[longest]))} at worst.",
             evidence=(
                 f"{len(blocked)} saves blocked {readable_duration(float(blocked.values.sum()))} in all; the longest "
-                "at step "
-                f"{blocked.steps[longest]:,}; a step takes {readable_duration(step)}",
+                f"at step {blocked.steps[longest]:,}; a step takes {readable_duration(step)}",
             ),
             try_next=(
                 "save to a faster place (a bucket in the region, a local disk), or less often: "
@@ -163,8 +161,7 @@ def checkpoints_rare(record: RunRecord) -> Iterator[Finding]:
         rule="checkpoints_rare",
         severity="warning",
         what=f"Failures cost much work: {goodput.lost_steps:,} steps were done again, "
-        f"{goodput.seconds['lost'] / goodput.wall:.1%} of "
-        "the time of the run.",
+        f"{goodput.seconds['lost'] / goodput.wall:.1%} of the time of the run.",
         evidence=tuple(
             f"start {number}: steps {attempt.last_step - attempt.lost_steps + 1:,} to {attempt.last_step:,}, "
             f"{readable_duration(attempt.seconds['lost'])}"
@@ -233,8 +230,7 @@ def compiles_again(record: RunRecord) -> Iterator[Finding]:
         ),
         try_next=(
             "put the cache where every start of every host finds it: `export "
-            "JAX_COMPILATION_CACHE_DIR=gs://BUCKET/cache` (or a "
-            "shared disk) before the command",
+            "JAX_COMPILATION_CACHE_DIR=gs://BUCKET/cache` (or a shared disk) before the command",
         ),
     )
 
@@ -245,6 +241,7 @@ def throughput_decays(record: RunRecord) -> Iterator[Finding]:
     what = "FLOP/s of a device"
     if not len(speeds):
         speeds, what = record.columns["tokens_per_second"].finite(), "tokens a second"
+    speeds = speeds.between(_same_devices_since(record) + 1, 2**62)
     if len(speeds) < 100:
         return
     levels = block_medians(speeds, 10)
@@ -278,6 +275,16 @@ def throughput_decays(record: RunRecord) -> Iterator[Finding]:
     )
 
 
+def _same_devices_since(record: RunRecord) -> int:
+    """The step after which all starts ran on the devices, and the mesh, of the last one."""
+    since, keys = 0, ("devices", "device_kind", "processes", "mesh")
+    attempts = [attempt for attempt in record.goodput.attempts if attempt.begin and attempt.ready is not None]
+    for before, attempt in zip(attempts[:-1], attempts[1:], strict=True):
+        if any(before.begin.get(key) != attempt.begin.get(key) for key in keys):
+            since = attempt.ready or 0
+    return since
+
+
 def memory_grows(record: RunRecord) -> Iterator[Finding]:
     """Memory that grows all through a start, by a tenth or more."""
     for key, whose, least in (("host_memory", "process 0", 2**28), ("device_memory", "a device", 2**26)):
@@ -296,8 +303,8 @@ def memory_grows(record: RunRecord) -> Iterator[Finding]:
                 f"start {number}.",
                 evidence=(
                     f"{readable_bytes(growth / max(steps, 1) * 1000)} in a thousand steps, in steps "
-                    f"{series.steps[0]:,} to "
-                    f"{series.steps[-1]:,}; medians {', '.join(readable_bytes(level) for level in levels)}",
+                    f"{series.steps[0]:,} to {series.steps[-1]:,}; medians "
+                    f"{', '.join(readable_bytes(level) for level in levels)}",
                 ),
                 try_next=(
                     "until it is found, a restart now and then keeps a host from being killed: `kill -TERM` saves "

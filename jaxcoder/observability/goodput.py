@@ -169,7 +169,9 @@ def _attempt(raw: _Raw, offset: float, duration: float, restart: int | None, *, 
     by = raw.spent[-1].by if raw.spent else dict.fromkeys(SPENT, 0.0)
     last_step = raw.spent[-1].step if raw.spent else None
     ends = [event for event in raw.events if event["event"] == "end"]
-    reached = [step for end in ends if (step := whole(end.get("step"))) is not None]
+    # A watchdog names the step that did not end, not the last one that did.
+    told = [end for end in ends if end.get("reason") != "watchdog"]
+    reached = [step for end in told if (step := whole(end.get("step"))) is not None]
     last_step = max([step for step in (last_step, raw.ready, *reached) if step is not None], default=None)
     kept = _step_seconds_at(raw, by["step"], restart)
     lost_steps = 0

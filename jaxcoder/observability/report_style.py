@@ -28,12 +28,13 @@ small,footer,dt{color:var(--dim)}footer{margin-top:3rem;font-size:.85rem;overflo
 .numbers b,.numbers span{display:block}.numbers b{font-weight:600}.numbers span{color:var(--dim);font-size:.85rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.2rem 1rem;font-size:.92rem}
 dd{margin:0;overflow-wrap:anywhere}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem 1.5rem;margin:1rem 0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1.2rem 1.5rem;
+margin:1rem 0}
 figure{margin:0;min-width:0;max-width:46rem;break-inside:avoid}figcaption{font-weight:600;font-size:.95rem}
 figcaption small{font-weight:400}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--dim);font:12px system-ui,sans-serif}svg.bar{height:2rem}
 .grid{stroke:var(--rule);fill:none}.axis{stroke:var(--dim);fill:none}
-.mark{stroke:var(--ink);stroke-dasharray:2 3;opacity:.55;fill:none}
+.mark{stroke:var(--ink);stroke-dasharray:2 3;opacity:.4;fill:none}
 polyline{fill:none;stroke-width:1.7;stroke-linejoin:round}.faint{opacity:.28;stroke-width:1}
 .dashed{stroke-dasharray:5 4;stroke-width:1.2}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem .9rem;margin:.2rem 0 0;font-size:.83rem;color:var(--dim)}

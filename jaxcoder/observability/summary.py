@@ -25,7 +25,7 @@ CATEGORY_NAMES = {
     "init": "starting up",
     "restore": "restoring or making weights",
     "compile": "compiling (first steps)",
-    "other": "other",
+    "other": "other (hangs, what is not measured)",
     "down": "down, between starts",
 }
 REASONS = {"died": "died without a word", "open": "not ended", "error": "an error", "finished": "finished"}
@@ -218,6 +218,11 @@ def host_rows(record: RunRecord) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
 
+def _shortened(sentence: str, most: int = 90) -> str:
+    """For a table in a terminal; the page has all of it."""
+    return sentence if len(sentence) <= most else f"{sentence[: most - 4].rstrip()} ..."
+
+
 def ranges(steps: Sequence[int], most: int = 12) -> str:
     """ "3, 7 to 9, 20 and 4 more": the steps, runs of them folded."""
     folded: list[list[int]] = []
@@ -240,7 +245,10 @@ def describe(record: RunRecord, parameters: int | None = None) -> str:
     if rows := goodput_rows(record):
         lines += ["", format_table(("where the time went", "time", "share"), rows)]
     if len(record.goodput.attempts) > 1 or any(attempt.failed for attempt in record.goodput.attempts):
-        lines += ["", format_table(ATTEMPT_COLUMNS, attempt_rows(record)[-20:])]
+        lines += [
+            "",
+            format_table(ATTEMPT_COLUMNS, [(*row[:-1], _shortened(row[-1])) for row in attempt_rows(record)[-20:]]),
+        ]
     for kind, title in (("corpus", "corpus"), ("lang", "language")):
         if rows := held_out_rows(record, kind):
             table = [(row[0], f"{row[1]:.4f}", f"{row[2]:.4f} at {row[3]:,}", f"{row[4]:.4f}") for row in rows[:12]]
@@ -250,7 +258,7 @@ def describe(record: RunRecord, parameters: int | None = None) -> str:
         took = f", whole after {readable_duration(np.median(seconds.values))}" if len(seconds) else ""
         stops = f", steps wait {readable_duration(np.median(blocked.values))}" if len(blocked) else ""
         lines += ["", f"checkpoints: {len(sizes)} of {readable_bytes(sizes.last)}{took}{stops} (medians)"]
-    if rows := host_rows(record):
+    if (rows := host_rows(record)) and rows[0][1] > 1:
         lines += ["", f"slowest host: {rows[0][0]} in {rows[0][1]} of {sum(row[1] for row in rows)} looks, "
                       f"{rows[0][2]:.3f} s a step behind the median"]  # fmt: skip
     skipped = record.columns["skipped"]

@@ -12,14 +12,19 @@ from jaxcoder.observability.doctor import RULES, describe, examine
 from jaxcoder.observability.findings import SEVERITIES, train_command
 from jaxcoder.observability.run_record import read_run
 
-STACK = """process 2 (host-2) has been silent for 61 s: step 400 did not end within 60 s.
+STACK = """step 400 has taken longer than 60 seconds (watchdog.step_seconds): process 2 (host-2) has not\
+ answered for 61 seconds.
+Current thread 0x00007f02 (most recent call first):
+  File "/site/jaxcoder/runtime/watchdog.py", line 193 in _last_words
 
-Thread 0x00007f01 (most recent call first):
+Thread 0x00007f03 (most recent call first):
   File "/usr/lib/python3.12/threading.py", line 355 in wait
 
-Current thread 0x00007f02 (most recent call first):
-  File "/site/jaxcoder/data/loader.py", line 88 in __next__
-  File "/site/jaxcoder/train/loop.py", line 201 in take_step
+Thread 0x00007f01 (most recent call first):
+  File "/site/jax/_src/array.py", line 623 in _value
+  File "/site/jax/_src/api.py", line 2275 in _device_get
+  File "/site/jaxcoder/train/step_log.py", line 93 in flush
+  File "/site/jaxcoder/train/loop.py", line 298 in take_step
 """
 
 
@@ -286,7 +291,7 @@ WRECKS = {
     slower: ("throughput_decays", "warning", "little by little"),
     growing: ("memory_grows", "warning", "process 0"),
     growing_device: ("memory_grows", "warning", "a device"),
-    stuck_process: ("watchdog", "error", "process 2 (host-2) has been silent"),
+    stuck_process: ("watchdog", "error", "1 start: process 2 (host-2) has not answered for 61 seconds."),
     damaged: ("damaged_checkpoints", "warning", "step 1,000: it has no manifest.json"),
     silent: ("not_moving", "error", "1:23:20"),
     other_code: ("code_changed", "note", "code c0de to beef"),
@@ -330,7 +335,7 @@ def test_the_silent_process_and_where_the_others_stood(tmp_path):
     run = healthy()
     stuck_process(run)
     (finding,) = findings_of(run, tmp_path, "watchdog")
-    assert "stacks/step-400-process-0.txt: loader.py:88 in __next__" in finding.evidence
+    assert "stacks/step-400-process-0.txt: array.py:623 in _value, from step_log.py:93 in flush" in finding.evidence
 
 
 def test_batches_are_traced(tmp_path):
