@@ -23,6 +23,7 @@ from jaxcoder.runtime.start import (
     initialize,
     process_started,
     resume_command,
+    share_cache,
     user_cache,
 )
 from jaxcoder.runtime.stop import CommonStop, GracefulStop, Terminated, on_signal, sigterm_raises
@@ -52,6 +53,7 @@ __all__ = [
     "out_of_memory_explained",
     "process_started",
     "resume_command",
+    "share_cache",
     "sigterm_raises",
     "user_cache",
 ]

@@ -80,6 +80,21 @@ def default_cache_dir() -> str | None:
     return str(directory) if os.access(directory, os.W_OK) else None
 
 
+def share_cache(directory: str) -> None:
+    """Keeps compiled programs in `directory` from now on, which all hosts of a run see, unless the user has chosen.
+
+    A pod's machines come and go with their own disks; without this each start of the run compiles again.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
+        return
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_compilation_cache_max_size", -1)  # counting takes a lock, which remote storage lacks
+    compilation_cache.reset_cache()
+
+
 def user_cache(*parts: str) -> Path:
     """A directory of ours below the user's cache directory; it need not exist."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")

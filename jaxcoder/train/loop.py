@@ -42,6 +42,7 @@ from jaxcoder.runtime import (
     out_of_memory_explained,
     process_started,
     resume_command,
+    share_cache,
 )
 from jaxcoder.runtime.watchdog import DATA, STEP
 from jaxcoder.sharding.mesh import make_mesh
@@ -128,6 +129,8 @@ def train(
             stack.enter_context(held_alone(directory.path))
 
         peers.agree("claim", None, claim)  # process 0 alone touches the directory
+        if peers.count > 1:
+            share_cache(directory.compiled)
         attempt = peers.agree("attempt", new_attempt(), lambda ids: ids[0])
         events = stack.enter_context(
             contextlib.closing(EventLog(directory.events_file, attempt=attempt, is_writing=peers.index == 0))

@@ -7,6 +7,7 @@
     <output_dir>/profile/         of --profile-steps, or of a SIGUSR1
     <output_dir>/events.jsonl     starts, ends and the account of time, of all attempts
     <output_dir>/stacks/          of processes that stood still
+    <output_dir>/.compiled/       programs, for the next start of a run of several processes
 """
 
 from jaxcoder.config import RunConfig, serialize
@@ -30,6 +31,7 @@ class RunDirectory:
         self.tensorboard = f"{self.path}/tensorboard"
         self.profile = f"{self.path}/profile"
         self.events_file = f"{self.path}/events.jsonl"
+        self.compiled = f"{self.path}/.compiled"
 
     def stacks_file(self, step: int, process: int) -> str:
         """Where a process that stood still writes its stacks; a local path, also of a remote run."""

@@ -15,7 +15,7 @@ from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.document import Document
 from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
-from jaxcoder.train.evaluate import HeldOut
+from jaxcoder.train.evaluate import HeldOut, position_stretches
 from jaxcoder.train.inputs import open_streams
 from jaxcoder.train.state import initial_state
 from jaxcoder.train.step import losses_of
@@ -52,8 +52,11 @@ def evaluate(run: RunConfig, shape: tuple[int, int, int], monkeypatch) -> dict[s
         return HeldOut(run, streams, mesh)(jax.jit(lambda: initial_state(run))().model)
 
 
+STRETCHES = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 63)]
+
+
 def one_by_one(run: RunConfig) -> dict[str, list[float]]:
-    """[nats, tokens, bytes] of everything and of each language and corpus, target by target."""
+    """[nats, tokens, bytes] of everything and of each language, corpus and stretch of positions, target by target."""
     _, streams, _ = open_streams(run)
     model, sums = initial_state(run).model, {}
     for name, stream in streams:
@@ -63,10 +66,13 @@ def one_by_one(run: RunConfig) -> dict[str, list[float]]:
             window = stream.sample(sample)[None]
             batch = make_batch(window, end_id=stream.end_id, pad_id=stream.pad_id, document_mask=False)
             losses = np.asarray(losses_of(model, jax.tree.map(np.asarray, batch), None))[0]
-            for place, loss in enumerate(losses, stream.locate(sample).start + 1):
+            start = stream.locate(sample).start + 1
+            for place, loss in enumerate(losses, start):
+                first, last = next(s for s in STRETCHES if s[0] <= place - start <= s[1])
                 document = [d for d in documents if d["start"] <= place][-1]
                 token = int(store.read(place, place + 1)[0])
-                for key in ("eval", f"eval/lang/{document['lang'] or 'unknown'}", f"eval/corpus/{name}"):
+                of_language = f"eval/lang/{document['lang'] or 'unknown'}"
+                for key in ("eval", of_language, f"eval/corpus/{name}", f"eval/position/{first}-{last}"):
                     of = sums.setdefault(key, [0.0, 0, 0])
                     of[0], of[1], of[2] = of[0] + float(loss), of[1] + 1, of[2] + int(store.token_bytes[token])
     return sums
@@ -91,3 +97,11 @@ def test_meshes_agree(stores, monkeypatch):
     assert one.keys() == many.keys() and not any(name.startswith("eval/corpus") for name in one)
     for name in one:
         assert many[name] == pytest.approx(one[name], rel=1e-5)
+
+
+def test_stretches_of_positions_cover_a_window_once():
+    for length in (1, 2, 63, 64, 100, 1024, 8192):
+        stretches = position_stretches(length)
+        assert [first for first, _ in stretches] == [0, *(last + 1 for _, last in stretches[:-1])]
+        assert stretches[-1][1] == length - 1 and len(stretches) <= 9
+    assert position_stretches(8192)[:3] == [(0, 31), (32, 63), (64, 127)]
