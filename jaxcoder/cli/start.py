@@ -20,6 +20,9 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met, on a port that is free")
     group.add_argument("--num-processes", type=int, metavar="N", help="how many processes share the run")
     group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument(
+        "--join-seconds", type=float, default=900.0, metavar="S", help="so long to wait for the others (900)"
+    )
 
 
 def start_processes(args: argparse.Namespace) -> int:
@@ -27,7 +30,12 @@ def start_processes(args: argparse.Namespace) -> int:
     from jaxcoder import runtime
 
     runtime.initialize(debug=args.debug)
-    index = runtime.join(coordinator=args.coordinator, num_processes=args.num_processes, process_id=args.process_id)
+    index = runtime.join(
+        coordinator=args.coordinator,
+        num_processes=args.num_processes,
+        process_id=args.process_id,
+        patience=args.join_seconds,
+    )
     if index == 0:
         _tell_unseen(print)
     return index
