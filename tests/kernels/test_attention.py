@@ -168,6 +168,7 @@ BAD = {
     "segments of another shape": (Q, KV, dict(segment_ids=ones((1, 5))), r"int32 \(1, 4\), and got int32 \(1, 5\)"),
     "segments of one row": (Q, KV, dict(segment_ids=ones(4)), r"segment_ids int32 \(1, 4\), and got int32 \(4,\)"),
     "segments of floats": (Q, KV, dict(segment_ids=np.ones((1, 4), np.float32)), "int32 .* got float32"),
+    "segments in a list": (Q, KV, dict(segment_ids=[[1] * 4]), "segment_ids as an array, and got list"),
     "segments of keys alone": (Q, KV, dict(kv_segment_ids=ones((1, 4))), r"takes segment_ids \(1, 4\) too"),
     "segments of queries alone": (
         Q, (1, 6, 1, 8), dict(segment_ids=ones((1, 4))), r"takes kv_segment_ids \(1, 6\) too, and got q"
@@ -175,6 +176,7 @@ BAD = {
     "an offset for each row": (Q, KV, dict(q_offset=ones(1)), r"q_offset as one integer, and got int32 \(1,\)"),
     "half an offset": (Q, KV, dict(kv_offset=0.5), "kv_offset as one integer, and got float32"),
     "a rate above 1": (Q, KV, dict(dropout_rate=10), r"dropout_rate in \[0, 1\), and got 10"),
+    "a rate in words": (Q, KV, dict(dropout_rate="0.1"), r"dropout_rate in \[0, 1\), and got '0.1'"),
     "dropout without a key": (Q, KV, dict(dropout_rate=0.1), r"dropout_key uint32 \(2,\) .* got None"),
     "a key of JAX's": (Q, KV, dict(dropout_rate=0.1, dropout_key=jax.random.key(0)), r"uint32 \(2,\) .* key<"),
     "a document in two places": (

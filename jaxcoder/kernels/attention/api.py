@@ -4,8 +4,11 @@ Shapes: B batch, S queries, T keys, H query heads, G key/value heads (1: multi-q
 `reference.py` is the meaning; every backend passes the same tests.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention import blockwise, cudnn, reference
@@ -137,6 +140,11 @@ def _device() -> tuple[str, str]:
 
 
 def _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_key) -> None:
+    arrays = dict(q=q, k=k, v=v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, dropout_key=dropout_key)
+    for name, array in arrays.items():
+        is_absent = array is None and name not in ("q", "k", "v")
+        if not is_absent and not isinstance(array, (jax.Array, np.ndarray)):
+            raise ConfigError(f"attention takes {name} as an array, and got {type(array).__name__}.")
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ConfigError(f"attention takes q (B, S, H, K) and k, v (B, T, G, K), and got {shapes}.")
@@ -165,8 +173,8 @@ def _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_
         dtype, shape = jnp.result_type(value), jnp.shape(value)
         if shape or not jnp.issubdtype(dtype, jnp.integer):
             raise ConfigError(f"attention takes {name} as one integer, and got {dtype} {shape}.")
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ConfigError(f"attention takes a dropout_rate in [0, 1), and got {dropout_rate}.")
+    if not isinstance(dropout_rate, numbers.Real) or not 0.0 <= dropout_rate < 1.0:
+        raise ConfigError(f"attention takes a dropout_rate in [0, 1), and got {dropout_rate!r}.")
     if dropout_rate and (dropout_key is None or dropout_key.shape != (2,) or dropout_key.dtype != jnp.uint32):
         got = "None" if dropout_key is None else f"{dropout_key.dtype} {dropout_key.shape}"
         raise ConfigError(

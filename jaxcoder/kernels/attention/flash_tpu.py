@@ -37,7 +37,7 @@ def attention(
 
     Args:
         q: (B, S, H, K). k, v: (B, T, G, K).
-        forward_blocks, backward_blocks: block shapes, cut to what the shape needs; both of one block_q.
+        forward_blocks, backward_blocks: block shapes, cut to what the shape needs.
         interpret: as `pallas_call` takes it; the kernels then run on CPUs.
     Returns:
         (B, S, H, K) in q's dtype and the log-sum-exp, fp32 (B, H, S).
@@ -61,7 +61,7 @@ def attention(
         blocks.fit(q_len, kv_len, heads // groups, batch_groups=batch * groups, row_bytes=row_bytes)
         for blocks in (forward_blocks, backward_blocks)
     ]
-    q_pad = round_up(q_len, both[0].block_q) - q_len
+    q_pad = round_up(q_len, max(blocks.block_q for blocks in both)) - q_len  # powers of two
     # Either kernel takes as many keys as fill its own spans; the arrays have as many as the one that takes more.
     kv_lens = [round_up(kv_len, blocks.span_kv) for blocks in both]
     kv_pad = max(kv_lens) - kv_len

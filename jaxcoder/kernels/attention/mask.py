@@ -50,7 +50,7 @@ def visible(
     q_segments: jax.Array | None,
     k_segments: jax.Array | None,
 ) -> jax.Array:
-    """bool (B or 1, S, T): may query s see key t? Positions count from the first key; segments are (B, S) and (B, T)."""
+    """bool (B or 1, S, T): may query s see key t? Positions count from the first key; segments (B, S) and (B, T)."""
     allowed = jnp.ones((1, q_positions.shape[0], k_positions.shape[0]), bool)
     if spec.causal:
         allowed &= q_positions[:, None] >= k_positions[None, :]

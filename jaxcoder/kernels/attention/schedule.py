@@ -30,6 +30,8 @@ class Blocks:
     """Query heads folded into the rows of a block, at most 64; fewer where the number of heads asks for it."""
     chunk_heads: int = 1
     """Heads of a row chunk, the unit of the software pipeline: a chunk is chunk_heads * block_q rows."""
+    least_rows: int = 0
+    """Where the heads of a block make fewer rows than this, it has 256 queries, and chunks of half as many heads."""
     block_kv: int = 512
     """Keys of a step that needs no mask; a multiple of edge_kv."""
     edge_kv: int = 512
@@ -57,13 +59,17 @@ class Blocks:
         most = max(1, self.heads // times_wider)
         shared = num_heads // self.cores if batch_groups % self.cores and num_heads % self.cores == 0 else num_heads
         heads = largest_divisor(shared, most)
+        block_q, chunk_heads = self.block_q, self.chunk_heads
+        if heads * block_q < self.least_rows:
+            block_q, chunk_heads = 256, max(1, chunk_heads // 2)
         edge_kv = min(self.edge_kv, round_up(kv_len, 128))
         block_kv = edge_kv * max(1, min(self.block_kv, kv_len) // edge_kv)
         num_spans = -(-kv_len // max(self.span_kv // times_wider, block_kv))
         return replace(
             self,
+            block_q=block_q,
             heads=heads,
-            chunk_heads=largest_divisor(heads, self.chunk_heads),
+            chunk_heads=largest_divisor(heads, chunk_heads),
             block_kv=block_kv,
             edge_kv=edge_kv,
             span_kv=round_up(-(-kv_len // num_spans), block_kv),
