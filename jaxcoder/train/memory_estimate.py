@@ -1,9 +1,9 @@
 """What a training step needs of each device's memory, estimated from the configuration alone: nothing is compiled.
 
 Exact: weights and Adam's moments, fp32 arrays in the shards that the rules give them on the mesh. Estimated: gradients
-and activations. XLA decides what it fuses and when it frees; the factors below are what its buffers came to on CPUs
-(fp32, several sizes, meshes and policies), where the sum stays within a factor of 1.5 of the compiler's own figure
-(tests/train/test_memory_estimate.py). bf16 halves the activations here; no accelerator's compiler was asked.
+and activations. XLA decides what it fuses and when it frees; the factors below are what its buffers came to: with fp32
+on CPUs (several sizes, meshes and policies), where the sum stays within a factor of 1.5 of the compiler's own figure
+(tests/train/test_memory_estimate.py); with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
 
 Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
 (F, Q and, of several heads, U are divided by the mesh axis `tensor`), L layers, V vocabulary rows of a device.
@@ -26,6 +26,10 @@ GRADIENT_COPIES_ACCUMULATING = 2
 """With microbatches the sum and the summand exist at once."""
 WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "offload": (11, 6), "block": (17, 8)}
 """(of D, of F) values a token that the backward pass of one block has at once, what it computes again included."""
+WORKING_UNITS_TPU = (4, 1)
+"""The same with bf16: a TPU's program fuses nearly all of it."""
+NORMS_KEPT_TPU = 8
+"""Values of D a token and block more that `none` keeps with bf16: both norms in fp32."""
 OFFLOADED_AT_ONCE = 2
 """Blocks whose offloaded activations are on the device: one is computed while another is on its way."""
 LOGITS_COPIES = 2
@@ -57,13 +61,16 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     """The estimate for a run whose mesh is filled in (`resolve_mesh`); it need not exist on this machine."""
     model, mesh = config.model, config.mesh
     itemsize = 2 if config.compute.dtype == "bfloat16" else 4
+    for_tpu = itemsize == 2
     batch = config.microbatch_size or config.global_batch_size
     tokens = -(-batch // (mesh.data * mesh.fsdp)) * model.max_seq_len
     weights, block = weight_bytes(config)
     copies = GRADIENT_COPIES if batch == config.global_batch_size else GRADIENT_COPIES_ACCUMULATING
 
     mlp = model.mlp_dim / mesh.tensor
-    of_d, of_f = WORKING_UNITS[config.compute.remat]
+    # Before the update a TPU's program has the largest array of gradients twice.
+    largest = 4 * model.num_layers * model.embed_dim * mlp / mesh.fsdp if for_tpu else 0
+    of_d, of_f = WORKING_UNITS_TPU if for_tpu else WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
     in_block += OFFLOADED_AT_ONCE * tokens * itemsize * offloaded_per_token(config)
     rows = model.vocab_size // mesh.tensor
@@ -73,7 +80,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     return MemoryEstimate(
         weights=weights,
         moments=2 * weights,
-        gradients=copies * weights,
+        gradients=int(copies * weights + largest),
         kept_activations=int(tokens * model.num_layers * itemsize * kept_per_token(config)),
         working=int(max(in_block, in_loss)),
         gathered=int(gathered),
@@ -91,7 +98,8 @@ def kept_per_token(config: RunConfig) -> float:
         return stream
     if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
         return 2 * stream + 3 * queries + 2 * keys + mlp
-    return 8 * stream + 2 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
+    norms = NORMS_KEPT_TPU * stream if config.compute.dtype == "bfloat16" else 0
+    return norms + 8 * stream + 2 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
 
 
 def offloaded_per_token(config: RunConfig) -> float:

@@ -73,6 +73,7 @@ def test_meshes_that_are_not_here():
     run = dataclasses.replace(starcoderbase(), mesh=MeshConfig(data=1, fsdp=64, tensor=4), microbatch_size=64)
     estimate = estimate_memory(run)
     assert estimate.weights == pytest.approx(4 * num_parameters(run.model) / 256, rel=0.06)
-    assert estimate.moments == 2 * estimate.weights and estimate.gradients == 2 * estimate.weights
+    largest = 4 * 40 * 6144 * 24576 / 256
+    assert estimate.moments == 2 * estimate.weights and estimate.gradients == int(2 * estimate.weights + largest)
     whole = dataclasses.replace(run, microbatch_size=None)
     assert estimate_memory(whole).kept_activations == 8 * estimate.kept_activations

@@ -136,7 +136,7 @@ def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) 
     """config: of `prepare`. Nothing is compiled here."""
     work = work_of(Decoder.of(config.model), Layout.of(config))
     attention = attention_backend(config, topology)
-    modelled = step_time(work, topology, config.mesh, attention)
+    modelled = step_time(work, topology, config.mesh, attention, is_ours=True)
     time = modelled
     if compiled is not None and compiled.fits:
         # Without a kernel of its own the attention is among the compiler's matmuls, and cannot be told from them.

@@ -17,9 +17,9 @@ from jaxcoder.config import MeshConfig
 from jaxcoder.train.plan.topology import Topology
 from jaxcoder.train.plan.workload import Work
 
-MATMUL = {"tpu": 0.80, "cuda": 0.80}
-"""Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step of the 15.5B model. GPUs: 790 of 989 TFLOP/s
-of a plain bf16 matmul on an H200."""
+MATMUL = {"tpu": 0.90, "cuda": 0.80}
+"""Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step. GPUs: 790 of 989 TFLOP/s of a plain bf16
+matmul on an H200."""
 ATTENTION = {
     ("TPU v5p", "flash_tpu"): 0.91, ("TPU v6e", "flash_tpu"): 0.47,
     ("TPU v4", "flash_tpu"): 0.91, ("TPU v5e", "flash_tpu"): 0.91, ("TPU7x", "flash_tpu"): 0.47,
@@ -35,6 +35,12 @@ DROPOUT = {"flash_tpu": (1.44, 1.09)}
 """How much longer our kernel takes with dropout, (forward, backward): static cycles on v5p (docs/performance.md,
 Attention on TPUs); the other chips as v5p, other kernels unknown and left at 1."""
 ATTENTION_ELSEWHERE = 0.2
+GATHERS_BESIDE = ("TPU v4", "TPU v5e")
+"""Chips for which libtpu 0.0.52 gathers our weights over `fsdp` beside matmuls; on the others the step waits for them,
+and on all for the gradients (docs/performance.md, StarCoderBase on pods). Published runs had compilers and options that
+overlapped both."""
+SUMS_FOR_SCATTERS = ("TPU v5e", "TPU v6e")
+"""Chips for which it scatters our gradients over a whole closed torus (16x16) as sums of everything, twice the bytes."""
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
 """Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
 twice the bytes, and waited for. Over one or two sides it does not."""
@@ -87,14 +93,23 @@ class StepTime:
         return longest if named[longest] >= waited else "transfers that are waited for"
 
 
-def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str) -> StepTime:
-    """attention: the kernel, a key of ATTENTION."""
+def step_time(
+    work: Work, topology: Topology, mesh: MeshConfig, attention: str, *, is_ours: bool = False
+) -> StepTime:
+    """attention: the kernel, a key of ATTENTION. is_ours: transfers as libtpu 0.0.52 makes them of our step."""
     chip = topology.chip
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
     beside = None
     if "fsdp" in seconds and topology.chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2:
         seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
+    elif "fsdp" in seconds and is_ours and topology.platform == "tpu":
+        scatters = work.scattered / links["fsdp"]
+        gathers = seconds["fsdp"] - scatters
+        beside = gathers if chip.name in GATHERS_BESIDE else 0.0
+        closed = math.prod(topology.shape) == mesh.fsdp and all(map(topology.wraps, range(len(topology.shape))))
+        if chip.name in SUMS_FOR_SCATTERS and closed:
+            seconds["fsdp"] += scatters
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     longer = DROPOUT.get(attention, (1.0, 1.0)) if work.attention_dropout else (1.0, 1.0)
     attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer))

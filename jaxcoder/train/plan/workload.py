@@ -8,7 +8,7 @@ S sequence, L layers, V vocabulary.
 from dataclasses import dataclass, field
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
-from jaxcoder.train.memory_estimate import offloaded_per_token
+from jaxcoder.train.memory_estimate import kept_per_token, offloaded_per_token
 
 BF16, FP32 = 2, 4
 BACKWARD_ATTENTION = 2.5
@@ -23,13 +23,19 @@ RECOMPUTED = {
 projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/train/plan)."""
 TENSOR_SUMS = {"none": 4, "minimal": 5, "offload": 5, "block": 6}
 """Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
-ELEMENTWISE = (20, 6)
+ELEMENTWISE = (58, 17.5)
 """(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
-step, what matmuls take in and give out beside them not counted."""
-ELEMENTWISE_AGAIN = (8, 3)
-"""The same, of a block whose MLP is computed again."""
-OPTIMIZER_BYTES = 28
-"""A weight: gradient, weight and two moments read, weight and moments written, fp32."""
+step, what matmuls take in and give out beside them not counted, whatever is computed again."""
+KEPT_TRAFFIC = 4
+"""The same for each value that is kept for the backward pass: the compiler writes and reads it unpacked, as fp32."""
+OPTIMIZER_BYTES = 50
+"""A weight and step: gradient, weight and moments read, weight and moments written, the gradient divided and its norm
+taken, 40 bytes at 0.8 of the bandwidth."""
+MICROBATCH_BYTES = 24
+"""A weight and microbatch: cast to bf16 in both passes, its gradient written. These four are what the TPU compiler's own
+cycles come to for eight programs: the 15.5B model on v4, v5e, v5p, v6e, a thin one on v5e with three policies."""
+ACCUMULATION_BYTES = 12
+"""A weight and microbatch where there are several: gradient and sum read, sum written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +108,11 @@ class Layout:
     """Sums over `tensor` of a layer: two of a block's outputs forward, two of its inputs backward, and what is gathered
     or summed again."""
     gradient_bytes: int = BF16
-    """Of a gradient when it is summed over devices: ours are in the compute type."""
+    """Of a gradient when it is scattered over `fsdp`: ours are in the compute type."""
+    kept: float | None = None
+    """Values a token, layer and device that the backward pass finds kept; None: what `recomputed` leaves."""
+    data_sums: int | None = None
+    """How often a step sums gradients over `data`; None: in every microbatch. Ours: once, in fp32."""
     offloaded_bytes: float = 0.0
     """A token and layer, of one device: activations that the host's memory holds until the backward pass."""
     attention_dropout: bool = False
@@ -116,6 +126,7 @@ class Layout:
             recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
             gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
             offloaded_bytes=offloaded_per_token(config) * (BF16 if config.compute.dtype == "bfloat16" else FP32),
+            kept=kept_per_token(config) + offloaded_per_token(config), data_sums=1,
             attention_dropout=config.model.attention_dropout > 0,
         )  # fmt: skip
 
@@ -133,6 +144,8 @@ class Work:
     host_bytes: float = 0.0
     """To the host's memory and back."""
     transfers: dict[str, float] = field(default_factory=dict)
+    scattered: float = 0.0
+    """Of what is sent over `fsdp`: gradients."""
     attention_dropout: bool = False
 
 
@@ -155,19 +168,34 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     forwards = 1 + ("attention" in layout.recomputed)
 
     of_d, of_f = ELEMENTWISE
-    if "mlp_in" in layout.recomputed:
-        of_d, of_f = of_d + ELEMENTWISE_AGAIN[0], of_f + ELEMENTWISE_AGAIN[1]
     values = of_d * decoder.embed_dim + of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
+    values += KEPT_TRAFFIC * (_kept(decoder, layout) if layout.kept is None else layout.kept)
+    of_weight = OPTIMIZER_BYTES + MICROBATCH_BYTES * layout.microbatches
+    of_weight += ACCUMULATION_BYTES * layout.microbatches if layout.microbatches > 1 else 0
     shard = decoder.weights / (mesh.fsdp * mesh.tensor)
-    memory = tokens * layers * BF16 * values + shard * OPTIMIZER_BYTES
+    memory = tokens * layers * BF16 * values + shard * of_weight
+    transfers = _transfers(decoder, layout, tokens)
+    gradients = layout.gradient_bytes / (2 * BF16 + layout.gradient_bytes)
     return Work(
         matmul_flops=matmul,
         attention_flops=(forwards * attention, BACKWARD_ATTENTION * attention),
         memory_bytes=memory,
         host_bytes=2 * tokens * layers * layout.offloaded_bytes,
-        transfers=_transfers(decoder, layout, tokens),
+        transfers=transfers,
+        scattered=gradients * transfers.get("fsdp", 0.0),
         attention_dropout=layout.attention_dropout,
     )
+
+
+def _kept(decoder: Decoder, layout: Layout) -> float:
+    """Values a token, layer and device: a block's input and the outputs of what is not computed again."""
+    of_queries = decoder.num_heads * decoder.head_dim / layout.mesh.tensor
+    of_keys = decoder.num_kv_heads * decoder.head_dim / (layout.mesh.tensor if decoder.num_kv_heads > 1 else 1)
+    parts = {
+        "qkv": of_queries + 2 * of_keys, "attention": of_queries, "out": decoder.embed_dim,
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.mlp_dim / layout.mesh.tensor,
+    }  # fmt: skip
+    return decoder.embed_dim + sum(values for part, values in parts.items() if part not in layout.recomputed)
 
 
 def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, float]:
@@ -179,7 +207,8 @@ def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, flo
     # Weights are gathered in the forward and in the backward pass, gradients scattered, in every microbatch.
     of_tensor = decoder.weights / mesh.tensor
     fsdp = layout.microbatches * ring(mesh.fsdp) * of_tensor * (2 * BF16 + layout.gradient_bytes)
-    data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * layout.gradient_bytes * layout.microbatches
+    summed = layout.data_sums * FP32 if layout.data_sums is not None else layout.microbatches * layout.gradient_bytes
+    data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * summed
     sums = decoder.num_layers * layout.tensor_sums + 2
     tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * sums
     found = {"data": data, "fsdp": fsdp, "tensor": tensor}
