@@ -11,6 +11,9 @@ from jaxcoder.observability.run_record import RunRecord
 from jaxcoder.observability.series import Series
 from jaxcoder.observability.summary import recent
 
+_FEWEST = 200
+"""Held-out tokens of a bucket of positions below which its loss says too little."""
+
 
 def languages_behind(record: RunRecord) -> Iterator[Finding]:
     """Held-out bits per byte of a language or corpus that rise, or stand still, while the mean falls."""
@@ -95,6 +98,7 @@ def context_unused(record: RunRecord) -> Iterator[Finding]:
     buckets = sorted((int(name.partition("-")[0]), name) for name in found if name.partition("-")[0].isdecimal())
     rows = [(name, found[name].finite()) for _, name in buckets]
     rows = [(name, series.last, int(series.steps[-1])) for name, series in rows if len(series)]
+    rows = [row for row in rows if _tokens(record, row[0]) >= _FEWEST]
     if len(rows) < 3 or record.is_synthetic or not _has_learned(record):
         return
     values = np.array([value for _, value, _ in rows])
@@ -137,9 +141,14 @@ def _early(record: RunRecord, rows: list[tuple[str, float, int]]) -> tuple[float
     """Mean loss of the first sixteenth of the window (at least one bucket), and its last position."""
     ends = [int(name.partition("-")[2] or 0) for name, _, _ in rows]
     first = [number for number, end in enumerate(ends) if number == 0 or (end + 1) * 16 <= ends[-1] + 1]
-    sizes = [record.columns[f"eval/position/{rows[number][0]}/tokens"].finite() for number in first]
-    weights = [size.last if len(size) and size.last > 0 else 1e-9 for size in sizes]
+    weights = [_tokens(record, rows[number][0]) for number in first]
     return float(np.average([rows[number][1] for number in first], weights=weights)), ends[first[-1]]
+
+
+def _tokens(record: RunRecord, name: str) -> float:
+    """Held-out tokens of a bucket of positions; taken as enough where they were not written."""
+    sizes = record.columns[f"eval/position/{name}/tokens"].finite()
+    return sizes.last if len(sizes) else float(_FEWEST)
 
 
 def _has_learned(record: RunRecord) -> bool:
@@ -163,6 +172,8 @@ def fim_shares(record: RunRecord) -> Iterator[Finding]:
     columns, data = record.columns, record.config.data
     shares, pieces = columns["fim_share"].finite(), columns["pieces"].finite()
     spm = columns["fim_spm_share"].finite()
+    if not len(pieces):
+        pieces = Series(shares.steps, np.ones(len(shares)))  # a batch has one piece at least
     counts, spm_counts = pieces.at(shares.steps), pieces.at(spm.steps) * shares.at(spm.steps)
     wanted = (
         ("FIM", "data.fim_rate", data.fim_rate, shares.values, counts, 0.02),

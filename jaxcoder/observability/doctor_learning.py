@@ -15,37 +15,48 @@ _MOST_TRACED = 3
 
 
 def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
-    """After 100 steps the loss is where it was, or it has left its lowest level for good."""
+    """After 50 steps the loss is where it was, was far above that, has left its lowest level, or stands still."""
     losses = record.columns["loss"].finite()
-    if len(losses) < 100 or record.is_synthetic:
+    if len(losses) < 50:
         return
-    first = float(np.median(losses.values[:10]))
     levels = block_medians(losses, min(20, len(losses) // 25))
-    now, lowest = levels.last, int(levels.values.argmin())
+    now, lowest, highest = levels.last, int(levels.values.argmin()), int(levels.values.argmax())
+    first, low, since = float(np.median(losses.values[:10])), float(levels.values[lowest]), levels.steps[-1]
+    began = min(first, float(losses.values[0]))
     noise = float(np.median(np.abs(np.diff(losses.values))))
+    before = len(levels) * 2 // 5
     began_trained = record.config is not None and bool(record.config.init_from)
-    evidence = (f"median loss {first:.4f} of the first ten steps, {now:.4f} since step {levels.steps[-1]:,}",)
-    if now > 0.98 * first and not (began_trained and now <= first):
-        evidence += tuple(_uniform(record, now))
-        yield Finding(
-            rule="loss_does_not_fall",
-            severity="error",
-            what="The loss does not fall.",
-            evidence=evidence,
-            try_next=_lower_rate(record) + (f"look at what is read: `jaxcoder data show {record.path} --step 1`",),
-        )
-    elif now - levels.values[lowest] > max(0.05 * levels.values[lowest], noise) and lowest < len(levels) - 2:
-        yield Finding(
-            rule="loss_does_not_fall",
-            severity="error",
-            what="The loss has fallen and risen again.",
-            evidence=(
-                f"median loss {levels.values[lowest]:.4f} around step {levels.steps[lowest]:,}, {now:.4f} since step "
-                f"{levels.steps[-1]:,}",
-            ),
-            try_next=_lower_rate(record)
-            + (f"go back to a checkpoint before step {levels.steps[lowest]:,} if one was kept",),
-        )
+    said = [f"median loss {first:.4f} of the first ten steps, {now:.4f} since step {since:,}"]
+    advice = _lower_rate(record)
+    if now > 0.98 * began and not (began_trained and now <= began) and not record.is_synthetic:
+        what, severity = "The loss does not fall.", "error"
+        said += _uniform(record, now)
+        advice += (f"look at what is read: `jaxcoder data show {record.path} --step 1`",)
+    elif levels.values[highest] > 1.1 * _untrained(record, began):
+        what, severity = "The loss was far above where it began.", "warning" if now < began else "error"
+        said += [
+            f"it began at {losses.values[0]:.4f}, and was {levels.values[highest]:.4f} around step "
+            f"{levels.steps[highest]:,}"
+        ]
+    elif record.is_synthetic:
+        return
+    elif now - low > max(0.05 * low, noise) and lowest < len(levels) - 2:
+        what, severity = "The loss has fallen and risen again.", "error"
+        said = [f"median loss {low:.4f} around step {levels.steps[lowest]:,}, {now:.4f} since step {since:,}"]
+        advice += (f"go back to a checkpoint before step {levels.steps[lowest]:,} if one was kept",)
+    elif len(levels) >= 8 and now > 0.995 * levels.values[before] and now > 0.5 * began:
+        what, severity = f"The loss has stood still since about step {levels.steps[before]:,}.", "warning"
+        said = [
+            f"median loss {levels.values[before]:.4f} there, {now:.4f} since step {since:,}; it began at {began:.4f}"
+        ]
+    else:
+        return
+    yield Finding(rule="loss_does_not_fall", severity=severity, what=what, evidence=tuple(said), try_next=advice)
+
+
+def _untrained(record: RunRecord, began: float) -> float:
+    """The loss of a model that knows nothing, or what the run began with where that is more."""
+    return began if record.config is None else max(began, math.log(record.config.model.vocab_size))
 
 
 def _uniform(record: RunRecord, loss: float) -> Iterator[str]:

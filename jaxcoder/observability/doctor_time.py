@@ -9,7 +9,7 @@ from jaxcoder.observability.console import readable_bytes, readable_duration
 from jaxcoder.observability.findings import Finding, profile_command, train_command
 from jaxcoder.observability.run_record import RunRecord
 from jaxcoder.observability.series import Series, block_medians
-from jaxcoder.observability.summary import CATEGORY_NAMES, host_rows, ranges, recent
+from jaxcoder.observability.summary import CATEGORY_NAMES, ranges, recent, slowest_hosts
 
 _LONG = 1800.0
 """Seconds of a run whose goodput says something: compiling and starting weigh little in it."""
@@ -24,7 +24,7 @@ def data_wait(record: RunRecord) -> Iterator[Finding]:
     times = steps.at(waits.steps)
     share = float(waits.values.sum() / max(times.sum(), 1e-9))
     late = waits.values > 0.1 * times
-    if share < 0.05 or waits.values.sum() < 5:
+    if share < 0.05 or waits.values.sum() < (1 if share > 0.3 else 5):
         return
     rare = late.mean() < 0.1
     yield Finding(
@@ -45,23 +45,25 @@ def data_wait(record: RunRecord) -> Iterator[Finding]:
 
 
 def slow_hosts(record: RunRecord) -> Iterator[Finding]:
-    """One host is again and again behind the others by more than a twentieth of a step."""
-    rows = host_rows(record)
-    looks = sum(count for _, count, _ in rows)
-    if looks < 4:
+    """One host is again and again behind the others by a twentieth of a step; by a fifth, when looks are few."""
+    hosts = slowest_hosts(record)
+    looks = sum(host.count for host in hosts)
+    if looks < 2:
         return
-    step = recent(record.columns["step_time"])
-    name, count, behind = max(rows, key=lambda row: row[1] * row[2])
-    if count < 0.4 * looks or behind < (0.05 * step if step else 0.05):
+    step = recent(record.columns["step_time"]) or 1.0
+    worst = max(hosts, key=lambda host: host.count * host.behind)
+    if worst.count < (0.4 if looks >= 4 else 0.9) * looks or worst.behind < (0.05 if looks >= 4 else 0.2) * step:
         return
-    cost = f", of {step:.3f} s that a step takes" if step else ""
     yield Finding(
         rule="slow_hosts",
         severity="warning",
-        what=f"Host {name} is slower than the others, and all wait for it.",
-        evidence=(f"the slowest in {count} of {looks} looks, {behind:.3f} s a step behind the median{cost}",),
+        what=f"Host {worst} is slower than the others, and all wait for it.",
+        evidence=(
+            f"the slowest in {worst.count} of {looks} looks, {worst.behind:.3f} s a step behind the median; a step "
+            f"takes {step:.3f} s",
+        ),
         try_next=(
-            f"look at it: `ssh {name} top -b -n 1` (other programs?), its disk and network, its clock rate",
+            f"look at it: `ssh {worst.name} top -b -n 1` (other programs?), its disk and network, its clock rate",
             "replace it, or leave it out; a profile shows what it does: `kill -USR1` of its process, or "
             + profile_command(record),
         ),
@@ -85,7 +87,7 @@ def checkpoints_block(record: RunRecord) -> Iterator[Finding]:
         yield Finding(
             rule="checkpoints_block",
             severity="warning",
-            what=f"Saving stops the steps: {share:.1%} of their time, "
+            what=f"Saving stops the steps: {share:.1%} of the time that they take themselves, "
             f"{readable_duration(float(blocked.values[longest]))} at worst.",
             evidence=(
                 f"{len(blocked)} saves blocked {readable_duration(float(blocked.values.sum()))} in all; the longest "
@@ -217,7 +219,7 @@ def compiles_again(record: RunRecord) -> Iterator[Finding]:
     first, later = found[0].seconds["compile"], [attempt.seconds["compile"] for attempt in found[1:]]
     same = [found[0].begin.get("code") == attempt.begin.get("code") for attempt in found[1:]]
     slow = [seconds for seconds, is_same in zip(later, same, strict=True) if is_same and seconds > 0.7 * first]
-    if first < 60 or not slow:
+    if first < 60 or not slow or len(slow) * 2 < sum(same):
         return
     yield Finding(
         rule="compiles_again",

@@ -350,7 +350,7 @@ def _hosts(record: RunRecord) -> list[str]:
         ("median", columns["hosts/median_seconds"], "line"),
     ]
     chart = _curve(record, "A host's own work in a step", wanted, unit="seconds", from_zero=True)
-    rows = [(name, f"{count:,}", f"{behind:.3f} s") for name, count, behind in summary.host_rows(record)[:20]]
+    rows = [(str(host), f"{host.count:,}", f"{host.behind:.3f} s") for host in summary.slowest_hosts(record)[:20]]
     return [_charts([chart]), _table(("host", "times the slowest", "behind the median, a step"), rows)]
 
 

@@ -205,17 +205,32 @@ def held_out_rows(record: RunRecord, kind: str) -> list[tuple[str, float, float,
     return [tuple(row[1:]) for row in sorted(rows, key=lambda row: (-row[0], row[1]))]
 
 
-def host_rows(record: RunRecord) -> list[tuple[str, int, float]]:
-    """(name, how often it was the slowest, mean seconds a step behind the median), the most frequent first."""
+@dataclass(frozen=True)
+class Host:
+    """A process that was found the slowest: its host, how often, and mean seconds a step behind the median."""
+
+    name: str
+    process: int
+    count: int
+    behind: float
+
+    def __str__(self) -> str:
+        return f"{self.name} (process {self.process})"
+
+
+def slowest_hosts(record: RunRecord) -> list[Host]:
+    """The most frequent first."""
     columns = record.columns
-    median = columns["hosts/median_seconds"]
-    slowest, behind = columns["hosts/slowest_seconds"], {}
-    names = dict(columns.texts.get("hosts/slowest_name", ()))
-    for step, seconds, usual in zip(slowest.steps.tolist(), slowest.values, median.at(slowest.steps), strict=True):
-        name = names.get(step, "?")
-        behind.setdefault(name, []).append(float(seconds - usual) if np.isfinite(seconds - usual) else 0.0)
-    rows = [(name, len(seconds), sum(seconds) / len(seconds)) for name, seconds in behind.items()]
-    return sorted(rows, key=lambda row: (-row[1], row[0]))
+    slowest, median = columns["hosts/slowest_seconds"], columns["hosts/median_seconds"]
+    names, processes = dict(columns.texts.get("hosts/slowest_name", ())), columns["hosts/slowest"].at(slowest.steps)
+    behind: dict[tuple[str, int], list[float]] = {}
+    for step, seconds, usual, process in zip(
+        slowest.steps.tolist(), slowest.values, median.at(slowest.steps), processes, strict=True
+    ):
+        if np.isfinite(seconds - usual) and np.isfinite(process):
+            behind.setdefault((names.get(step, "?"), int(process)), []).append(float(seconds - usual))
+    rows = [Host(*key, len(seconds), sum(seconds) / len(seconds)) for key, seconds in behind.items()]
+    return sorted(rows, key=lambda host: (-host.count, host.process))
 
 
 def _shortened(sentence: str, most: int = 90) -> str:
@@ -258,9 +273,12 @@ def describe(record: RunRecord, parameters: int | None = None) -> str:
         took = f", whole after {readable_duration(np.median(seconds.values))}" if len(seconds) else ""
         stops = f", steps wait {readable_duration(np.median(blocked.values))}" if len(blocked) else ""
         lines += ["", f"checkpoints: {len(sizes)} of {readable_bytes(sizes.last)}{took}{stops} (medians)"]
-    if (rows := host_rows(record)) and rows[0][1] > 1:
-        lines += ["", f"slowest host: {rows[0][0]} in {rows[0][1]} of {sum(row[1] for row in rows)} looks, "
-                      f"{rows[0][2]:.3f} s a step behind the median"]  # fmt: skip
+    if (hosts := slowest_hosts(record)) and hosts[0].count > 1:
+        looks = sum(host.count for host in hosts)
+        lines += [
+            "",
+            f"slowest host: {hosts[0]} in {hosts[0].count} of {looks} looks, {hosts[0].behind:.3f} s a step behind",
+        ]
     skipped = record.columns["skipped"]
     if (skipped.values > 0).any():
         lines += ["", f"skipped steps: {ranges(skipped.steps[skipped.values > 0].tolist())}"]

@@ -105,6 +105,16 @@ def diverged(run):
         record["loss"] += max(record["step"] - 700, 0) / 100
 
 
+def too_fast(run):
+    for record in run.steps():
+        record["loss"] += 30 * math.exp(-((record["step"] - 150) ** 2) / 5000)
+
+
+def standing_still(run):
+    for record in run.steps():
+        record["loss"] = max(record["loss"], 5.0 + 0.01 * (record["step"] % 3))
+
+
 def language_rises(run):
     for record in run.evaluations():
         record["eval/lang/haskell/bits_per_byte"] = 1.0 + record["step"] / 4000
@@ -267,6 +277,8 @@ WRECKS = {
     not_finite: ("skipped_steps", "error", "700 to 712"),
     no_learning: ("loss_does_not_fall", "error", "guessing evenly among 4,096"),
     diverged: ("loss_does_not_fall", "error", "risen again"),
+    too_fast: ("loss_does_not_fall", "warning", "far above where it began"),
+    standing_still: ("loss_does_not_fall", "warning", "stood still since about step"),
     language_rises: ("languages_behind", "warning", "haskell"),
     corpus_stuck: ("languages_behind", "warning", "issues"),
     memorised: ("held_out_rises", "warning", "memorised"),
@@ -276,7 +288,7 @@ WRECKS = {
     all_spm: ("fim_shares", "error", "data.fim_spm_rate"),
     same_batches: ("repeated_batches", "error", "step 101 read what step 1 had read"),
     waiting: ("data_wait", "warning", "25%"),
-    slow_host: ("slow_hosts", "warning", "host-2"),
+    slow_host: ("slow_hosts", "warning", "Host host-2 (process 2)"),
     blocking_saves: ("checkpoints_block", "warning", "1:30"),
     long_saves: ("checkpoints_block", "warning", "6:40"),
     rare_saves: ("checkpoints_rare", "warning", "450 steps were done again"),
@@ -298,6 +310,7 @@ WRECKS = {
 }
 MAY_SAY_TOO = {
     diverged: {"held_out_rises"},
+    too_fast: {"loss_spikes"},
     rare_saves: {"failures", "low_goodput"},
     loop: {"failures", "checkpoints_rare"},
     silent: {"damaged_checkpoints"},

@@ -140,7 +140,9 @@ def test_hostile_names(tmp_path):
     evil = "<script>alert('x')</script>&\"$x_1$"
     for record in run.evaluations():
         record[f"eval/lang/{evil}/bits_per_byte"] = 1.0
-    run.metrics.append({"step": 3, f"alarm/{evil}": evil, "hosts/slowest_name": evil, "hosts/slowest_seconds": 1.0})
+    run.metrics.append(
+        {"step": 3, f"alarm/{evil}": evil, "hosts/slowest_name": evil, "hosts/slowest": 1, "hosts/slowest_seconds": 1.0}
+    )
     run.events.append(
         {"time": STARTED + 999, "attempt": evil, "event": "begin", "hosts": evil, "mesh": evil, "device_kind": evil}
     )
