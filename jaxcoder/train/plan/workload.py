@@ -25,8 +25,9 @@ TENSOR_SUMS = {"none": 4, "minimal": 5, "offload": 5, "block": 6}
 """Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
 ELEMENTWISE = (58, 17.5)
 """(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
-step, what matmuls take in and give out beside them not counted, whatever is computed again."""
-KEPT_TRAFFIC = 4
+step, what matmuls take in and give out beside them not counted, whatever is computed again. With `tensor` half of those
+of D are split along the sequence; what was gathered for a matmul is whole."""
+KEPT_TRAFFIC = 3.5
 """The same for each value that is kept for the backward pass: the compiler writes and reads it unpacked, as fp32."""
 OPTIMIZER_BYTES = 50
 """A weight and step: gradient, weight and moments read, weight and moments written, the gradient divided and its norm
@@ -168,7 +169,8 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     forwards = 1 + ("attention" in layout.recomputed)
 
     of_d, of_f = ELEMENTWISE
-    values = of_d * decoder.embed_dim + of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
+    values = of_d * decoder.embed_dim * (1 + 1 / mesh.tensor) / 2
+    values += of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
     values += KEPT_TRAFFIC * (_kept(decoder, layout) if layout.kept is None else layout.kept)
     of_weight = OPTIMIZER_BYTES + MICROBATCH_BYTES * layout.microbatches
     of_weight += ACCUMULATION_BYTES * layout.microbatches if layout.microbatches > 1 else 0
