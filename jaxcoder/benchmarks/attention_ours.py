@@ -35,8 +35,9 @@ def choices(kernel: str) -> dict[str, tuple[int, ...]]:
         "sums_by_matmul": (0, 1),
         "chunk_heads": (1, 2, 4),
         "block_q": (128, 256),
+        "heads": (8, 12, 16, 24),
         "block_kv": (512, 1024, 2048),
-        "edge_kv": (256, 512, 1024),
+        "edge_kv": (128, 256, 512, 1024),
     }
     return {name: values for name, values in tried.items() if name in setting_names()}
 

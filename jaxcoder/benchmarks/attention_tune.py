@@ -51,7 +51,8 @@ def search(args: argparse.Namespace, name: str, kernel: str) -> Report:
     while best != previous:
         previous = best
         for field in contestant(name).choices(kernel):
-            best = min(values_of(best, field), key=cycles)
+            values = [case for case in values_of(best, field) if args.num_heads % case.heads == 0]
+            best = min(values, key=cycles)
     rows = sorted(tried.items(), key=lambda item: item[1]["cycles"] or float("inf"))
     for settings, row in rows[:FINALISTS] if name != "ours" else []:
         found = estimate(replace(best, settings=settings, length=args.length), memory=memory)
@@ -81,12 +82,13 @@ def start(args: argparse.Namespace, name: str, kernel: str) -> Case:
 
 
 def values_of(case: Case, field: str) -> list[Case]:
-    """The case, and after it those with another value of one setting."""
+    """The case, and after it those with another value of one setting; a case of ours has one block of heads."""
     module, settings, found = contestant(case.contestant), dict(case.settings), [case]
     for value in module.choices(case.kernel)[field]:
         other = settings | {field: value}
         if value != settings[field] and module.allows(case.kernel, other):
-            found.append(replace(case, settings=tuple(sorted(other.items()))))
+            heads = other.get("heads", case.heads)
+            found.append(replace(case, heads=heads, settings=tuple(sorted(other.items()))))
     return found
 
 

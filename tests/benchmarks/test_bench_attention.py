@@ -321,6 +321,27 @@ def test_the_search_goes_downhill(monkeypatch, tmp_path, capsys):
     assert any(row["why"] == "out of memory" and row["cycles"] is None for row in report["rows"])
 
 
+def test_the_search_for_ours_tries_heads_that_the_model_has(monkeypatch, tmp_path, capsys):
+    tried = []
+
+    def tall(case, memory=None, **_):
+        tried.append(case)
+        values = dict(case.settings)
+        assert values["heads"] == case.heads
+        found = Estimate(cycles=case.heads * (1000 + 5 * values["block_q"] - case.heads), vmem=1, seconds=0)
+        memory.put(case, found)
+        return found
+
+    monkeypatch.setattr(attention_tune, "estimate", tall)
+    monkeypatch.setattr(attention_tune, "extended", lambda case, length, memory: memory.get(case).cycles / case.heads)
+    output, cache = tmp_path / "figures.json", str(tmp_path / "cache.json")
+    command = ["bench", "attention", "--tune", "--kernel", "backward", "--against", "none", "--num-heads", "32"]
+    assert main([*command, "--device", "v6e", "--cache", cache, "--output", str(output)]) == 0
+    (report,) = json.loads(output.read_text())
+    assert "q 128" in report["rows"][0]["settings"] and "heads 16" in report["rows"][0]["settings"]
+    assert {case.heads for case in tried} == {8, 16}
+
+
 def test_reasons_are_taken_from_what_the_compiler_says():
     def reason(text, code=-6):
         return attention_cycles._reason(type("Done", (), {"stderr": text, "returncode": code})())

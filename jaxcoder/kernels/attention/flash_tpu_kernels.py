@@ -176,7 +176,7 @@ def _forward_kernel(
     def visit(first_key, size, masked):
         k, v = k_ref[0, :, pl.ds(first_key, size)], v_ref[0, pl.ds(first_key, size), :]
         keys = span * blocks.span_kv + first_key + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
-        if masked:
+        if masked:  # once for all heads of the block
             start, end = _wide(seen_ref[0], size), _wide(seen_ref[1], size)
             bias_ref[...] = jnp.where((keys >= start) & (keys < end), 0.0, HIDDEN)
         if sizes.sums_by_matmul:
@@ -319,7 +319,7 @@ def _walk(todo: Visits, blocks: Blocks, visit) -> None:
     """Calls visit(first key, number of keys, masked) for every step; keys count from the span's first."""
     per_full = blocks.block_kv // blocks.edge_kv
 
-    def edge(i, _):
+    def edge(i, _):  # those before and those after the whole blocks are one loop, compiled once
         skipped = jnp.where(i >= todo.edges_before, todo.fulls * per_full, 0)
         visit(pl.multiple_of((todo.edge + i + skipped) * blocks.edge_kv, blocks.edge_kv), blocks.edge_kv, True)
 
