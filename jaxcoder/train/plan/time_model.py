@@ -31,9 +31,10 @@ ATTENTION = {
 """Of peak, forward and backward together, of the causal half, without dropout. v5e, v5p, v6e: static cycles at 8,192
 tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide, TPU7x as its 256-wide sibling. GPUs: what is
 published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
-DROPOUT = {"flash_tpu": (1.44, 1.09)}
-"""How much longer our kernel takes with dropout, (forward, backward): static cycles on v5p (docs/performance.md,
-Attention on TPUs); the other chips as v5p, other kernels unknown and left at 1."""
+DROPOUT = {"TPU v6e": (2.02, 1.45), "TPU7x": (2.02, 1.45)}
+DROPOUT_ELSEWHERE = (1.44, 1.09)
+"""How much longer our kernel takes with dropout, (forward, backward): static cycles on v6e and, elsewhere, on v5p
+(docs/performance.md, Attention on TPUs), TPU7x as v6e. Of other kernels it is not known and left at 1."""
 ATTENTION_ELSEWHERE = 0.2
 GATHERS_BESIDE = ("TPU v4", "TPU v5e")
 """Chips for which libtpu 0.0.52 gathers our weights over `fsdp` beside matmuls; on the others the step waits for them,
@@ -111,7 +112,8 @@ def step_time(
         if chip.name in SUMS_FOR_SCATTERS and closed:
             seconds["fsdp"] += scatters
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
-    longer = DROPOUT.get(attention, (1.0, 1.0)) if work.attention_dropout else (1.0, 1.0)
+    has_hash = work.attention_dropout and attention == "flash_tpu"
+    longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
     attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer))
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
