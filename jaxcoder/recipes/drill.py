@@ -38,7 +38,7 @@ from jaxcoder.recipes.drill_setup import SAVE_EVERY_STEPS, BadBatch, layout_of, 
 
 Say = Callable[[str], None]
 
-STEPS_PER_FAULT = 4 * SAVE_EVERY_STEPS
+STEPS_PER_FAULT = 3 * SAVE_EVERY_STEPS
 """More than any fault waits for, so that the run is not done before the last one."""
 STARTS = 3
 

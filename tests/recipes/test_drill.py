@@ -85,7 +85,12 @@ def alone(tmp_path_factory):
     ("name", "break_it", "said"),
     [
         ("samples", "samples = 0", "samples differs from step"),
-        ("weights", "state = jax.jit(lambda: initial_state(config))()", "losses differ by up to"),
+        pytest.param(
+            "weights",
+            "state = jax.jit(lambda: initial_state(config))()",
+            "losses differ by up to",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_broken_trainer_is_found_out(alone, name, break_it, said):
