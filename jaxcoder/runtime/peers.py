@@ -17,7 +17,7 @@ from jaxcoder.errors import EXIT_USER_ERROR, JaxcoderError, LostProcessError
 
 _runs = itertools.count()
 
-_GOODBYE_SECONDS = 10.0
+_GOODBYE_SECONDS = 15.0
 """Process 0 waits so long for the others to have ended: JAX ends them roughly when it goes."""
 
 

@@ -28,7 +28,7 @@ STEP, DATA = "step", "data"
 
 _TICK = 0.5  # seconds between two looks at the clock
 _ASLEEP = 5.0  # the thread itself was not run for so long: the process or the machine was stopped
-_GRACE = 15.0  # a main thread that will notice by itself that another process has ended gets so long to do so
+_GRACE = 5.0  # a main thread that will notice by itself that another process has ended gets so long to do so
 _LAST_WORDS = 10.0
 
 
@@ -61,6 +61,7 @@ class Watchdog:
         self._busy = math.nan
         self._beats: dict[int, dict[str, Any]] = {}
         self._changed: dict[int, float] = {}
+        self._ended: dict[int, dict[str, Any]] = {}
         self._last_round = time.monotonic()
         self._stop = threading.Event()
 
@@ -111,9 +112,10 @@ class Watchdog:
                 if beat != self._beats.get(index):
                     self._changed[index] = now
             self._beats, self._last_round = beats, now
-            others = sorted(set(ended) - {self._peers.index})
-            if others and not self._stop.wait(_GRACE):
-                error = ended_error(self._peers.name(others[0]), ended[others[0]])
+            self._ended = {index: end for index, end in sorted(ended.items()) if index != self._peers.index}
+            if self._ended and not self._stop.wait(_GRACE):
+                index, end = next(iter(self._ended.items()))
+                error = ended_error(self._peers.name(index), end)
                 self._end(str(error), error.exit_code, with_stacks=False)
 
     def _watch(self) -> None:
@@ -141,6 +143,8 @@ class Watchdog:
     def _suspect(self, phase: str, step: int) -> str:
         if self._peers.count == 1:
             return "this process stands still."
+        for index, end in self._ended.items():
+            return f"{self._peers.name(index)} has ended ({end['message']})."
         silent = self.silent()
         if silent:
             names = " and ".join(f"{self._peers.name(index)}" for index in silent[:4])
