@@ -41,7 +41,7 @@ GATHERS_BESIDE = ("TPU v4", "TPU v5e")
 and on all for the gradients (docs/performance.md, StarCoderBase on pods). Published runs had compilers and options that
 overlapped both."""
 SUMS_FOR_SCATTERS = ("TPU v5e", "TPU v6e")
-"""Chips for which it scatters our gradients over a whole closed torus (16x16) as sums of everything, twice the bytes."""
+"""Chips for which it all-reduces our gradients instead, twice the bytes, over a whole closed torus (16x16)."""
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
 """Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
 twice the bytes, and waited for. Over one or two sides it does not."""

@@ -33,10 +33,11 @@ OPTIMIZER_BYTES = 50
 """A weight and step: gradient, weight and moments read, weight and moments written, the gradient divided and its norm
 taken, 40 bytes at 0.8 of the bandwidth."""
 MICROBATCH_BYTES = 24
-"""A weight and microbatch: cast to bf16 in both passes, its gradient written. These four are what the TPU compiler's own
-cycles come to for eight programs: the 15.5B model on v4, v5e, v5p, v6e, a thin one on v5e with three policies."""
-ACCUMULATION_BYTES = 12
-"""A weight and microbatch where there are several: gradient and sum read, sum written."""
+"""A weight and microbatch: cast to bf16 in both passes, its gradient written."""
+ACCUMULATION_BYTES = 53
+"""A weight and microbatch where there are several: gradients cleared, read and added to the sum. All five are what
+the TPU compiler's own cycles come to for ten programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin one
+on v5e with three policies and with two microbatches (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -244,8 +244,30 @@ def test_dropout_takes_time_in_our_kernels():
     dropping = work_of(decoder, dataclasses.replace(layout, attention_dropout=True))
     longer = step_time(dropping, topology, layout.mesh, "flash_tpu").attention
     assert longer == pytest.approx(without * (1.44 + 2.5 * 1.09) / 3.5)
+    v6e = parse_topology("v6e:16x16")
+    assert step_time(dropping, v6e, layout.mesh, "flash_tpu").attention > 1.5 * step_time(
+        work_of(decoder, layout), v6e, layout.mesh, "flash_tpu"
+    ).attention
     assert step_time(dropping, topology, layout.mesh, "splash").attention > 0
     assert Layout.of(prepare(starcoderbase(), topology)).attention_dropout
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "waits"),  # shares of the formula's bytes that a step waits for
+    [
+        ("v4:4x4x8", (8, 16, 1), 1 / 3), ("v5e:4x4", (1, 16, 1), 1 / 3), ("v6e:4x4", (1, 16, 1), 1.0),
+        ("v5e:16x16", (1, 256, 1), 2 / 3), ("v6e:16x16", (1, 256, 1), 4 / 3), ("v5p:4x4x8", (8, 16, 1), 1.0),
+        ("h100:2x8", (1, 16, 1), 0.0),
+    ],
+)  # fmt: skip
+def test_what_our_programs_wait_for(name, mesh, waits):
+    """Gathers run beside matmuls on v4 and v5e; gradients over 256 chips are summed and not scattered."""
+    topology, layout = parse_topology(name), _layout(*mesh)
+    work = work_of(Decoder.of(starcoderbase().model), layout)
+    time = step_time(work, topology, layout.mesh, "flash_tpu", is_ours=True)
+    sent = work.transfers["fsdp"] / axis_bandwidths(topology, layout.mesh)["fsdp"]
+    beside = time.interconnect["fsdp"] if time.beside is None else time.beside
+    assert (time.interconnect["fsdp"] - beside) / sent == pytest.approx(waits)
 
 
 def test_search_where_nothing_fits():
