@@ -120,17 +120,21 @@ def _times(count: int) -> str:
 def gradients_rise(record: RunRecord) -> Iterator[Finding]:
     """The gradient norms of the last twentieth of the run are three times what they once were."""
     norms = record.columns["grad_norm"].finite()
-    if len(norms) < 100:
+    if len(norms) < 60:
         return
-    levels = block_medians(norms, 20)
-    calm = 2 + int(levels.values[2:].argmin())  # the first tenth begins high and falls
+    levels = block_medians(norms, min(20, len(norms) // 8))
+    begin = max(len(levels) // 10, 1)  # norms begin high and fall
+    calm = begin + int(levels.values[begin:].argmin())
     now, least = levels.last, float(levels.values[calm])
     if not (least > 0 and now > 3 * least):
         return
+    recent_norms = norms.between(int(levels.steps[-1]), 2**62)
+    highest = int(recent_norms.steps[int(recent_norms.values.argmax())])
     rising = calm + int(np.argmax(levels.values[calm:] > 1.5 * least))
     limit = record.config.optimizer.max_grad_norm if record.config is not None else None
     evidence = [
-        f"median norm {least:.3g} around step {levels.steps[calm]:,}, {now:.3g} since step {levels.steps[-1]:,}"
+        f"median norm {least:.3g} around step {levels.steps[calm]:,}, {now:.3g} since step {levels.steps[-1]:,}",
+        f"the greatest of the last: {recent_norms.values.max():.3g} at step {highest:,}",
     ]
     if limit:
         share = float((norms.values[-len(norms) // 20 :] > limit).mean())
@@ -141,7 +145,7 @@ def gradients_rise(record: RunRecord) -> Iterator[Finding]:
         what=f"Gradient norms rise: they are {now / least:.1f} times what they were, since about step "
         f"{levels.steps[rising]:,}.",
         evidence=tuple(evidence),
-        traced=(),
+        traced=(highest,),
         try_next=_lower_rate(record) + (f"from a checkpoint before step {levels.steps[rising]:,} if one was kept",),
     )
 

@@ -98,3 +98,44 @@ def test_an_output_that_cannot_be_written(run, capsys):
     (run / "file").write_text("")
     assert main(["report", str(run), "--output", str(run / "file" / "page.html")]) == 2
     assert "Cannot write to" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+    """The address of an empty bucket on an S3-compatible server of this machine."""
+    s3fs = pytest.importorskip("s3fs", reason="needs the extra `s3`")
+    server = pytest.importorskip("moto.server", reason="needs moto, a local S3-compatible server")
+    server = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "someone",
+        "AWS_SECRET_ACCESS_KEY": "something",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("runs-of-ours")
+    yield "s3://runs-of-ours"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_run_in_a_bucket(run, bucket, capsys):
+    import fsspec
+
+    filesystem, inside = fsspec.url_to_fs(f"{bucket}/run")
+    filesystem.put(f"{run}/", inside, recursive=True)
+    assert f"The page: {bucket}/run/report.html" in said(capsys, "report", f"{bucket}/run")
+    assert filesystem.cat_file(f"{inside}/report.html").startswith(b"<!DOCTYPE html>")
+    filesystem.rm_file(f"{inside}/checkpoints/6/manifest.json")
+    out = said(capsys, "doctor", f"{bucket}/run")
+    assert "1 checkpoint of 2 cannot be used." in out and "step 6: it has no manifest.json" in out
+    assert main(["doctor", f"{bucket}/nothing"]) == 2 and "is no run" in capsys.readouterr().err
