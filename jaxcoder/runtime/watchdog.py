@@ -24,12 +24,16 @@ from jaxcoder.errors import EXIT_WATCHDOG
 from jaxcoder.runtime.peers import Peers, ended_error
 
 STEP, DATA = "step", "data"
-"""Phases of a step, which watchdog.step_seconds limits together; every other phase has watchdog.start_seconds."""
+"""Phases of a step, which watchdog.step_seconds limits together; every other phase has watchdog.start_seconds. But for
+a process to answer nothing step_seconds are enough in every phase."""
+
+_LEFT = "left"  # the phase of a process that is done
 
 _TICK = 0.5  # seconds between two looks at the clock
 _ASLEEP = 5.0  # the thread itself was not run for so long: the process or the machine was stopped
 _GRACE = 5.0  # a main thread that will notice by itself that another process has ended gets so long to do so
 _LAST_WORDS = 10.0
+_LEAVE = 3.0
 
 
 class HostWork(NamedTuple):
@@ -64,6 +68,7 @@ class Watchdog:
         self._ended: dict[int, dict[str, Any]] = {}
         self._last_round = time.monotonic()
         self._stop = threading.Event()
+        self._heartbeat: threading.Thread | None = None
 
     def enter(self, phase: str, step: int) -> None:
         """The main thread begins with this. Costs nothing; `DATA` and `STEP` of one step are measured together."""
@@ -86,11 +91,14 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         if self._peers.count > 1:
-            threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
+            self._heartbeat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+            self._heartbeat.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        if self._heartbeat is not None:
+            self._heartbeat.join(_LEAVE)  # so that nobody waits for its answers
 
     # --- the two threads ---------------------------------------------------------------------------------------------
 
@@ -98,7 +106,7 @@ class Watchdog:
         number = 0
         while not self._stop.wait(self._interval if number else 0):
             number += 1
-            phase, step, since = self._standing
+            phase, step, _ = self._standing
             busy = None if math.isnan(self._busy) else self._busy
             beat = {"number": number, "phase": phase, "step": step, "busy": busy}
             try:
@@ -117,9 +125,15 @@ class Watchdog:
                 index, end = next(iter(self._ended.items()))
                 error = ended_error(self._peers.name(index), end)
                 self._end(str(error), error.exit_code, with_stacks=False)
+        try:
+            farewell = json.dumps({"phase": _LEFT, "step": self._standing[1], "busy": None})
+            self._peers.post(f"beat/{self._peers.index}", farewell)
+        except Exception:  # process 0 has left before
+            pass
 
     def _watch(self) -> None:
         asleep, last, measured = 0.0, time.monotonic(), 0.0
+        woken = last
         while not self._stop.wait(_TICK):
             now = time.monotonic()
             phase, step, since = self._standing
@@ -127,17 +141,19 @@ class Watchdog:
                 measured, asleep = since, 0.0
             if now - last > _ASLEEP:  # time that nobody had does not count
                 asleep += now - last
+                woken = now  # the others' answers of that time are still to be read
             last = now
             name = "step_seconds" if phase in (STEP, DATA) else "start_seconds"
             limit = self._limits.step_seconds if phase in (STEP, DATA) else self._limits.start_seconds
             if limit is not None and now - since - asleep > limit:
                 self._end(self._sentence(phase, step, limit, name), EXIT_WATCHDOG, with_stacks=True)
+            least = self._limits.step_seconds
+            if least is not None and now - woken > least and any(self._quiet(i) > least for i in self.silent()):
+                sentence = f"{_place(phase, step)} cannot go on (watchdog.step_seconds {least:g}): "
+                self._end(sentence + self._suspect(phase, step), EXIT_WATCHDOG, with_stacks=True)
 
     def _sentence(self, phase: str, step: int, limit: float, name: str) -> str:
-        at = {
-            STEP: f"step {step:,}", DATA: f"step {step:,}, which waits for its batch,", "save": f"the save of step {step:,}",
-            "evaluate": f"the evaluation of step {step:,}", "start": f"the start, before step {step + 1:,},",
-        }.get(phase, f"{phase} at step {step:,}")  # fmt: skip
+        at = _place(phase, step)
         return f"{at} has taken longer than {limit:g} seconds (watchdog.{name}): {self._suspect(phase, step)}"
 
     def _suspect(self, phase: str, step: int) -> str:
@@ -163,8 +179,9 @@ class Watchdog:
         patience = 2.5 * self._interval + 1
         if time.monotonic() - self._last_round > patience and self._peers.index != 0:
             return [0]
-        everyone = range(self._peers.count)
-        return [index for index in everyone if index != self._peers.index and self._quiet(index) > patience]
+        left = {index for index, beat in self._beats.items() if beat["phase"] == _LEFT}
+        others = set(range(self._peers.count)) - left - {self._peers.index}
+        return sorted(index for index in others if self._quiet(index) > patience)
 
     def _quiet(self, index: int) -> float:
         """Seconds since a process was last heard of."""
@@ -201,3 +218,11 @@ class Watchdog:
             except OSError:
                 faulthandler.dump_traceback()
         self._on_end(sentence, step)
+
+
+def _place(phase: str, step: int) -> str:
+    return {
+        STEP: f"step {step:,}", DATA: f"step {step:,}, which waits for its batch,",
+        "save": f"the save of step {step:,}", "evaluate": f"the evaluation of step {step:,}",
+        "start": f"the start, before step {step + 1:,},",
+    }.get(phase, f"{phase} at step {step:,}")  # fmt: skip

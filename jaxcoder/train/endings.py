@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError, LostProcessError
+from jaxcoder.errors import (
+    EXIT_CTRL_C,
+    EXIT_SIGTERM,
+    CheckpointError,
+    Interrupted,
+    JaxcoderError,
+    LostProcessError,
+)
 from jaxcoder.observability.event_log import EventLog, Spent
 from jaxcoder.runtime import Peers, Terminated, Watchdog, is_disk_full, is_out_of_memory
 
@@ -55,6 +62,8 @@ def reason_of(error: BaseException) -> str:
 
 def find_lost(error: Exception, peers: Peers, watchdog: Watchdog) -> JaxcoderError | None:
     """The sentence that names the process whose loss explains `error`; None if it is about something else."""
+    if isinstance(error, CheckpointError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # all processes save together
     is_ours = isinstance(error, JaxcoderError) or is_out_of_memory(error) or is_disk_full(error)
     if peers.count == 1 or is_ours or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError):
         return None
@@ -75,6 +84,6 @@ def find_lost(error: Exception, peers: Peers, watchdog: Watchdog) -> JaxcoderErr
     names = ", ".join(peers.name(index) for index in silent[:4])
     first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return LostProcessError(
-        f"{names} {'does' if len(silent) == 1 else 'do'} not answer any more, so this step could not be finished "
+        f"{names} {'does' if len(silent) == 1 else 'do'} not answer any more, so the run cannot go on "
         f"({first_line}): look at its log; the same command continues from the newest checkpoint."
     )

@@ -1,0 +1,54 @@
+"""A process that answers nothing is not waited for longer than a step, whatever is going on."""
+
+import json
+import threading
+
+from jaxcoder.config import WatchdogConfig
+from jaxcoder.runtime import Watchdog
+
+LIMITS = WatchdogConfig(step_seconds=1.5, start_seconds=60)
+
+
+class Peers:
+    """Of process 0; process 1 has answered once."""
+
+    count, index = 2, 0
+
+    def __init__(self, phase: str):
+        self.other, self.posts = {"number": 1, "phase": phase, "step": 5, "busy": None}, []
+
+    def name(self, index: int) -> str:
+        return f"process {index}"
+
+    def post(self, key: str, text: str) -> None:
+        self.posts.append(json.loads(text))
+
+    def posted(self, directory: str) -> dict[str, str]:
+        return {"1": json.dumps(self.other)}
+
+    def ended(self) -> dict:
+        return {}
+
+
+def ends(phase: str, monkeypatch, seconds: float) -> list[str]:
+    """What the watchdog of process 0 says in a save, if anything."""
+    said, is_over = [], threading.Event()
+    monkeypatch.setattr(Watchdog, "_end", lambda self, sentence, *_, **__: (said.append(sentence), is_over.set()))
+    peers = Peers(phase)
+    watchdog = Watchdog(peers, LIMITS, stacks=str, on_end=lambda *_: None)
+    watchdog._interval = 0.1
+    with watchdog:
+        watchdog.enter("save", 5)
+        is_over.wait(seconds)
+    assert peers.posts[-1]["phase"] == "left"
+    return said
+
+
+def test_silence_in_a_save(monkeypatch):
+    (sentence, *_) = ends("save", monkeypatch, 10)
+    said = "the save of step 5 cannot go on (watchdog.step_seconds 1.5): process 1 has not answered for"
+    assert sentence.startswith(said)
+
+
+def test_a_process_that_has_left_need_not_answer(monkeypatch):
+    assert ends("left", monkeypatch, 4) == []
