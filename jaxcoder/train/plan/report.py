@@ -33,7 +33,8 @@ def lines_of(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> Iterator[str
     yield from row("verdict", verdict(plan, tried))
     for options, attempt in tried:
         fits = "fits" if attempt.fits else "does not fit"
-        yield from row("", f"tried {options}: {fits}, {_of_memory(attempt)}")
+        speed = f", {attempt.time.expected:.3f} s a step" if attempt.fits else ""
+        yield from row("", f"tried {options}: {fits}, {_of_memory(attempt)}{speed}")
 
 
 def verdict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
@@ -42,14 +43,16 @@ def verdict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
     name = f"{plan.config.name} on {plan.topology} ({counted(plan.topology.chips, 'chip')})"
     if not plan.fits:
         if tried and tried[-1][1].fits:
-            return f"{name} does not fit ({how}: {_of_memory(plan)}); with {tried[-1][0]} it does."
+            options, attempt = tried[-1]
+            return f"{name} does not fit ({how}: {_of_memory(plan)}); with {options} it does, and {_takes(attempt)}."
         smaller = "; nothing that was tried makes it fit: take more chips or chips with more memory"
         return f"{name} does not fit ({how}: {_of_memory(plan)}){smaller}."
-    fast, expected, slow = plan.seconds
-    return (
-        f"{name} fits ({how}: {_of_memory(plan)}) and should take {_duration(plan, expected)}, between "
-        f"{_duration(plan, fast)} and {_duration(plan, slow)}, bound by {plan.time.bound}."
-    )
+    return f"{name} fits ({how}: {_of_memory(plan)}) and {_takes(plan)}."
+
+
+def _takes(plan: Plan) -> str:
+    fast, expected, slow = (_duration(plan, seconds) for seconds in plan.seconds)
+    return f"should take {expected}, between {fast} and {slow}, bound by {plan.time.bound}"
 
 
 def _duration(plan: Plan, seconds: float) -> str:
@@ -124,7 +127,7 @@ def _transfers(plan: Plan) -> Iterator[str]:
     compiled = plan.compiled
     if compiled is None or not compiled.fits:
         rows = [
-            ["any", axis, "-", _beside(axis == "fsdp"), sent, plan.modelled.interconnect[axis]]
+            ["any", axis, "-", _modelled_beside(plan, axis), sent, plan.modelled.interconnect[axis]]
             for axis, sent in plan.work.transfers.items()
         ]
         kind = "modelled"
@@ -159,6 +162,13 @@ def _transfers(plan: Plan) -> Iterator[str]:
 
 def _beside(is_beside: bool) -> str:
     return "beside" if is_beside else "waits"
+
+
+def _modelled_beside(plan: Plan, axis: str) -> str:
+    seconds, beside = plan.modelled.interconnect[axis], plan.modelled.beside
+    if axis == "fsdp" and beside is not None and 0 < beside < seconds:
+        return f"{beside / seconds:.0%} beside"
+    return _beside(axis == "fsdp" and beside != 0)
 
 
 def _time(plan: Plan) -> Iterator[str]:

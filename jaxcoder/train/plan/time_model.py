@@ -114,6 +114,8 @@ def step_time(
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     has_hash = work.attention_dropout and attention == "flash_tpu"
     longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
+    if topology.platform == "tpu":  # a smaller head leaves rows or columns of the matrix unit idle
+        reached *= min(1.0, work.head_dim / 128)
     attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer))
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],

@@ -148,6 +148,7 @@ class Work:
     transfers: dict[str, float] = field(default_factory=dict)
     scattered: float = 0.0
     """Of what is sent over `fsdp`: gradients."""
+    head_dim: int = 128
     attention_dropout: bool = False
 
 
@@ -186,6 +187,7 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
         host_bytes=2 * tokens * layers * layout.offloaded_bytes,
         transfers=transfers,
         scattered=gradients * transfers.get("fsdp", 0.0),
+        head_dim=decoder.head_dim,
         attention_dropout=layout.attention_dropout,
     )
 

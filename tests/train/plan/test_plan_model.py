@@ -17,6 +17,7 @@ from jaxcoder.train.plan.hlo import Collective
 from jaxcoder.train.plan.make import find_fit, make_plan, prepare
 from jaxcoder.train.plan.published import LACKING, RUNS
 from jaxcoder.train.plan.ranking import lines_of_ranking, spearman
+from jaxcoder.train.plan.report import lines_of
 from jaxcoder.train.plan.search import accuracy, lines_of_search, search
 from jaxcoder.train.plan.time_model import axis_bandwidths, step_time
 from jaxcoder.train.plan.topology import parse_topology
@@ -285,6 +286,16 @@ def test_what_is_tried_to_make_it_fit(base):
     tried, found = find_fit(plan, compile_one)
     assert found and tried[-1][1].fits and "--compute.remat block" in tried[-1][0]
     assert all(not attempt.fits for _, attempt in tried[:-1]) and len(tried) <= 4
+    assert f"with {tried[-1][0]} it does, and should take" in words(lines_of(plan, tried))
+
+
+def test_heads_of_64_leave_half_of_a_matrix_unit_idle():
+    topology, layout, decoder = parse_topology("v4:2x2x2"), _layout(1, 8, 1), Decoder.of(starcoderbase_1b().model)
+    wide = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu")
+    narrow = dataclasses.replace(decoder, num_heads=32, head_dim=64)
+    assert step_time(work_of(narrow, layout), topology, layout.mesh, "flash_tpu").attention == pytest.approx(
+        2 * wide.attention
+    )
 
 
 # --- XLA options -----------------------------------------------------------------------------------------------------
