@@ -41,10 +41,11 @@ GATHERS_BESIDE = ("TPU v4", "TPU v5e")
 and on all for the gradients (docs/performance.md, StarCoderBase on pods). Published runs had compilers and options that
 overlapped both."""
 SUMS_FOR_SCATTERS = ("TPU v5e", "TPU v6e")
-"""Chips for which it all-reduces our gradients instead, twice the bytes, over a whole closed torus (16x16)."""
+"""Chips for which it all-reduces our gradients instead, twice the bytes, over a whole closed torus (16x16); on v4 and
+v5p it does over three open sides."""
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
-"""Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of the torus into sums of everything:
-twice the bytes, and waited for. Over one or two sides it does not."""
+"""Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of a closed torus into sums of
+everything: twice the bytes, and waited for. Over one or two sides it does not."""
 LINK = {"tpu": 0.9, "cuda": 0.8}
 """Of the data sheet's bandwidth: 45 of 50 GB/s a link in "How to Scale Your Model"; NCCL's bus bandwidth in a node."""
 
@@ -102,15 +103,16 @@ def step_time(
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
     beside = None
-    if "fsdp" in seconds and topology.chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2:
-        seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
-    elif "fsdp" in seconds and is_ours and topology.platform == "tpu":
+    if "fsdp" in seconds:
         scatters = work.scattered / links["fsdp"]
-        gathers = seconds["fsdp"] - scatters
-        beside = gathers if chip.name in GATHERS_BESIDE else 0.0
-        closed = math.prod(topology.shape) == mesh.fsdp and all(map(topology.wraps, range(len(topology.shape))))
-        if chip.name in SUMS_FOR_SCATTERS and closed:
-            seconds["fsdp"] += scatters
+        closed = all(map(topology.wraps, range(len(topology.shape))))
+        on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2
+        on_two = chip.name in SUMS_FOR_SCATTERS and math.prod(topology.shape) == mesh.fsdp
+        if on_three and closed:
+            seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
+        elif is_ours and topology.platform == "tpu":
+            beside = seconds["fsdp"] - scatters if chip.name in GATHERS_BESIDE else 0.0
+            seconds["fsdp"] += scatters if on_three or on_two and closed else 0.0
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     has_hash = work.attention_dropout and attention == "flash_tpu"
     longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
