@@ -249,8 +249,13 @@ def as_dict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> dict:
         "days": {"fast": plan.days(fast), "expected": plan.days(expected), "slow": plan.days(slow)},
         "chip_hours": plan.chip_hours(expected),
         "verdict": verdict(plan, tried),
-        "tried": [{"options": options, "fits": attempt.fits, "peak_bytes_per_chip": attempt.peak_bytes}
-                  for options, attempt in tried],
+        "tried": [
+            {
+                "options": options, "fits": attempt.fits, "peak_bytes_per_chip": attempt.peak_bytes,
+                "seconds": attempt.time.expected if attempt.fits else None,
+            }
+            for options, attempt in tried
+        ],
         "config": to_dict(plan.config),
     }  # fmt: skip
 

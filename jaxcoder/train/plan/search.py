@@ -96,7 +96,8 @@ def search(
                 break
             continue
         compiled.append(done)
-        say(f"{layout_of(done)}: {'fits' if done.fits else 'does not fit'}, {done.time.expected:.3f} s a step")
+        how = f"fits, {done.time.expected:.3f} s a step" if done.fits else "does not fit"
+        say(f"{layout_of(done)}: {how}")
     return Search(
         topology=topology, candidates=len(plans), ranked=ranked, compiled=compiled, out_of_time=out_of_time,
         failures=failures, compile_all=compile_all,
