@@ -40,9 +40,6 @@ GATHERS_BESIDE = ("TPU v4", "TPU v5e")
 """Chips for which libtpu 0.0.52 gathers our weights over `fsdp` beside matmuls; on the others the step waits for them,
 and on all for the gradients (docs/performance.md, StarCoderBase on pods). Published runs had compilers and options that
 overlapped both."""
-SUMS_FOR_SCATTERS = ("TPU v5e", "TPU v6e")
-"""Chips for which it all-reduces our gradients instead, twice the bytes, over a whole closed torus (16x16); on v4 and
-v5p it does over three open sides."""
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
 """Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of a closed torus into sums of
 everything: twice the bytes, and waited for. Over one or two sides it does not."""
@@ -98,7 +95,8 @@ class StepTime:
 def step_time(
     work: Work, topology: Topology, mesh: MeshConfig, attention: str, *, is_ours: bool = False
 ) -> StepTime:
-    """attention: the kernel, a key of ATTENTION. is_ours: transfers as libtpu 0.0.52 makes them of our step."""
+    """attention: the kernel, a key of ATTENTION. is_ours: transfers as libtpu 0.0.52 makes them of our step, which sums
+    gradients in place of scattering them over three sides of an open torus too, and where parts do not fill tiles."""
     chip = topology.chip
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
@@ -107,12 +105,11 @@ def step_time(
         scatters = work.scattered / links["fsdp"]
         closed = all(map(topology.wraps, range(len(topology.shape))))
         on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2
-        on_two = chip.name in SUMS_FOR_SCATTERS and math.prod(topology.shape) == mesh.fsdp
         if on_three and closed:
             seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
         elif is_ours and topology.platform == "tpu":
             beside = seconds["fsdp"] - scatters if chip.name in GATHERS_BESIDE else 0.0
-            seconds["fsdp"] += scatters if on_three or on_two and closed else 0.0
+            seconds["fsdp"] += scatters if on_three or not work.scatters_evenly else 0.0  # all-reduces instead
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     has_hash = work.attention_dropout and attention == "flash_tpu"
     longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)

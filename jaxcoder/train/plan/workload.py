@@ -34,6 +34,9 @@ OPTIMIZER_BYTES = 50
 taken, 40 bytes at 0.8 of the bandwidth."""
 MICROBATCH_BYTES = 24
 """A weight and microbatch: cast to bf16 in both passes, its gradient written."""
+SCATTER_TILE = 16
+"""Rows of a bf16 tile on a TPU: gradients whose parts along `fsdp` are no multiple of it libtpu 0.0.52 sums whole (24 and
+44 rows of our models, 72 of a tiny one); of 64, 96, 128 and 256 rows it scatters."""
 ACCUMULATION_BYTES = 53
 """A weight and microbatch where there are several: gradients cleared, read and added to the sum. All five are what
 the TPU compiler's own cycles come to for ten programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin one
@@ -148,6 +151,8 @@ class Work:
     transfers: dict[str, float] = field(default_factory=dict)
     scattered: float = 0.0
     """Of what is sent over `fsdp`: gradients."""
+    scatters_evenly: bool = True
+    """Whether parts of the gradients fill tiles of memory (SCATTER_TILE)."""
     head_dim: int = 128
     attention_dropout: bool = False
 
@@ -187,6 +192,7 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
         host_bytes=2 * tokens * layers * layout.offloaded_bytes,
         transfers=transfers,
         scattered=gradients * transfers.get("fsdp", 0.0),
+        scatters_evenly=decoder.embed_dim % (SCATTER_TILE * mesh.fsdp) == 0,
         head_dim=decoder.head_dim,
         attention_dropout=layout.attention_dropout,
     )

@@ -258,12 +258,13 @@ def test_dropout_takes_time_in_our_kernels():
     [
         ("v4:4x4x8", (8, 16, 1), 1 / 3), ("v5e:4x4", (1, 16, 1), 1 / 3), ("v6e:4x4", (1, 16, 1), 1.0),
         ("v5e:16x16", (1, 256, 1), 2 / 3), ("v6e:16x16", (1, 256, 1), 4 / 3), ("v5p:4x4x8", (8, 16, 1), 1.0),
+        ("v5e:16x16", (2, 128, 1), 1 / 3),
         ("v4:2x2x2", (1, 8, 1), 2 / 3), ("v5p:4x4x4", (1, 64, 1), 2.0),
         ("h100:2x8", (1, 16, 1), 0.0),
     ],
 )  # fmt: skip
 def test_what_our_programs_wait_for(name, mesh, waits):
-    """Gathers run beside matmuls on v4 and v5e; gradients over 256 chips are summed and not scattered."""
+    """Gathers run beside matmuls on v4 and v5e; gradients of 24 rows a chip are summed and not scattered."""
     topology, layout = parse_topology(name), _layout(*mesh)
     work = work_of(Decoder.of(starcoderbase().model), layout)
     time = step_time(work, topology, layout.mesh, "flash_tpu", is_ours=True)
