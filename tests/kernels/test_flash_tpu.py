@@ -43,6 +43,14 @@ def test_two_cores_share_the_heads_and_the_matrix_unit_sums():
         assert_right(compute(kernels, problem), problem)
 
 
+def test_few_heads_make_taller_blocks_and_the_two_kernels_may_differ():
+    tall = replace(SMALL, least_rows=1024, chunk_heads=2)
+    fitted = [tall.fit(999, 999, heads) for heads in (8, 4, 2)]
+    assert [(blocks.block_q, blocks.chunk_heads) for blocks in fitted] == [(128, 2), (256, 1), (256, 1)]
+    problem = draw(np.random.default_rng(3), (1, 300, 300, 2, 1, 64), ml_dtypes.bfloat16, rate=0.1)
+    assert_right(compute(Interpreted(SMALL, tall), problem), problem)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 127])
 def test_short_documents(length):
     problem = draw(np.random.default_rng(length), **SHAPES["multi_query"], segments=length)
