@@ -21,8 +21,8 @@ MATMUL = {"tpu": 0.90, "cuda": 0.80}
 """Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step. GPUs: 790 of 989 TFLOP/s of a plain bf16
 matmul on an H200."""
 ATTENTION = {
-    ("TPU v5p", "flash_tpu"): 0.91, ("TPU v6e", "flash_tpu"): 0.47,
-    ("TPU v4", "flash_tpu"): 0.91, ("TPU v5e", "flash_tpu"): 0.91, ("TPU7x", "flash_tpu"): 0.47,
+    ("TPU v5p", "flash_tpu"): 0.93, ("TPU v6e", "flash_tpu"): 0.47,
+    ("TPU v4", "flash_tpu"): 0.93, ("TPU v5e", "flash_tpu"): 0.93, ("TPU7x", "flash_tpu"): 0.47,
     ("TPU v5p", "splash"): 0.58, ("TPU v6e", "splash"): 0.23,
     ("TPU v4", "splash"): 0.58, ("TPU v5e", "splash"): 0.58, ("TPU7x", "splash"): 0.23,
     ("TPU v4", "blockwise"): 0.35, ("TPU v5e", "blockwise"): 0.35, ("TPU v5p", "blockwise"): 0.35,
@@ -32,7 +32,7 @@ ATTENTION = {
 tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide, TPU7x as its 256-wide sibling. GPUs: what is
 published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
 DROPOUT = {"TPU v6e": (2.02, 1.45), "TPU7x": (2.02, 1.45)}
-DROPOUT_ELSEWHERE = (1.44, 1.09)
+DROPOUT_ELSEWHERE = (1.45, 1.07)
 """How much longer our kernel takes with dropout, (forward, backward): static cycles on v6e and, elsewhere, on v5p
 (docs/performance.md, Attention on TPUs), TPU7x as v6e. Of other kernels it is not known and left at 1."""
 ATTENTION_ELSEWHERE = 0.2

@@ -35,12 +35,12 @@ taken, 40 bytes at 0.8 of the bandwidth."""
 MICROBATCH_BYTES = 24
 """A weight and microbatch: cast to bf16 in both passes, its gradient written."""
 SCATTER_TILE = 16
-"""Rows of a bf16 tile on a TPU: gradients whose parts along `fsdp` are no multiple of it libtpu 0.0.52 sums whole (24 and
-44 rows of our models, 72 of a tiny one); of 64, 96, 128 and 256 rows it scatters."""
+"""Rows of a bf16 tile on a TPU: gradients whose parts along `fsdp` are no multiple of it libtpu 0.0.52 sums whole (24
+and 44 rows of our models, 72 of a tiny one); of 64, 96, 128 and 256 rows it scatters."""
 ACCUMULATION_BYTES = 53
 """A weight and microbatch where there are several: gradients cleared, read and added to the sum. All five are what
-the TPU compiler's own cycles come to for ten programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin one
-on v5e with three policies and with two microbatches (docs/performance.md)."""
+the TPU compiler's own cycles come to for a dozen programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin
+one on v5e with three policies, two meshes and two microbatches (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

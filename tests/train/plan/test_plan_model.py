@@ -244,7 +244,7 @@ def test_dropout_takes_time_in_our_kernels():
     without = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu").attention
     dropping = work_of(decoder, dataclasses.replace(layout, attention_dropout=True))
     longer = step_time(dropping, topology, layout.mesh, "flash_tpu").attention
-    assert longer == pytest.approx(without * (1.44 + 2.5 * 1.09) / 3.5)
+    assert longer == pytest.approx(without * (1.45 + 2.5 * 1.07) / 3.5)
     v6e = parse_topology("v6e:16x16")
     assert step_time(dropping, v6e, layout.mesh, "flash_tpu").attention > 1.5 * step_time(
         work_of(decoder, layout), v6e, layout.mesh, "flash_tpu"
