@@ -137,10 +137,13 @@ def _powers(first: int, last: int) -> Iterator[int]:
 
 def lines_of_search(found: Search) -> Iterator[str]:
     """The ranking, how far the model was off, and the plan of the best."""
-    yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit. By the model:"
+    yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit, or nearly. By the model:"
     yield ""
     table = [
-        [str(place + 1), layout_of(plan), f"{plan.time.expected:.3f}", readable_bytes(plan.peak_bytes)]
+        [
+            str(place + 1), layout_of(plan), f"{plan.time.expected:.3f}",
+            readable_bytes(plan.peak_bytes) + ("" if plan.fits else " (more than there is)"),
+        ]
         for place, plan in enumerate(found.ranked[:SHOWN])
     ]
     yield from format_table(["", "layout", "s a step", "memory a chip"], table).splitlines()
