@@ -40,6 +40,9 @@ def refused(capsys, command: str) -> str:
         ("starcoderbase --topology v5p:4x4x4 --slices 0", "--slices is 0"),
         ("starcoderbase --topology h100:8x8 --slices 2", "--slices is for TPUs"),
         ("starcoderbase --topology v5p:4x4x4 --minutes 0", "--minutes is 0"),
+        ("starcoderbase --topology v5p:4x4x4 --compile-all", "--compile-all is for --search"),
+        ("starcoderbase --topology v5p:4x4x4 --search --compile-all --no-compile", "--compile-all is for --search"),
+        ("starcoderbase --topology v5p:4x4x12 --search --no-compile", "global_batch_size 512 is not a multiple"),
         ("starcoderbase --topology v5p:4x4x4 --network -1", "--network is -1"),
         ("starcoderbase --topology v5p:4x4x4 --no-compile --json no/place", "--json no/place cannot be written"),
         ("starcoderbase --topology v5p:4x4x4 --mesh.fspd 4", "did you mean `--mesh.fsdp`"),
@@ -54,6 +57,7 @@ def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.setattr(plan_compile.platform, "system", lambda: "Linux")
     monkeypatch.setattr(plan_compile.platform, "machine", lambda: "x86_64")
     assert "pip install 'jaxcoder[plan]'" in refused(capsys, "smoke --topology v5e:1x1")
+    assert "pip install 'jaxcoder[plan]'" in refused(capsys, "smoke --topology v5e:1x1 --search")
     assert "pip install 'jaxcoder[cuda]'" in refused(capsys, "smoke --topology h100:1x8")
 
 
@@ -63,6 +67,7 @@ def test_where_libtpu_has_no_wheels(capsys, monkeypatch):
     monkeypatch.setattr(plan_compile.platform, "machine", lambda: "arm64")
     said = refused(capsys, "smoke --topology v5e:1x1")
     assert "wheels for Linux on x86_64 only, and this is Darwin on arm64" in said and "--no-compile" in said
+    assert "wheels for Linux on x86_64 and aarch64 only" in refused(capsys, "smoke --topology h100:1x8")
 
 
 def test_the_model_alone(capsys, tmp_path):
@@ -82,7 +87,8 @@ def test_the_model_alone(capsys, tmp_path):
 def test_what_does_not_fit_gets_a_way_that_does(capsys):
     assert main("plan starcoderbase --topology v5e:16x16 --no-compile".split()) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "does not fit" in said and "with --microbatch-size 256 --compute.remat block it does." in said
+    assert "does not fit" in said
+    assert "with --microbatch-size 256 --compute.remat block it does, and should take" in said
 
 
 def test_what_cannot_fit(capsys):

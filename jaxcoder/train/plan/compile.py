@@ -144,7 +144,7 @@ def relevant(config: RunConfig) -> RunConfig:
 def check_compiler(topology: Topology) -> None:
     """Raises an error in one sentence where this installation has no compiler for the topology."""
     if topology.platform == "cuda":
-        packages, extra, wheels = ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", "the CUDA wheels (no GPU)"
+        packages, extra, wheels = ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", "XLA for CUDA (no GPU)"
         machines = ("x86_64", "aarch64")
     else:
         packages, extra, wheels, machines = ("libtpu",), "plan", "libtpu", ("x86_64",)
@@ -153,8 +153,8 @@ def check_compiler(topology: Topology) -> None:
     system, machine = platform.system(), platform.machine()
     if system != "Linux" or machine not in machines:
         raise ConfigError(
-            f"compiling for {topology.name} needs {wheels}, made for Linux on {' and '.join(machines)} only, and this "
-            f"is {system} on {machine}: plan on such a machine, or give --no-compile for a model's figures."
+            f"compiling for {topology.name} needs {wheels}, which has wheels for Linux on {' and '.join(machines)} "
+            f"only, and this is {system} on {machine}: plan on such a machine, or give --no-compile for a model's figures."
         )
     raise MissingExtraError(f"compiling for {topology.name}", extra)
 
