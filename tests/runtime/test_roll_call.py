@@ -38,7 +38,7 @@ def test_all_are_let_go_together(port):
 
 
 def test_who_is_missing_is_said_and_named(port, monkeypatch):
-    monkeypatch.setattr(roll_call, "_FIRST_WORD", 0.2)
+    monkeypatch.setattr(roll_call, "_FIRST_WORD", 1.5)
     said: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(answer_roll, process(port, 1, 4), 60)

@@ -30,7 +30,8 @@ class Records:
 
 
 def test_rates_and_mfu(monkeypatch):
-    clock, told = iter([10.0, 10.5, 12.5]), []
+    # Of each fetch: when it was asked for, when it was there, and the end of the step.
+    clock, told = iter([9.75, 10.0, 10.0, 10.25, 10.5, 10.5, 10.75, 12.5, 12.5]), []
     monkeypatch.setattr(step_log, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(step_log, "find_chip", lambda kind: Chip(name="toy", peak_flops=1e9))
     monkeypatch.setattr(step_log.jax, "device_count", lambda: 4)
@@ -46,13 +47,13 @@ def test_rates_and_mfu(monkeypatch):
     def record(step):
         scalars = {"loss": 3.0, "tokens": 500.0, "grad_norm": 1.0, "skipped": 0, "skipped_steps": 0}
         metrics = {name: jnp.asarray(value) for name, value in scalars.items()}
-        log.record(step, metrics, samples=8 * step, batch_size=8, text_bytes=1000, data_wait=0.25)
+        log.record(step, metrics, samples=8 * step, batch_size=8, text_bytes=1000, data_wait=0.25, counts={})
 
     record(1)
     assert records.lines == []  # one step late
     record(2)
     record(3)
-    assert told == [1, 2]
+    assert told == [1, 2] and log.blocked == 0.5
     (_, first), (_, second) = records.lines
     assert "step_time" not in first and "mfu" not in first  # there was no step before it
     assert second["step_time"] == 0.5 and second["tokens_per_second"] == 1000.0
