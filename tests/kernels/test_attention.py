@@ -177,6 +177,7 @@ BAD = {
     "half an offset": (Q, KV, dict(kv_offset=0.5), "kv_offset as one integer, and got float32"),
     "a rate above 1": (Q, KV, dict(dropout_rate=10), r"dropout_rate in \[0, 1\), and got 10"),
     "a rate in words": (Q, KV, dict(dropout_rate="0.1"), r"dropout_rate in \[0, 1\), and got '0.1'"),
+    "a scale in words": (Q, KV, dict(scale="half"), "scale is 'half': give a plain number"),
     "dropout without a key": (Q, KV, dict(dropout_rate=0.1), r"dropout_key uint32 \(2,\) .* got None"),
     "a key of JAX's": (Q, KV, dict(dropout_rate=0.1, dropout_key=jax.random.key(0)), r"uint32 \(2,\) .* key<"),
     "a document in two places": (

@@ -83,6 +83,8 @@ def attention(
     """
     scalars = dict(q_offset=q_offset, batch_offset=batch_offset, head_offset=head_offset, kv_offset=kv_offset)
     _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_key)
+    if not isinstance(scale, numbers.Real | None):
+        raise ConfigError(f"attention's scale is {scale!r}: give a plain number, or None for head_dim ** -0.5.")
     spec = AttentionSpec(
         causal=causal, scale=float(q.shape[-1] ** -0.5 if scale is None else scale), dropout_rate=float(dropout_rate)
     )
