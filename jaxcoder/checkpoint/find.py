@@ -44,10 +44,10 @@ def newest_whole(directory: epath.PathLike, warn: Warn = warn_user) -> int | Non
     return None
 
 
-def damage_of(path: epath.PathLike) -> str | None:
-    """Why the checkpoint at `path` cannot be used, or None."""
+def damage_of(path: epath.PathLike, *, by_size: bool = False) -> str | None:
+    """Why the checkpoint at `path` cannot be used, or None; by_size: without reading its arrays."""
     try:
-        return find_damage(path, read_manifest(path))
+        return find_damage(path, read_manifest(path), by_size=by_size)
     except UnusableCheckpoint as error:
         return error.damage
 

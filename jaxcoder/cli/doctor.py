@@ -56,27 +56,8 @@ def damage(run_dir: str, steps: Sequence[int], *, verify: bool) -> dict[int, str
 
     from jaxcoder.checkpoint.find import CHECKPOINTS, damage_of
 
-    look = damage_of if verify else _damage_by_size
     directory = epath.Path(run_dir) / CHECKPOINTS
-    return {step: look(directory / str(step)) or "" for step in steps}
-
-
-def _damage_by_size(directory) -> str | None:
-    from jaxcoder.checkpoint.manifest import COMMIT_MARKER, UnusableCheckpoint, read_manifest
-
-    try:
-        manifest = read_manifest(directory)
-    except UnusableCheckpoint as error:
-        return error.damage
-    if not (directory / COMMIT_MARKER).exists():
-        return f"Orbax's commit marker {COMMIT_MARKER} is missing"
-    for name, info in manifest.files.items():
-        path = directory / name
-        if not path.exists():
-            return f"{name} is missing"
-        if (size := path.stat().length) != info.size:
-            return f"{name} has {size:,} bytes and was written with {info.size:,}"
-    return None
+    return {step: damage_of(directory / str(step), by_size=not verify) or "" for step in steps}
 
 
 def tracer(record: "RunRecord") -> Callable[[int], list[str]] | None:
