@@ -241,6 +241,7 @@ class RunFiles:
         else:
             content[place] ^= 1 << draw.randrange(8)
         victim.write_bytes(content)
+        self._damaged[step] = self._version(step) or 0  # the victim may have been the manifest, which is new now
         name = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{26}\b", r"\1...", str(victim.relative_to(path)))
         return f"{name} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from jaxcoder.checkpoint.manifest import MANIFEST
 from jaxcoder.cli.main import main
 from jaxcoder.errors import ConfigError
 from jaxcoder.recipes import drill_report
@@ -222,3 +223,15 @@ def at_work(directory: Path) -> list[int]:
             if str(directory).encode() in words:
                 found.append(int(entry.name))
     return found
+
+
+def test_a_manifest_that_the_drill_itself_has_damaged_is_not_whole(tmp_path):
+    """Its time of writing is the drill's then, not the trainer's."""
+    manifest = tmp_path / "run" / "checkpoints" / "12" / MANIFEST
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}" * 50)
+    run = RunFiles(tmp_path / "run")
+    assert run.whole() == [12]
+    time.sleep(0.02)
+    assert MANIFEST in run.damage_newest("flip", random.Random(0))
+    assert run.whole() == []
