@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxcoder import errors
-from jaxcoder.errors import EXIT_USER_ERROR, JaxcoderError, LostProcessError
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, EXIT_USER_ERROR, JaxcoderError, LostProcessError
 
 _runs = itertools.count()
 
@@ -91,7 +91,7 @@ class Peers:
             except Exception as error:  # of a type without a public name
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise LostProcessError(f"{self.name(0)}, through which all speak, does not answer.") from error
-            self.check_ended()
+            self.check_failed()
             if time.monotonic() > deadline:
                 raise LostProcessError(
                     f"{self.name(who)} said nothing for {self._patience:.0f} seconds ({key}): look at its log."
@@ -111,14 +111,14 @@ class Peers:
                 everyone = [json.loads(self.wait_for(f"{topic}/{index}", index)) for index in range(self.count)]
                 verdict = {"result": decide(everyone)}
             except JaxcoderError as error:
-                self.post(f"{topic}/verdict", json.dumps({"error": str(error), "kind": type(error).__name__}))
+                verdict = {"error": str(error), "kind": type(error).__name__, "exit_code": error.exit_code}
+                self.post(f"{topic}/verdict", json.dumps(verdict))
                 raise
             self.post(f"{topic}/verdict", json.dumps(verdict))
             return verdict["result"]
         verdict = json.loads(self.wait_for(f"{topic}/verdict", 0))
         if "error" in verdict:
-            kind = vars(errors).get(verdict["kind"], JaxcoderError)
-            raise kind(verdict["error"])
+            raise _rebuilt(**verdict)
         return verdict["result"]
 
     def meet(self) -> None:
@@ -127,15 +127,20 @@ class Peers:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def ended(self) -> dict[int, dict[str, Any]]:
-        """{process: {"message", "exit_code"}} of those that an error has ended."""
-        return {int(index): json.loads(text) for index, text in self.posted("ended").items()}
+    def failed(self) -> dict[int, dict[str, Any]]:
+        """{process: {"message", "exit_code"}} of the others that an error has ended.
 
-    def check_ended(self) -> None:
-        """LostProcessError, with its sentence, if another process has ended."""
-        for index, end in sorted(self.ended().items()):
-            if index != self.index:
-                raise ended_error(self.name(index), end)
+        Who has stopped on a signal is none of them: all stop after the same step, and process 0 may still be busy for
+        minutes with the checkpoint that the others have done their part of.
+        """
+        ended = {int(index): json.loads(text) for index, text in self.posted("ended").items()}
+        stopped = (EXIT_SIGTERM, EXIT_CTRL_C)
+        return {i: end for i, end in sorted(ended.items()) if i != self.index and end["exit_code"] not in stopped}
+
+    def check_failed(self) -> None:
+        """LostProcessError, with its sentence, if an error has ended another process."""
+        for index, end in self.failed().items():
+            raise ended_error(self.name(index), end)
 
     def say_end(self, message: str, exit_code: int, *, absent: int = 0) -> None:
         """Tells the others that this process ends. Process 0 stays until they, but for `absent` of them, have too."""
@@ -144,7 +149,7 @@ class Peers:
         try:
             self.post(f"ended/{self.index}", json.dumps({"message": message, "exit_code": exit_code}))
             deadline = time.monotonic() + _GOODBYE_SECONDS
-            while self.index == 0 and len(self.ended()) < self.count - absent and time.monotonic() < deadline:
+            while self.index == 0 and len(self.posted("ended")) < self.count - absent and time.monotonic() < deadline:
                 time.sleep(0.1)
         except Exception:  # process 0 is gone: there is nobody to tell
             pass
@@ -157,6 +162,14 @@ class Peers:
         if error is not None:
             code = error.exit_code if isinstance(error, JaxcoderError) else 1
             self.say_end(f"{error}" if isinstance(error, JaxcoderError) else f"{kind.__name__}: {error}", code)
+
+
+def _rebuilt(error: str, kind: str, exit_code: int) -> JaxcoderError:
+    """An error of process 0 as it was there: by its class's name, past its constructor, which may want other things."""
+    found = vars(errors).get(kind, JaxcoderError)
+    rebuilt = found.__new__(found, error)
+    rebuilt.exit_code = exit_code
+    return rebuilt
 
 
 def ended_error(name: str, end: dict[str, Any]) -> JaxcoderError:

@@ -65,7 +65,7 @@ class Watchdog:
         self._busy = math.nan
         self._beats: dict[int, dict[str, Any]] = {}
         self._changed: dict[int, float] = {}
-        self._ended: dict[int, dict[str, Any]] = {}
+        self._failed: dict[int, dict[str, Any]] = {}
         self._last_round = time.monotonic()
         self._stop = threading.Event()
         self._heartbeat: threading.Thread | None = None
@@ -112,7 +112,7 @@ class Watchdog:
             try:
                 self._peers.post(f"beat/{self._peers.index}", json.dumps(beat))
                 beats = {int(index): json.loads(text) for index, text in self._peers.posted("beat").items()}
-                ended = self._peers.ended()
+                self._failed = self._peers.failed()
             except Exception:  # process 0 is gone or does not answer; the other thread sees that this one is late
                 continue
             now = time.monotonic()
@@ -120,9 +120,8 @@ class Watchdog:
                 if beat != self._beats.get(index):
                     self._changed[index] = now
             self._beats, self._last_round = beats, now
-            self._ended = {index: end for index, end in sorted(ended.items()) if index != self._peers.index}
-            if self._ended and not self._stop.wait(_GRACE):
-                index, end = next(iter(self._ended.items()))
+            if self._failed and not self._stop.wait(_GRACE):
+                index, end = next(iter(self._failed.items()))
                 error = ended_error(self._peers.name(index), end)
                 self._end(str(error), error.exit_code, with_stacks=False)
         try:
@@ -159,7 +158,7 @@ class Watchdog:
     def _suspect(self, phase: str, step: int) -> str:
         if self._peers.count == 1:
             return "this process stands still."
-        for index, end in self._ended.items():
+        for index, end in self._failed.items():
             return f"{self._peers.name(index)} has ended ({end['message']})."
         silent = self.silent()
         if silent:

@@ -70,7 +70,7 @@ def find_lost(error: Exception, peers: Peers, watchdog: Watchdog) -> JaxcoderErr
     deadline = time.monotonic() + _SILENCE_SECONDS
     while time.monotonic() < deadline:
         try:
-            peers.check_ended()
+            peers.check_failed()
         except JaxcoderError as ended:
             return ended
         except Exception:  # process 0 is gone, through which all speak

@@ -8,19 +8,29 @@ import sys
 import time
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("peers_script.py")
+from jaxcoder.errors import DataError, JaxcoderError, MissingExtraError
+from jaxcoder.recipes.drill_processes import DrillError, free_port
+from jaxcoder.runtime.peers import _rebuilt
+
+def two_processes(script: str) -> tuple[list[subprocess.Popen], list[tuple[str, str]]]:
+    """Both at their end, and what each has written."""
+    command = [sys.executable, Path(__file__).with_name(script), f"127.0.0.1:{free_port()}"]
+    processes = [
+        subprocess.Popen([*command, str(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
+    return processes, [process.communicate(timeout=240) for process in processes]
+
+
+def test_who_has_stopped_and_saved_does_not_hurry_the_others():
+    """SIGTERM: process 0 finishes the checkpoint alone, however long that takes, while the other one has left."""
+    processes, outputs = two_processes("slow_save_script.py")
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    assert outputs[0][0] == "WHOLE\n", outputs
 
 
 def test_two_processes_agree_and_one_leaves():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-    processes = [
-        subprocess.Popen([sys.executable, SCRIPT, address, str(index)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True)
-        for index in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=240) for process in processes]
+    processes, outputs = two_processes("peers_script.py")
     host = socket.gethostname()
     both = [
         "hosts 2",
@@ -93,3 +103,10 @@ def test_a_machine_that_slept_is_not_stuck(tmp_path):
     os.kill(process.pid, signal.SIGCONT)
     out, errors = process.communicate(timeout=60)
     assert out == "DONE\n" and process.returncode == 0, errors
+
+
+def test_errors_of_process_0_come_through_whatever_their_constructors_want():
+    for error in (MissingExtraError("Reading s3://", "s3"), DataError("no store."), DrillError("elsewhere.")):
+        again = _rebuilt(error=str(error), kind=type(error).__name__, exit_code=error.exit_code)
+        assert str(again) == str(error) and again.exit_code == error.exit_code and isinstance(again, JaxcoderError)
+        assert type(again) in (type(error), JaxcoderError)
