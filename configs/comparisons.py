@@ -10,8 +10,9 @@ made for 600,000. Smaller ones of the same kind take overrides on both sides, su
 
 from dataclasses import replace
 
-from jaxcoder.config import EvalConfig, OptimizerConfig, RunConfig
 from jaxcoder_configs.starcoder import santacoder, starcoderbase_1b
+
+from jaxcoder.config import EvalConfig, OptimizerConfig, RunConfig
 
 
 def compare_mqa() -> RunConfig:

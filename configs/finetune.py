@@ -9,8 +9,9 @@ rate, dropout, betas and weight decay are those of pre-training. `jaxcoder finet
 
 from dataclasses import replace
 
-from jaxcoder.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig
 from jaxcoder_configs.starcoder import starcoderbase, starcoderbase_1b
+
+from jaxcoder.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunConfig
 
 
 def starcoder() -> RunConfig:

@@ -382,4 +382,3 @@ class RayCluster:
 
     def close(self) -> None:
         self._ray.shutdown()
-

@@ -38,7 +38,9 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
 
 
 def test_the_launch_files_are_in_the_wheel(installed):
-    here, there = ({path.name for path in folder.iterdir()} for folder in (ROOT / "launch", installed / "jaxcoder_launch"))
+    here, there = (
+        {path.name for path in folder.iterdir()} for folder in (ROOT / "launch", installed / "jaxcoder_launch")
+    )
     assert here == there
 
 

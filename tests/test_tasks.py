@@ -197,9 +197,7 @@ if __name__ == "__main__":
 def test_workers_end_with_their_owner(tmp_path, signal_number):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    process = subprocess.Popen(
-        [sys.executable, script, tmp_path], stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"started-{number}").exists() for number in range(2)):
         assert time.monotonic() < deadline and process.poll() is None

@@ -182,7 +182,7 @@ def _until_a_step(
 ) -> float:
     """Seconds to the first step beyond `after`; then the run is killed, or first has saved."""
     from jaxcoder import runtime
-    from jaxcoder.observability.metrics import read_metrics
+    from jaxcoder.record.metrics import read_metrics
 
     settings = ["--data", "synthetic", "--steps", "1000", "--global-batch-size", "1", "--compute.dtype", "float32"]
     settings += ["--model.max-seq-len", str(args.seq_len), "--output-dir", str(output)]

@@ -110,9 +110,9 @@ def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) ->
 
     from jaxcoder.benchmarks.cross_entropy_ways import WAYS
     from jaxcoder.config import MeshConfig
+    from jaxcoder.plan.hlo import Program
     from jaxcoder.sharding.mesh import make_mesh
     from jaxcoder.sharding.rules import ShardingRules
-    from jaxcoder.train.plan.hlo import Program
 
     mesh, rules = make_mesh(MeshConfig(data=1, fsdp=fsdp, tensor=tensor), devices), ShardingRules()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -141,7 +141,8 @@ def _batch(args, rows: int, size: int, model, their_model, device: str | None) -
         },
         rows=table,
         targets={"ahead of PyTorch": table[0]["tokens"] >= table[1]["tokens"]} if their_model is not None else {},
-        environment=environment(["jax"] + (["torch", "transformers"] if their_model is not None else [])) | bare.devices(),
+        environment=environment(["jax"] + (["torch", "transformers"] if their_model is not None else []))
+        | bare.devices(),
     )
 
 

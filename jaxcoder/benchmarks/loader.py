@@ -25,9 +25,13 @@ _CHIPS = {"TPU v5p": (459e12, 4), "H100 or H200": (989e12, 8)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", help="token store to take the content from; by default one is built of Python's code")
+    parser.add_argument(
+        "--store", help="token store to take the content from; by default one is built of Python's code"
+    )
     parser.add_argument("--code-megabytes", type=float, default=40.0, help="code to read (default %(default)s)")
-    parser.add_argument("--store-tokens", type=float, default=10e9, help="size it is made to look (default %(default).0e)")
+    parser.add_argument(
+        "--store-tokens", type=float, default=10e9, help="size it is made to look (default %(default).0e)"
+    )
     parser.add_argument("--seq-len", type=int, default=8192, help="default %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, help="windows of a batch (default %(default)s)")
     parser.add_argument("--batches", type=int, default=48, help="batches of one count (default %(default)s)")
@@ -52,8 +56,8 @@ def run(args: argparse.Namespace) -> Reports:
 
 def _build(directory: Path, code_megabytes: float):
     from jaxcoder.data.build import build_store
-    from jaxcoder.tokenizer.document import Document
-    from jaxcoder.tokenizer.document_files import write_documents
+    from jaxcoder.io.document import Document
+    from jaxcoder.io.document_files import write_documents
     from jaxcoder.tokenizer.train import train_tokenizer
 
     texts = stdlib_sources(most_bytes=int(code_megabytes * 1e6))
@@ -98,7 +102,8 @@ def _speed(store, small, args: argparse.Namespace) -> Report:
     tokens = {name: seq_len * size * call.times for name, call in calls.items()}
     rates = {name: tokens[name] / taken for name, taken in seconds.items()}
     rows = [
-        {"way": name, "ns": 1e9 / rate, "mtok": rate / 1e6, "times": rate / rates[_OURS]} for name, rate in rates.items()
+        {"way": name, "ns": 1e9 / rate, "mtok": rate / 1e6, "times": rate / rates[_OURS]}
+        for name, rate in rates.items()
     ]
     if why_not:
         rows.append({"way": f"PyTorch DataLoader: {why_not}"})

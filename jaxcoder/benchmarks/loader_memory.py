@@ -15,7 +15,7 @@ def main(path: str, num_tokens: int, seq_len: int) -> None:
     from jaxcoder.data.loader import batches
     from jaxcoder.data.store import TokenStore
     from jaxcoder.data.stream import SampleStream
-    from jaxcoder.observability.memory import host_memory
+    from jaxcoder.record.memory import host_memory
 
     store = TokenStore.open(path)
     stream = SampleStream(store, store.tokenizer(), DataConfig(), seq_len=seq_len, seed=1)

@@ -114,7 +114,9 @@ def run_config(args: argparse.Namespace, platform: str = "cpu") -> RunConfig:
         global_batch_size=args.batch_size,
         microbatch_size=None,
         num_steps=1000,
-        compute=replace(base.compute, dtype=args.dtype or ("float32" if platform == "cpu" else "bfloat16"), remat=args.remat),
+        compute=replace(
+            base.compute, dtype=args.dtype or ("float32" if platform == "cpu" else "bfloat16"), remat=args.remat
+        ),
         optimizer=replace(base.optimizer, peak_learning_rate=1e-5, final_learning_rate=1e-6, warmup_steps=10),
     )
 

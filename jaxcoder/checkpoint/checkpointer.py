@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxcoder.checkpoint import arrays as array_files
-from jaxcoder.checkpoint.find import Warn, newest_whole, steps_in, warn_user
+from jaxcoder.checkpoint.discover import Warn, newest_whole, steps_in, warn_user
 from jaxcoder.checkpoint.inspect import readable
 from jaxcoder.checkpoint.manifest import (
     CONFIG,

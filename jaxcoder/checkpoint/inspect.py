@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from jaxcoder.checkpoint.find import CHECKPOINTS, steps_in
+from jaxcoder.checkpoint.discover import CHECKPOINTS, steps_in
 from jaxcoder.checkpoint.manifest import (
     CONFIG,
     TOKENIZER,

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int | None:
 def _verify(directory) -> None:
     from jaxcoder.checkpoint.manifest import find_damage, read_manifest
     from jaxcoder.errors import CheckpointError
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
 
     manifest, progress = read_manifest(directory), ConsoleProgress()
     progress.start("verifying", sum(info.size for info in manifest.files.values()), "bytes")

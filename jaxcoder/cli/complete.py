@@ -87,7 +87,9 @@ def _prompt(args: argparse.Namespace) -> "Prompt":
     prefix = _text(args.prefix, args.prefix_file, "prefix")
     suffix = _text(args.suffix, args.suffix_file, "suffix")
     if prefix is None and suffix is None:
-        raise ConfigError("Nothing to complete is given: use --prefix TEXT or --prefix-file FILE (- is standard input).")
+        raise ConfigError(
+            "Nothing to complete is given: use --prefix TEXT or --prefix-file FILE (- is standard input)."
+        )
     return Prompt(prefix or "", suffix)
 
 
@@ -162,9 +164,7 @@ def _load(args: argparse.Namespace) -> "TextGenerator":
 
 
 def _stream(args: argparse.Namespace, generator: "TextGenerator", prompt: "Prompt") -> "list[Completion]":
-    pieces = generator.stream(
-        prompt, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=_samplings(args)[0]
-    )
+    pieces = generator.stream(prompt, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=_samplings(args)[0])
     for text, completion in pieces:
         print(text, end="", flush=True)
     if sys.stdout.isatty():

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int | None:
 def _to_hf(args: argparse.Namespace) -> None:
     from jaxcoder.convert.to_hf import to_hf
     from jaxcoder.errors import ConfigError
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
 
     if not args.max_shard_gb > 0:
         raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}, but it has to be larger than 0.")
@@ -84,7 +84,7 @@ def _to_hf(args: argparse.Namespace) -> None:
 
 def _from_hf(args: argparse.Namespace) -> None:
     from jaxcoder.convert.from_hf import from_hf
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
 
     summary = from_hf(args.source, args.destination, overwrite=args.overwrite, progress=ConsoleProgress())
     tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the source has none"

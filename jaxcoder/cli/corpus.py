@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     from jaxcoder.corpus.gather import gather
     from jaxcoder.errors import ConfigError
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
 
     if args.max_megabytes is not None and not 0 < args.max_megabytes < float("inf"):
         raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _build(args: argparse.Namespace) -> None:
     from jaxcoder.data.build import build_store
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
     from jaxcoder.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(args.tokenizer)

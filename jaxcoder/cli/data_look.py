@@ -244,7 +244,7 @@ def _config_of(name: str) -> "RunConfig":
 
 def _history(name: str, config: "RunConfig") -> "StepHistory":
     from jaxcoder.data.schedule import StepHistory
-    from jaxcoder.observability.metrics import read_metrics
+    from jaxcoder.record.metrics import read_metrics
 
     logged: dict[int, int] = {}
     metrics = f"{name.rstrip('/')}/metrics.jsonl"
@@ -257,7 +257,7 @@ def _history(name: str, config: "RunConfig") -> "StepHistory":
 
 
 def _exists(path: str) -> bool:
-    from jaxcoder.tokenizer.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import access_errors, open_address
 
     fs, inside = open_address(path)
     with access_errors(path):
@@ -265,7 +265,7 @@ def _exists(path: str) -> bool:
 
 
 def _text(path: str) -> str:
-    from jaxcoder.tokenizer.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import access_errors, open_address
 
     fs, inside = open_address(path)
     with access_errors(path), fs.open(inside, "r") as file:

@@ -39,7 +39,7 @@ def add_verb(verbs) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from jaxcoder.data.seqio_import import import_seqio
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
     from jaxcoder.tokenizer.tokenizer import Tokenizer
 
     store = import_seqio(

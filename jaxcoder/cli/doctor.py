@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxcoder.data.trace import TracedDocument
-    from jaxcoder.observability.run_record import RunRecord
+    from jaxcoder.record.run_record import RunRecord
 
 _MOST_DOCUMENTS = 20_000_000  # the table of more would take gigabytes of memory
 _MOST_FILES = 3
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> None:
     import shutil
     from dataclasses import asdict
 
-    from jaxcoder.observability.doctor import describe, examine
-    from jaxcoder.observability.run_record import read_run
-    from jaxcoder.tokenizer.addresses import access_errors, open_address
+    from jaxcoder.doctor.diagnose import describe, examine
+    from jaxcoder.io.addresses import access_errors, open_address
+    from jaxcoder.record.run_record import read_run
 
     open_address(args.run)  # a client or credentials that are missing: in one sentence
     with access_errors(args.run):
@@ -54,7 +54,7 @@ def damage(run_dir: str, steps: Sequence[int], *, verify: bool) -> dict[int, str
     """What is wrong with each checkpoint, "" for nothing: its manifest and the sizes of its files, or every byte."""
     from etils import epath
 
-    from jaxcoder.checkpoint.find import CHECKPOINTS, damage_of
+    from jaxcoder.checkpoint.discover import CHECKPOINTS, damage_of
 
     directory = epath.Path(run_dir) / CHECKPOINTS
     return {step: damage_of(directory / str(step), by_size=not verify) or "" for step in steps}

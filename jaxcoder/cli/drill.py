@@ -37,15 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.process_of is not None:
         return _train(args)
-    from jaxcoder.recipes.drill_faults import kinds
+    from jaxcoder.drill.faults import kinds
 
     if args.kinds:
         for name, kind in kinds(args.processes).items():
             print(f"{name:<14} {kind.what}")
         return 0
     from jaxcoder import runtime
+    from jaxcoder.drill.drill import Plan, clean_up, drill
     from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted
-    from jaxcoder.recipes.drill import Plan, clean_up, drill
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     only = args.only.split(",") if args.only else ()
@@ -76,7 +76,7 @@ def _say(text: str) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     """What `jaxcoder train` does, on the drill's configuration."""
-    from jaxcoder.recipes.drill_setup import read
+    from jaxcoder.drill.setup import read
 
     config, bad_batches = read(args.process_of, str(args.output_dir), [int(size) for size in args.mesh.split(",")])
     start_processes(args)

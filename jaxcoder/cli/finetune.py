@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="optimizer steps, with a warm-up that fits (default: 8500)"
     )
     parser.add_argument(
-        "--accept-config-change", action="store_true", help="continue a fine-tune although its configuration has changed"
+        "--accept-config-change",
+        action="store_true",
+        help="continue a fine-tune although its configuration has changed",
     )
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 import jaxcoder
 from jaxcoder import runtime
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
-from jaxcoder.observability.console import clear_live_lines
+from jaxcoder.record.console import clear_live_lines
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int | None:
 
     runtime.initialize(share_accelerator=True, debug=args.debug)
     if args.calibration:
-        from jaxcoder.train.plan.report import calibration_lines
+        from jaxcoder.plan.report import calibration_lines
 
         print("\n".join(calibration_lines()))
         return None
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int | None:
         raise ConfigError("--compile-all is for --search, and not with --no-compile: leave it out, or add --search.")
     if args.network is not None and not args.network > 0:
         raise ConfigError(f"--network is {args.network:g}: give the GB/s of one device, more than 0.")
-    from jaxcoder.train.plan.topology import parse_topology
+    from jaxcoder.plan.topology import parse_topology
 
     topology = parse_topology(args.topology, args.slices)
     if args.network is not None:
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _plan(args: argparse.Namespace, config, topology) -> int:
     """0 if it fits, or can be made to; 1 if not."""
-    from jaxcoder.train.plan.make import find_fit, make_plan, prepare
-    from jaxcoder.train.plan.report import lines_of, to_json
+    from jaxcoder.plan.make import find_fit, make_plan, prepare
+    from jaxcoder.plan.report import lines_of, to_json
 
     config = prepare(config, topology)
     compile_one = _compiler(args)
@@ -87,8 +87,8 @@ def _plan(args: argparse.Namespace, config, topology) -> int:
 
 
 def _search(args: argparse.Namespace, config, topology) -> int:
-    from jaxcoder.train.plan.compile import check_compiler
-    from jaxcoder.train.plan.search import lines_of_search, search, search_json
+    from jaxcoder.plan.compile import check_compiler
+    from jaxcoder.plan.search import lines_of_search, search, search_json
 
     if not args.no_compile:
         check_compiler(topology)
@@ -106,8 +106,8 @@ def _search(args: argparse.Namespace, config, topology) -> int:
 
 def _compiler(args: argparse.Namespace):
     """Compiles with a line of progress, within what is left of --minutes."""
-    from jaxcoder.observability.console import ConsoleProgress
-    from jaxcoder.train.plan.compile import check_compiler, compile_step, is_cached
+    from jaxcoder.plan.compile import check_compiler, compile_step, is_cached
+    from jaxcoder.record.console import ConsoleProgress
 
     end = time.monotonic() + 60 * args.minutes
 

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from jaxcoder.errors import ConfigError
-    from jaxcoder.observability.console import ConsoleProgress
     from jaxcoder.recipes.quickstart import quickstart
+    from jaxcoder.record.console import ConsoleProgress
 
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}: give 1 or more.")

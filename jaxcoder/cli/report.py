@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jaxcoder.doctor.diagnose import examine
     from jaxcoder.errors import ConfigError
+    from jaxcoder.io.addresses import access_errors, open_address
     from jaxcoder.models.flops import num_parameters
-    from jaxcoder.observability.doctor import examine
-    from jaxcoder.observability.report_page import page
-    from jaxcoder.observability.run_record import read_run
-    from jaxcoder.observability.summary import describe
-    from jaxcoder.tokenizer.addresses import access_errors, open_address
+    from jaxcoder.record.run_record import read_run
+    from jaxcoder.record.summary import describe
+    from jaxcoder.report.page import page
 
     if args.text and args.output is not None:
         raise ConfigError("--text writes no page and --output says where it goes: give one of them.")

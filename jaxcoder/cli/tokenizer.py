@@ -11,6 +11,8 @@ a column `content`. It is a byte-level BPE like StarCoder's, saved in files that
 import argparse
 from pathlib import Path
 
+from jaxcoder.formatting import format_table
+
 _TRAIN_EPILOG = """\
 The vocabulary counts the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
 model does better with fewer: the quickstart takes 4096. More text than 64 MB hardly changes the result, so of larger
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 def _train(args: argparse.Namespace) -> None:
     from jaxcoder.errors import ConfigError
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
     from jaxcoder.tokenizer.portable import check_output_directory
     from jaxcoder.tokenizer.train import sample_texts, train_tokenizer
 
@@ -97,7 +99,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from jaxcoder.errors import ConfigError
-    from jaxcoder.observability.console import ConsoleProgress
+    from jaxcoder.record.console import ConsoleProgress
     from jaxcoder.tokenizer.report import check_output, tokenizer_report
 
     if not 0 < args.max_megabytes < float("inf"):
@@ -119,7 +121,6 @@ def _report(args: argparse.Namespace) -> None:
 
 def _report_text(report, most_languages: int = 20) -> str:
     """The report for a terminal: two tables, and the longest tokens."""
-    from jaxcoder.observability.console import format_table
 
     sample, measured = report.sample, report.measured
     everything = sample.num_documents == sample.corpus_documents or sample.num_bytes == sample.corpus_bytes

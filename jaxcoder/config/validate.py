@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from jaxcoder.config import fields
 from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.errors import ConfigError
-
+from jaxcoder.formatting import plural
 
 _SMALLEST = 2.0**-126  # smaller numbers of fp32 are flushed to zero by most devices
 _MOST_STEPS = 2**31 - 1
@@ -47,11 +47,6 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
 def data_problems(data: DataConfig) -> list[str]:
     """Everything wrong with a DataConfig by itself, for those who read data without a run."""
     return [*_finite(data, "data."), *_data(data)]
-
-
-def counted(number: int, noun: str) -> str:
-    """ "1 device", "2,048 devices"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _fp32(value: float) -> float:
@@ -90,7 +85,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         if values[name] > 0 and _fp32(values[name]) < _SMALLEST:
             yield f"{name} is {values[name]}, which is nothing in fp32: give {_SMALLEST:.1e} or more."
     if config.num_steps > _MOST_STEPS:
-        yield f"num_steps is {config.num_steps}: steps are counted in 32 bits, to {_MOST_STEPS}."
+        yield f"num_steps is {config.num_steps}: steps are plural in 32 bits, to {_MOST_STEPS}."
     if config.eval.infill_gaps < 0:
         yield f"eval.infill_gaps is {config.eval.infill_gaps}: it has to be 0 or larger."
     if not 0 <= config.seed < 2**63:
@@ -223,12 +218,12 @@ def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
         yield f"{' and '.join(free)} are both -1: at most one mesh axis can take the devices that are left."
     elif free and num_devices % given:
         yield (
-            f"the mesh {said} does not fit {counted(num_devices, 'device')}: {num_devices} is not a multiple of "
+            f"the mesh {said} does not fit {plural(num_devices, 'device')}: {num_devices} is not a multiple of "
             f"{given}, the product of the axes other than {free[0]}; change one of them to a divisor."
         )
     elif not free and given != num_devices:
         yield (
-            f"the mesh {said} is {counted(given, 'device')}, but there {'is' if num_devices == 1 else 'are'} "
+            f"the mesh {said} is {plural(given, 'device')}, but there {'is' if num_devices == 1 else 'are'} "
             f"{num_devices:,}: set one axis to -1 to take what is left, or change the sizes."
         )
 
@@ -258,5 +253,5 @@ def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
     for name, size, axis, shards in split:
         if size > 0 and size % shards:
             nearest = max(1, round(size / shards)) * shards
-            devices = counted(shards, "device")
+            devices = plural(shards, "device")
             yield f"{name} {size} is not a multiple of {axis} ({devices}): use {nearest}, or another mesh."

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcoder.checkpoint.arrays import load_numpy
-from jaxcoder.checkpoint.find import Warn, open_checkpoint, warn_user
+from jaxcoder.checkpoint.discover import Warn, open_checkpoint, warn_user
 from jaxcoder.checkpoint.manifest import TOKENIZER, ArrayInfo, Manifest
 from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import ModelConfig

@@ -26,10 +26,10 @@ from jaxcoder.corpus.sources import (
 )
 from jaxcoder.corpus.split import KeptFile, choose_held_out, keyed_hash, packages_of, without_copies
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.atomic import file_system_errors, write_text
+from jaxcoder.io.document import Document, well_formed
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.protocols import SILENT, Progress
-from jaxcoder.tokenizer.atomic import file_system_errors, write_text
-from jaxcoder.tokenizer.document import Document, well_formed
-from jaxcoder.tokenizer.document_files import write_documents
 
 TRAIN_FILE = "train.parquet"
 HELD_OUT_FILE = "held_out.parquet"

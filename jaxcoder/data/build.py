@@ -32,10 +32,10 @@ from jaxcoder.data.input_slices import Slice, absolute, file_layout, plan_slices
 from jaxcoder.data.randomness import check_seed
 from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, parse_manifest
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.atomic import file_system_errors, is_left_over
+from jaxcoder.io.document_files import Paths, document_files
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tasks import Mapper, ProcessPool, Task, available_cores, run_stage
-from jaxcoder.tokenizer.atomic import file_system_errors, is_left_over
-from jaxcoder.tokenizer.document_files import Paths, document_files
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
@@ -137,9 +137,7 @@ def _usable(directory: Directory) -> dict[str, int]:
     )
 
 
-def _describe_inputs(
-    files: list[str], directory: Directory, present: dict[str, int], progress: Progress
-) -> list[dict]:
+def _describe_inputs(files: list[str], directory: Directory, present: dict[str, int], progress: Progress) -> list[dict]:
     """Fingerprint and layout of each file; those of an unfinished build are believed if the file looks unchanged."""
     known = {}
     if _INPUTS in present:
@@ -276,9 +274,7 @@ class _Stages:
 
     def _stage(self, tasks: list[Task], what: str, unit: str, summarize: Callable = lambda _: "") -> list[dict]:
         with file_system_errors(self._directory.path):
-            return run_stage(
-                tasks, self._workers, what=what, unit=unit, progress=self._progress, summarize=summarize
-            )
+            return run_stage(tasks, self._workers, what=what, unit=unit, progress=self._progress, summarize=summarize)
 
 
 def _encoded(summaries: list[dict]) -> str:

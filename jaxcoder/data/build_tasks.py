@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 
 from jaxcoder.data.input_slices import Slice, read_slice
-from jaxcoder.data.order import Permutation
+from jaxcoder.data.permutation import Permutation
 from jaxcoder.data.randomness import Purpose
 from jaxcoder.data.store import array_spec
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.addresses import access_errors, open_address
-from jaxcoder.tokenizer.document import Document, well_formed
-from jaxcoder.tokenizer.document_files import ORIGIN_FIELDS
+from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.document import Document, well_formed
+from jaxcoder.io.document_files import ORIGIN_FIELDS
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 NUM_KEYS = 1 << 62
@@ -215,9 +215,7 @@ def write_shard(
     start, stop = number * shard_tokens, min((number + 1) * shard_tokens, num_tokens)
     pieces = []
     for path, bucket in zip(inputs, buckets, strict=True):
-        ids = np.frombuffer(
-            _read_checked(path, 0, bucket.tokens * np.dtype(dtype).itemsize, bucket.tokens_crc), dtype
-        )
+        ids = np.frombuffer(_read_checked(path, 0, bucket.tokens * np.dtype(dtype).itemsize, bucket.tokens_crc), dtype)
         pieces.append(ids[max(0, start - bucket.first) : stop - bucket.first])
     array = _array_in_memory(num_tokens, dtype, shard_tokens)
     array[start:stop].write(np.concatenate(pieces)).result()

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.addresses import access_errors, open_address
-from jaxcoder.tokenizer.atomic import write_bytes
+from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.atomic import write_bytes
 
 _BLOCK = 1 << 20
 

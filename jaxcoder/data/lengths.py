@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcoder.data.store import TokenStore
-from jaxcoder.tokenizer.atomic import write_bytes
+from jaxcoder.io.atomic import write_bytes
 
 
 class LanguageRow(NamedTuple):
@@ -52,7 +52,9 @@ def draw_lengths(stores: Sequence[TokenStore], path: str | Path) -> Path:
     for store in stores:
         label = Path(store.path).name or store.path
         for axis, counts in zip(axes, length_bins(store), strict=True):
-            axis.stairs(100 * counts / max(counts.sum(), 1), np.arange(len(counts) + 1), label=label, fill=len(stores) == 1)
+            axis.stairs(
+                100 * counts / max(counts.sum(), 1), np.arange(len(counts) + 1), label=label, fill=len(stores) == 1
+            )
     last = max(len(length_bins(store)[0]) for store in stores)
     axes[0].set(ylabel="% of documents", title="Lengths of documents")
     axes[1].set(ylabel="% of tokens", xlabel="tokens in a document")

@@ -112,7 +112,9 @@ def _segments(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[list
         start = phase.from_sample
         while end is None or start < end:
             left = [None if cap is None else cap - done for cap, done in zip(caps, given, strict=True)]
-            weights = [w if room is None or room > 0 else Fraction(0) for w, room in zip(phase.weights, left, strict=True)]
+            weights = [
+                w if room is None or room > 0 else Fraction(0) for w, room in zip(phase.weights, left, strict=True)
+            ]
             if not any(weights):
                 return segments, start
             tree = _Tree(weights)

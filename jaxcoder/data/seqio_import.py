@@ -23,10 +23,10 @@ from jaxcoder.data.build import build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.atomic import file_system_errors, write_text
+from jaxcoder.io.document import Document, Part, well_formed
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.protocols import SILENT, Progress
-from jaxcoder.tokenizer.atomic import file_system_errors, write_text
-from jaxcoder.tokenizer.document import Document, Part, well_formed
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

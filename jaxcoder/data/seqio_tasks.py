@@ -22,11 +22,11 @@ import numpy as np
 
 from jaxcoder.config.schema import DataConfig
 from jaxcoder.data.mixture import Mixture, Phase, exact
-from jaxcoder.data.order import Permutation
+from jaxcoder.data.permutation import Permutation
 from jaxcoder.data.randomness import Purpose
 from jaxcoder.data.store import MANIFEST, TokenStore
 from jaxcoder.errors import ConfigError, DataError, MissingExtraError
-from jaxcoder.tokenizer.document_files import ORIGIN_FIELDS, document_files, read_documents
+from jaxcoder.io.document_files import ORIGIN_FIELDS, document_files, read_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 _missing: ImportError | None = None

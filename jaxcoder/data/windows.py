@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxcoder.data.order import Index, Permutation
+from jaxcoder.data.permutation import Index, Permutation
 from jaxcoder.data.randomness import Purpose, random_words, scaled
 
 

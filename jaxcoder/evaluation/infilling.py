@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from jaxcoder.io.document import Document
 from jaxcoder.protocols import Generator
-from jaxcoder.tokenizer.document import Document
 
 SHORTEST_LINE, LONGEST_LINE = 8, 100
 COMMENT_STARTS = ("#", "//", "/*", "*", "--", ";", "%", '"""', "'''")

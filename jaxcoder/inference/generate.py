@@ -190,4 +190,3 @@ class TextGenerator:
             finish_reason=new.finish_reason,
             num_prompt_tokens=len(prompt),
         )
-

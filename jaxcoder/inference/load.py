@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxcoder.checkpoint import arrays as array_files
-from jaxcoder.checkpoint.find import Warn, is_checkpoint, open_checkpoint, warn_user
+from jaxcoder.checkpoint.discover import Warn, is_checkpoint, open_checkpoint, warn_user
 from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest
 from jaxcoder.checkpoint.names import assemble_model, check_arrays, flatten_model, unflatten_model
 from jaxcoder.config import ComputeConfig, ModelConfig

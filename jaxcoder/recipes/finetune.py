@@ -23,15 +23,15 @@ from jaxcoder.config.serialize import fingerprint
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError
-from jaxcoder.observability.alarms import LANGUAGE_PREFIX, languages_of
+from jaxcoder.io.atomic import write_text
 from jaxcoder.recipes.pretrain import pretrain
 from jaxcoder.recipes.start import open_weights
+from jaxcoder.record.alarms import LANGUAGE_PREFIX, languages_of
 from jaxcoder.runtime import held_alone
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.atomic import write_text
-from jaxcoder.train.begin import StartingWeights, check_tokenizer
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import open_streams
+from jaxcoder.train.restore import StartingWeights, check_tokenizer
 from jaxcoder.train.run_directory import RunDirectory
 from jaxcoder.train.state import initial_state
 
@@ -199,9 +199,7 @@ def table(languages: Sequence[Language]) -> list[str]:
     return lines
 
 
-def write_report(
-    root: Path, base: str, languages: Sequence[Language], before: dict, after: dict, say: Say
-) -> None:
+def write_report(root: Path, base: str, languages: Sequence[Language], before: dict, after: dict, say: Say) -> None:
     """retention.json and retention.txt, and the table on the screen."""
     report = {
         "base": base,

@@ -11,9 +11,9 @@ from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError
 from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
 from jaxcoder.inference.generate import TextGenerator
+from jaxcoder.io.document import Document, Part
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.recipes.start import open_weights
-from jaxcoder.tokenizer.document import Document, Part
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.inputs import held_out_stores
 from jaxcoder.train.loop import AlterBatch, Evaluation, TrainResult, train

@@ -24,9 +24,9 @@ from jaxcoder.config.load import load_run
 from jaxcoder.corpus.gather import CorpusSummary, gather
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
+from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
 from jaxcoder.runtime import held_alone
-from jaxcoder.tokenizer.document_files import read_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 

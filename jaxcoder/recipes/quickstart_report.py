@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcoder.convert.to_hf import to_hf
-from jaxcoder.inference.generate import TextGenerator
 from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
+from jaxcoder.inference.generate import TextGenerator
 from jaxcoder.inference.load import load_model
 from jaxcoder.inference.sampling import Sampling
-from jaxcoder.observability.curve import draw_curve
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
+from jaxcoder.report.curve import draw_curve
 from jaxcoder.runtime import command_name
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import read_documents
 from jaxcoder.train.run_directory import RunDirectory
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from jaxcoder.checkpoint.names import assemble_model
 from jaxcoder.convert.hf_weights import is_hf_directory, open_hf_weights
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.tokenizer.tokenizer import Tokenizer
-from jaxcoder.train.begin import StartingWeights, open_own_weights
+from jaxcoder.train.restore import StartingWeights, open_own_weights
 
 
 def open_weights(path: str) -> StartingWeights:

@@ -5,17 +5,8 @@ only by the functions that need it, so that the command line may import this roo
 """
 
 from jaxcoder.runtime.accelerators import check_accelerator, find_gpu, find_tpu
-from jaxcoder.runtime.exhausted import (
-    explain_disk_full,
-    explain_out_of_memory,
-    is_disk_full,
-    is_out_of_memory,
-    out_of_memory_explained,
-)
-from jaxcoder.runtime.held import held_alone
-from jaxcoder.runtime.join import join
-from jaxcoder.runtime.peers import Peers
-from jaxcoder.runtime.start import (
+from jaxcoder.runtime.distributed import join
+from jaxcoder.runtime.environment import (
     CACHE_BYTES,
     command_name,
     default_cache_dir,
@@ -26,7 +17,16 @@ from jaxcoder.runtime.start import (
     share_cache,
     user_cache,
 )
-from jaxcoder.runtime.stop import CommonStop, GracefulStop, Terminated, on_signal, sigterm_raises
+from jaxcoder.runtime.process_group import Peers
+from jaxcoder.runtime.resources import (
+    explain_disk_full,
+    explain_out_of_memory,
+    is_disk_full,
+    is_out_of_memory,
+    out_of_memory_explained,
+)
+from jaxcoder.runtime.run_lock import held_alone
+from jaxcoder.runtime.signals import CommonStop, GracefulStop, Terminated, on_signal, sigterm_raises
 from jaxcoder.runtime.watchdog import Watchdog
 
 __all__ = [

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jaxcoder.config import WatchdogConfig
 from jaxcoder.errors import EXIT_WATCHDOG
-from jaxcoder.runtime.peers import Peers, ended_error
+from jaxcoder.runtime.process_group import Peers, ended_error
 
 STEP, DATA = "step", "data"
 """Phases of a step, which watchdog.step_seconds limits together; every other phase has watchdog.start_seconds. But for

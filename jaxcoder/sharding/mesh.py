@@ -14,8 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcoder.config import MeshConfig
-from jaxcoder.config.validate import counted
 from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import plural
 from jaxcoder.sharding.rules import MESH_AXES
 
 
@@ -29,7 +29,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if min(config.data, config.fsdp, config.tensor) < 1 or size > len(devices):
         described = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
         raise ConfigError(
-            f"a mesh of {described} needs {counted(size, 'device')} and {len(devices)} can be had: change `mesh`."
+            f"a mesh of {described} needs {plural(size, 'device')} and {len(devices)} can be had: change `mesh`."
         )
     return Mesh(arrange(config, devices[:size]), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 

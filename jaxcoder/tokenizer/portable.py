@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.atomic import file_system_errors, write_bytes, write_text
+from jaxcoder.io.atomic import file_system_errors, write_bytes, write_text
 from jaxcoder.tokenizer.encoders import merge_pairs
 from jaxcoder.tokenizer.special_tokens import END_OF_TEXT
 

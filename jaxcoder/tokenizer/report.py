@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.atomic import replacing, write_text
+from jaxcoder.io.document import Document, well_formed
+from jaxcoder.io.document_files import Paths, read_documents
 from jaxcoder.protocols import SILENT, Progress
-from jaxcoder.tokenizer.atomic import replacing, write_text
-from jaxcoder.tokenizer.document import Document, well_formed
-from jaxcoder.tokenizer.document_files import Paths, read_documents
 from jaxcoder.tokenizer.encoders import tokenizers_encoder
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcoder.errors import DataError
+from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.document import Document, Part, well_formed
 from jaxcoder.tokenizer import encoders
-from jaxcoder.tokenizer.addresses import access_errors, open_address
-from jaxcoder.tokenizer.document import Document, Part, well_formed
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
     FIM_MIDDLE,

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.document import well_formed
+from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import SILENT, Progress
-from jaxcoder.tokenizer.document import well_formed
-from jaxcoder.tokenizer.document_files import read_documents
 from jaxcoder.tokenizer.special_tokens import SPECIAL_TOKENS
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 

@@ -10,20 +10,21 @@ from dataclasses import replace
 
 from etils import epath
 
-from jaxcoder.checkpoint.find import is_checkpoint, steps_in
+from jaxcoder.checkpoint.discover import is_checkpoint, steps_in
 from jaxcoder.checkpoint.inspect import choose, readable
 from jaxcoder.checkpoint.manifest import has_manifest, read_manifest
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.config.serialize import to_dict
-from jaxcoder.config.validate import counted, resolve_mesh, validate
+from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.open import SYNTHETIC, open_stream, store_paths
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import JaxcoderError
+from jaxcoder.formatting import plural
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
-from jaxcoder.train.begin import OpenWeights, check_model, open_own_weights
 from jaxcoder.train.inputs import held_out_stores
 from jaxcoder.train.memory_estimate import estimate_memory
+from jaxcoder.train.restore import OpenWeights, check_model, open_own_weights
 from jaxcoder.train.run_directory import RunDirectory, changes, strangers_among
 
 WIDTH = 112
@@ -85,11 +86,11 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
     tokens = samples * config.model.max_seq_len
     yield from row("parameters", f"{num_parameters(config.model):,}")
     windows = f"{samples:,} windows of {config.model.max_seq_len:,}"
-    yield from row("tokens", f"{tokens:,} in {counted(config.num_steps, 'step')}; {windows}")
+    yield from row("tokens", f"{tokens:,} in {plural(config.num_steps, 'step')}; {windows}")
     yield from row(
         "FLOPs",
         f"{flops:.4g} a token, {flops * tokens:.4g} in all (a multiply-add is 2, attention its causal half, a step 3 "
-        "forward passes, recomputation not counted)",
+        "forward passes, recomputation not plural)",
     )
     hours = flops * tokens / 1e14 / 3600
     yield from row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")
@@ -100,7 +101,7 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
 def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     mesh = config.mesh
     axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
-    yield from row("mesh", f"{axes}: {counted(planned, 'device')} ({num_devices} here)")
+    yield from row("mesh", f"{axes}: {plural(planned, 'device')} ({num_devices} here)")
     estimate = estimate_memory(config)
     yield from row("memory", f"about {readable(estimate.total)} on each device; an estimate, nothing was compiled")
     parts = {
@@ -152,7 +153,7 @@ def _data(config: RunConfig) -> Iterator[str]:
 
 
 def _size(store: TokenStore) -> str:
-    return f"{store.num_tokens:,} tokens, {counted(store.num_documents, 'document')}"
+    return f"{store.num_tokens:,} tokens, {plural(store.num_documents, 'document')}"
 
 
 def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:

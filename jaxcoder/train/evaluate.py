@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.models.gpt_bigcode import GPTBigCode
-from jaxcoder.observability.alarms import LANGUAGE_PREFIX
+from jaxcoder.record.alarms import LANGUAGE_PREFIX
 from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, place
 from jaxcoder.train.step import make_eval_step
 

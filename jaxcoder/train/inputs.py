@@ -24,6 +24,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 _HASHED_BYTES = 1 << 30  # a store of up to this size is read and compared before the first step: about a second
 
+
 class HeldOutStream(NamedTuple):
     """Windows of one held-out store, without FIM; `name` is the corpus's."""
 
@@ -97,9 +98,7 @@ def _row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
 
 
-def held_out_batches(
-    stream: SampleStream, *, num_windows: int, batch_size: int
-) -> Iterator[tuple[list[int], Batch]]:
+def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
     """(samples, batch): the first windows of a held-out stream, each once; rows that fill up the last batch do not
     count."""
     num_windows = min(num_windows, stream.windows_per_epoch)

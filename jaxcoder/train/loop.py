@@ -28,10 +28,10 @@ from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError, Interrupted
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.models.gpt_bigcode import GPTBigCode
-from jaxcoder.observability.console import TrainingLine
-from jaxcoder.observability.event_log import EventLog, Spent, new_attempt
-from jaxcoder.observability.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.protocols import MetricWriter
+from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.event_log import EventLog, Spent, new_attempt
+from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.runtime import (
     CommonStop,
     GracefulStop,
@@ -48,18 +48,18 @@ from jaxcoder.runtime.watchdog import DATA, STEP
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train import host_check
+from jaxcoder.train.alarm_hooks import Watch
 from jaxcoder.train.batch_statistics import fim_shares, text_bytes
-from jaxcoder.train.begin import OpenWeights, open_own_weights, restore_or_begin, starting_weights
-from jaxcoder.train.endings import endings_told
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, placed_ahead
 from jaxcoder.train.memory_estimate import saved_bytes
 from jaxcoder.train.profile import Profiler, ProfileSteps
+from jaxcoder.train.restore import OpenWeights, open_own_weights, restore_or_begin, starting_weights
 from jaxcoder.train.run_directory import RunDirectory
+from jaxcoder.train.run_end import endings_told
 from jaxcoder.train.state import TrainState, flatten_state
 from jaxcoder.train.step import make_train_step
 from jaxcoder.train.step_log import StepLog
-from jaxcoder.train.watch import Watch
 
 Evaluation = Callable[[GPTBigCode], Mapping[str, float]]
 """Something else to measure on the weights at the cadence of the held-out loss, such as infilling; its metrics by name
@@ -219,9 +219,7 @@ def train(
         if not run.eval_metrics:  # the run was complete already
             run.eval_metrics = run.measure()
         run.wait_for_save()
-        return TrainResult(
-            directory=directory, step=run.step, eval_metrics=run.eval_metrics, late_stop=stop.exit_code
-        )
+        return TrainResult(directory=directory, step=run.step, eval_metrics=run.eval_metrics, late_stop=stop.exit_code)
 
 
 def _check(config: RunConfig, profile_steps: ProfileSteps | None) -> None:

@@ -52,9 +52,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights + self.moments + self.gradients + self.kept_activations + self.working + self.gathered
-        )
+        return self.weights + self.moments + self.gradients + self.kept_activations + self.working + self.gathered
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:

@@ -1,18 +1,18 @@
 """The directory of a run: its resolved config, checkpoints, metrics. One directory belongs to one configuration.
 
-    <output_dir>/config.json      the RunConfig of the run
-    <output_dir>/metrics.jsonl    one line a step
-    <output_dir>/checkpoints/     one folder a saved step
-    <output_dir>/tensorboard/     the same metrics as events, when asked for
-    <output_dir>/profile/         of --profile-steps, or of a SIGUSR1
-    <output_dir>/events.jsonl     starts, ends and the account of time, of all attempts
-    <output_dir>/stacks/          of processes that stood still
-    <output_dir>/.compiled/       programs, for the next start of a run of several processes
+<output_dir>/config.json      the RunConfig of the run
+<output_dir>/metrics.jsonl    one line a step
+<output_dir>/checkpoints/     one folder a saved step
+<output_dir>/tensorboard/     the same metrics as events, when asked for
+<output_dir>/profile/         of --profile-steps, or of a SIGUSR1
+<output_dir>/events.jsonl     starts, ends and the account of time, of all attempts
+<output_dir>/stacks/          of processes that stood still
+<output_dir>/.compiled/       programs, for the next start of a run of several processes
 """
 
 from jaxcoder.config import RunConfig, serialize
 from jaxcoder.errors import ConfigError
-from jaxcoder.tokenizer.addresses import access_errors, open_address
+from jaxcoder.io.addresses import access_errors, open_address
 
 FREE_FIELDS = (
     "output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "watchdog", "optimizer.max_skipped",
@@ -109,5 +109,3 @@ def _names(filesystem, path: str) -> list[str]:
     if not filesystem.isdir(path):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
-
-

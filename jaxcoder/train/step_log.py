@@ -13,9 +13,9 @@ import jax
 
 from jaxcoder.config import RunConfig
 from jaxcoder.models.flops import training_flops_per_token
-from jaxcoder.observability.console import TrainingLine
-from jaxcoder.observability.memory import host_memory
 from jaxcoder.protocols import MetricWriter
+from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.memory import host_memory
 from jaxcoder.train.devices import device_memory, find_chip
 
 

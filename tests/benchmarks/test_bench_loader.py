@@ -10,8 +10,8 @@ from jaxcoder.cli.main import main
 from jaxcoder.data.build import build_store
 from jaxcoder.data.trace import documents_within
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 
 SHARD = 8192

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.checkpointer import Checkpointer
-from jaxcoder.checkpoint.find import find_checkpoint
+from jaxcoder.checkpoint.discover import find_checkpoint
 from jaxcoder.checkpoint.names import flatten_model, unflatten_model
 from jaxcoder.config import CheckpointConfig, MeshConfig, ModelConfig, RunConfig
 from jaxcoder.errors import CheckpointError
@@ -271,7 +271,9 @@ def test_a_real_full_disk(tmp_path):
         print("latest", checkpointer.latest_step())
     """
     done = _python(script, tmp_path)
-    assert "the disk is full" in done.stdout and "One needs 4 MB" in done.stdout and "latest 1" in done.stdout, done.stdout + done.stderr
+    assert "the disk is full" in done.stdout and "One needs 4 MB" in done.stdout and "latest 1" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):

@@ -51,7 +51,9 @@ def test_samples_come_again(complete):
     options = ("--prefix", "a", "--temperature", "1.5", "--seed", "5", "--max-new-tokens", "12", "--json")
     _, two, _ = complete(*options, "--num-samples", "2")
     _, one, _ = complete(*options)
-    assert two.splitlines()[0] == one.strip() and two.splitlines()[1] != one.strip().replace('"sample": 0', '"sample": 1')
+    assert two.splitlines()[0] == one.strip() and two.splitlines()[1] != one.strip().replace(
+        '"sample": 0', '"sample": 1'
+    )
     _, plain, _ = complete(*options[:-1], "--num-samples", "2")
     assert plain.startswith("--- sample 0 ---\n") and "--- sample 1 ---\n" in plain
 

@@ -15,7 +15,7 @@ import pytest
 
 from jaxcoder.cli import main as cli
 from jaxcoder.errors import CheckpointError, Interrupted
-from jaxcoder.observability.console import ConsoleProgress
+from jaxcoder.record.console import ConsoleProgress
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 

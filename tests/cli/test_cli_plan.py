@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from jaxcoder.cli.main import main
-from jaxcoder.train.plan import compile as plan_compile
-from jaxcoder.train.plan.topology import parse_topology
+from jaxcoder.plan import compile as plan_compile
+from jaxcoder.plan.topology import parse_topology
 
 
 @pytest.fixture(autouse=True)

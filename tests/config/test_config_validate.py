@@ -114,9 +114,15 @@ TWO = (Corpus(store="a", weight=1.0), Corpus(store="b", weight=3.0))
         (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0,)),)), "has 1 weights for 2 data.corpora"),
         (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0, -2.0)),)), "data.stages.0.weights[1] is -2.0"),
         (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(0.0, 0.0)),)), "weights[0 to 1] are all 0"),
-        (dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0, math.nan)),)), "data.stages.0.weights is (1.0, nan)"),
+        (
+            dict(corpora=TWO, stages=(Stage(from_sample=0, weights=(1.0, math.nan)),)),
+            "data.stages.0.weights is (1.0, nan)",
+        ),
         (dict(stages=(Stage(from_sample=0, global_batch_size=0),)), "data.stages.0.global_batch_size is 0"),
-        (dict(stages=(Stage(from_sample=0, global_batch_size=4),)), "does not divide data.stages.0.global_batch_size 4"),
+        (
+            dict(stages=(Stage(from_sample=0, global_batch_size=4),)),
+            "does not divide data.stages.0.global_batch_size 4",
+        ),
         (dict(stages=(Stage(from_sample=0, global_batch_size=20),)), "20 is not a multiple of mesh.data x mesh.fsdp"),
         (dict(corpora=("a",)), "data.corpora is ('a',), but has to be a tuple, each item a Corpus"),
         (dict(corpora=(Corpus(store=3),)), "data.corpora.0.store is 3, but has to be a text"),

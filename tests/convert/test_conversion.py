@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from jaxcoder.checkpoint.arrays import load_numpy
 from jaxcoder.checkpoint.checkpointer import Checkpointer
-from jaxcoder.checkpoint.find import open_checkpoint
+from jaxcoder.checkpoint.discover import open_checkpoint
 from jaxcoder.checkpoint.names import flatten_model
 from jaxcoder.cli.main import main
 from jaxcoder.config import CheckpointConfig, ComputeConfig, ModelConfig, RunConfig

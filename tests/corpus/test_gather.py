@@ -11,8 +11,8 @@ import pytest
 
 from jaxcoder.corpus.gather import HELD_OUT_FILE, MANIFEST_FILE, TRAIN_FILE, gather
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.tokenizer import atomic
-from jaxcoder.tokenizer.document_files import read_documents
+from jaxcoder.io import atomic
+from jaxcoder.io.document_files import read_documents
 
 CODE = "def function_{0}(argument):\n    return argument + {0}\n"
 

@@ -6,7 +6,7 @@ import pytest
 from hostile import HOSTILE, hostile_documents
 
 from jaxcoder.data.build import build_store
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import random
 
-from jaxcoder.tokenizer.document import Document, Part
+from jaxcoder.io.document import Document, Part
 
 HOSTILE = (
     " ", "  ", "    ", " " * 17, "\t", "\t\t\t", "\n", "\n\n\n", "\r\n", "\r", "\f", "\v", " \n\t ", "\x00", "\x7f",

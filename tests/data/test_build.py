@@ -20,9 +20,9 @@ from jaxcoder.data.build import Sizes, build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io.document import Document, Part
+from jaxcoder.io.document_files import read_documents, write_documents
 from jaxcoder.tasks import ProcessPool
-from jaxcoder.tokenizer.document import Document, Part
-from jaxcoder.tokenizer.document_files import read_documents, write_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 
@@ -101,9 +101,7 @@ def test_same_stream_for_any_size_of_slices_buckets_and_shards(tokenizer, docume
     whole = build_store(file, tokenizer, tmp_path / "whole", seed=11)
     for slice_bytes, bucket_bytes in ((3000, 5000), (1000, 1 << 30), (1 << 30, 2000)):
         output = tmp_path / f"{slice_bytes}-{bucket_bytes}"
-        small = build_store(
-            file, tokenizer, output, seed=11, sizes=Sizes(slice_bytes, bucket_bytes), shard_tokens=8192
-        )
+        small = build_store(file, tokenizer, output, seed=11, sizes=Sizes(slice_bytes, bucket_bytes), shard_tokens=8192)
         assert np.array_equal(small.read(0, small.num_tokens), whole.read(0, whole.num_tokens))
         assert small.documents.to_pylist() == whole.documents.to_pylist()
     assert sorted(documents_of(whole)) == sorted(

@@ -13,7 +13,7 @@ import pytest
 from hostile import hostile_documents
 
 from jaxcoder.data.build import Sizes, build_store
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document_files import write_documents
 
 SIZES = {"shard_tokens": 8192, "sizes": Sizes(5000, 20_000)}
 SCRIPT = """

@@ -16,7 +16,7 @@ def run(*words):
 
 
 def test_builds_and_inspects(tokenizer, documents_file, tmp_path, capsys):
-    pytest.importorskip("jaxcoder.observability.console")
+    pytest.importorskip("jaxcoder.record.console")
     tokenizer.save(tmp_path / "tokenizer")
     command = ("build", documents_file, "--tokenizer", tmp_path / "tokenizer", "--output-dir", tmp_path / "store")
     assert not run(*command)

@@ -17,7 +17,7 @@ from jaxcoder.config.schema import DataConfig
 from jaxcoder.data.fim import Fim, draw_fim
 from jaxcoder.data.randomness import Purpose, random_words
 from jaxcoder.errors import ConfigError
-from jaxcoder.tokenizer.document import Document, Part
+from jaxcoder.io.document import Document, Part
 
 
 def fim(tokenizer, window, *, sample=0, seed=1, fim_rate=1.0, fim_spm_rate=0.5):

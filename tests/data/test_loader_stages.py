@@ -12,7 +12,7 @@ from jaxcoder.data.loader import batches
 from jaxcoder.data.schedule import BatchSchedule, StepHistory
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.errors import ConfigError
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document_files import write_documents
 
 STAGES = (
     Stage(from_sample=0, global_batch_size=8),
@@ -21,7 +21,14 @@ STAGES = (
     Stage(from_sample=300, weights=(1.0, 1.0), global_batch_size=8),
 )
 SIZE = 16
-SPANS = [*((8 * n, 8) for n in range(8)), (64, 24), (88, 24), *((112 + 16 * n, 16) for n in range(12)), (304, 8), (312, 8)]
+SPANS = [
+    *((8 * n, 8) for n in range(8)),
+    (64, 24),
+    (88, 24),
+    *((112 + 16 * n, 16) for n in range(12)),
+    (304, 8),
+    (312, 8),
+]
 
 
 @pytest.fixture(scope="module")

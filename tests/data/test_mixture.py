@@ -98,7 +98,9 @@ def test_from_a_config():
     corpora = (Corpus(store="a"), Corpus(store="b", max_epochs=0.5))
     mix = make_mixture(DataConfig(corpora=corpora), [30, 10], [300, 100])
     assert mix.counts(20) == (15, 5) and mix.counts(120) == (115, 5)
-    with pytest.raises(ConfigError, match="data.corpora.1.max_epochs is 0.5, which is less than one window of the 1 of b"):
+    with pytest.raises(
+        ConfigError, match="data.corpora.1.max_epochs is 0.5, which is less than one window of the 1 of b"
+    ):
         make_mixture(DataConfig(corpora=corpora), [30, 1], [300, 10])
     # A stage that changes the batch alone does not disturb the mixture.
     weighted = (Corpus(store="a", weight=1.0), Corpus(store="b", weight=3.0))

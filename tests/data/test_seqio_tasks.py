@@ -16,7 +16,7 @@ from jaxcoder.data.build import build_store
 from jaxcoder.data.seqio_import import documents_of, import_seqio
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError, MissingExtraError
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document_files import write_documents
 
 HAS_SEQIO = importlib.util.find_spec("seqio") is not None
 if HAS_SEQIO:
@@ -195,7 +195,9 @@ def test_a_store_is_a_task_of_windows_and_shards(store):
     shards = [
         task.get_dataset(shuffle=True, seed=5, split="validation", shard_info=seqio.ShardInfo(i, 3)) for i in range(3)
     ]
-    assert sorted(row["targets"].tolist() for shard in shards for row in shard.as_numpy_iterator()) == sorted(row.tolist() for row in rows)
+    assert sorted(row["targets"].tolist() for shard in shards for row in shard.as_numpy_iterator()) == sorted(
+        row.tolist() for row in rows
+    )
 
 
 @needs_seqio
@@ -298,7 +300,9 @@ def test_a_store_survives_the_way_through_seqio(store, tmp_path):
     copy = import_seqio("documents", tmp_path / "documents")
     assert documents_in(copy) == [row for row in documents_in(store) if row]
     fields = ("repo_name", "path", "lang")
-    origins = [set(zip(*(each.documents[field].to_pylist() for field in fields), strict=True)) for each in (copy, store)]
+    origins = [
+        set(zip(*(each.documents[field].to_pylist() for field in fields), strict=True)) for each in (copy, store)
+    ]
     assert len(origins[0]) > 100 and origins[0] <= origins[1]
     add_task("windows", store.path, seq_len=50)
     windows = import_seqio("windows", tmp_path / "windows")

@@ -11,7 +11,7 @@ from jaxcoder.config.schema import DataConfig, ModelConfig
 from jaxcoder.data.build import build_store
 from jaxcoder.data.stream import SampleStream, SyntheticStream, synthetic_stream
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 
 

@@ -15,8 +15,8 @@ from jaxcoder.data.open import open_stream
 from jaxcoder.data.schedule import StepHistory
 from jaxcoder.data.trace import Tracer, describe_batch
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 
 NUM_STEPS = 60
 

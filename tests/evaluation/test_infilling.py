@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxcoder.evaluation.infilling import edit_distance, edit_similarity, infill_scores, single_line_gaps
-from jaxcoder.tokenizer.document import Document
+from jaxcoder.io.document import Document
 
 SOURCE = '''"""A module that does a thing."""
 import os

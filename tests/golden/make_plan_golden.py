@@ -3,7 +3,7 @@
     python tests/golden/make_plan_golden.py        (Linux on x86_64, with libtpu; a minute or two)
 
 Run it when a change is meant to change the compiled program, and read the difference: a collective more, an array that
-is no longer sharded, a kernel that is no longer chosen. The test is tests/train/plan/test_plan_goldens.py.
+is no longer sharded, a kernel that is no longer chosen. The test is tests/plan/test_plan_goldens.py.
 """
 
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.config.load import with_store
-from jaxcoder.train.plan.compile import Compiled, compile_step
-from jaxcoder.train.plan.topology import parse_topology
+from jaxcoder.plan.compile import Compiled, compile_step
+from jaxcoder.plan.topology import parse_topology
 
 FOLDER = Path(__file__).parent / "plan"
 TINY = ModelConfig(

@@ -132,9 +132,7 @@ def test_the_number_of_compilations_is_bounded(monkeypatch):
     """Every prompt length and batch size runs one of a few programs."""
     monkeypatch.setattr(decode, "SMALLEST_CACHE", 16)
     monkeypatch.setattr(decode, "ROOM", 4)
-    config = ModelConfig(
-        num_layers=1, embed_dim=8, num_heads=1, head_dim=8, mlp_dim=8, vocab_size=32, max_seq_len=40
-    )
+    config = ModelConfig(num_layers=1, embed_dim=8, num_heads=1, head_dim=8, mlp_dim=8, vocab_size=32, max_seq_len=40)
     model = GPTBigCode(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
     before = decode._prefill._cache_size(), decode._steps._cache_size()
     for length in (1, 2, 7, 15, 16, 17, 20, 31, 32, 33, 39):

@@ -49,9 +49,7 @@ def test_frequencies_are_the_probabilities():
     for temperature in (0.5, 1.0, 2.0):
         expected = jax.nn.softmax(logits / temperature)
         np.testing.assert_allclose(draw(logits, temperature=temperature), expected, atol=0.012)
-    np.testing.assert_allclose(
-        draw(logits, temperature=1.0, top_k=2), [0, 0, 0.2689, 0.7311, 0], atol=0.012
-    )
+    np.testing.assert_allclose(draw(logits, temperature=1.0, top_k=2), [0, 0, 0.2689, 0.7311, 0], atol=0.012)
     np.testing.assert_allclose(draw(logits, temperature=1.0, top_p=0.6), [0, 0, 0, 1, 0])
 
 

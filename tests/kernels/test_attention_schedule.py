@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec, visible
 from jaxcoder.kernels.attention.schedule import Blocks, Intervals, intervals, visits
 
-
 LENGTHS = ((700, 700), (300, 610), (130, 1))
 """Few, for every one is compiled; the segments, the offset and so the mask are drawn."""
 SPANS = 512
@@ -77,4 +76,3 @@ def test_visited_blocks_are_what_the_mask_needs(seed, lengths, causal, block_kv)
                 assert here[:, steps[0] : steps[0] + 128].any() and here[:, steps[-1] - 127 : steps[-1] + 1].any()
             assert span in needed if needed else span == 0
             assert p not in needed or span == p
-

@@ -112,7 +112,9 @@ def on_mesh(shape, config, dropout: bool):
         model = jax.jit(lambda: GPTBigCode(config, FP32, rngs=nnx.Rngs(0)))()
         rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
         batch = jax.device_put(TOKENS, rows)
-        drawn = Dropout(key=make_key(1, 2), rows=jax.device_put(np.arange(8, dtype=np.int32), rows)) if dropout else None
+        drawn = (
+            Dropout(key=make_key(1, 2), rows=jax.device_put(np.arange(8, dtype=np.int32), rows)) if dropout else None
+        )
         value, gradients = jax.jit(jax.value_and_grad(loss))(model, batch, drawn)
         specs = [[leaf.sharding.spec for leaf in jax.tree.leaves(tree)] for tree in (model, gradients)]
         return float(value), jax.tree.map(np.asarray, gradients), specs

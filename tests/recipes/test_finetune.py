@@ -12,10 +12,10 @@ from jaxcoder.config import DataConfig, EvalConfig, OptimizerConfig
 from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError, DataError, JaxcoderError
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.recipes import finetune as finetune_module
 from jaxcoder.recipes.finetune import Language, compare, finetune, table
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.loop import train
 

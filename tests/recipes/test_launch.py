@@ -170,7 +170,7 @@ def test_skypilot():
     task = yaml.safe_load(filled("skypilot", **{"--nodes": "2"}))
     assert set(task) == {"name", "num_nodes", "resources", "setup", "run"} and task["num_nodes"] == 2
     assert task["resources"] == {"accelerators": "H100:8", "use_spot": True}
-    shell = task["run"].replace("exec jaxcoder", "printf '%s\\n' \"$JAXCODER_COORDINATOR\" \"$JAXCODER_PROCESS_ID\"")
+    shell = task["run"].replace("exec jaxcoder", 'printf \'%s\\n\' "$JAXCODER_COORDINATOR" "$JAXCODER_PROCESS_ID"')
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     said = subprocess.run(["bash", "-c", shell], env={**os.environ, **nodes}, capture_output=True, text=True).stdout
     assert said.split("\n")[:-1] == ["10.0.0.1:61439", "1", "train", "smoke", *ARGUMENTS]

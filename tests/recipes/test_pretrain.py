@@ -10,11 +10,11 @@ from jaxcoder_configs.smoke import smoke
 from jaxcoder.config import DataConfig, EvalConfig, MeshConfig, RunConfig
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
-from jaxcoder.observability.metrics import read_metrics
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.recipes.pretrain import evaluations, pretrain
+from jaxcoder.record.metrics import read_metrics
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.state import initial_state
@@ -76,6 +76,8 @@ def test_refused_without_fim_tokens(tmp_path):
     text = (tmp_path / "tokenizer" / "tokenizer.json").read_text().replace("<fim_", "<another_")
     tokenizer = Tokenizer(text.encode())
     store = make_store(tmp_path, tokenizer, [LINE * 50])
-    with pytest.raises(ConfigError, match="eval.infill_gaps is 6, but the tokenizer of .* has no FIM tokens: set it to 0"):
+    with pytest.raises(
+        ConfigError, match="eval.infill_gaps is 6, but the tokenizer of .* has no FIM tokens: set it to 0"
+    ):
         pretrain(config(tmp_path / "run", store))
     assert not (tmp_path / "run").exists()

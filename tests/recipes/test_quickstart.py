@@ -34,7 +34,16 @@ def source(tmp_path_factory) -> Path:
 
 def command(source: Path, output: Path, *extra: str) -> list[str]:
     steps = [] if "--steps" in extra else ["--steps", "6"]
-    base = [sys.executable, "-m", "jaxcoder.cli.main", "quickstart", "--source", str(source), "--output-dir", str(output)]
+    base = [
+        sys.executable,
+        "-m",
+        "jaxcoder.cli.main",
+        "quickstart",
+        "--source",
+        str(source),
+        "--output-dir",
+        str(output),
+    ]
     return [*base, *steps, *extra]
 
 
@@ -44,7 +53,9 @@ def environment() -> dict[str, str]:
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    return subprocess.run(
+        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
+    )
 
 
 def weights(directory: Path) -> dict[str, np.ndarray]:
@@ -70,7 +81,14 @@ def test_the_whole_road(undisturbed):
     assert 0 <= report["infill"]["edit_similarity"] <= 1 and report["infill"]["count"] == 64
     assert len(report["completions"]) == len(report["infills"]) == 2
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for piece in ("mesh of data 1 x fsdp 1 x tensor 1", "bits per byte", "xz -9e", "edit similarity", "complete", "inspect"):
+    for piece in (
+        "mesh of data 1 x fsdp 1 x tensor 1",
+        "bits per byte",
+        "xz -9e",
+        "edit similarity",
+        "complete",
+        "inspect",
+    ):
         assert piece in said, piece
     for path in (output, output / "hf"):
         _, config, tokenizer = load_model(path)
@@ -86,7 +104,11 @@ def test_run_again_shows_the_same(undisturbed, source):
 
 def test_interrupted_while_training_it_goes_on(undisturbed, source, tmp_path):
     process = subprocess.Popen(
-        command(source, tmp_path / "run"), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command(source, tmp_path / "run"),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < deadline and not (metrics.exists() and metrics.stat().st_size):
@@ -131,7 +153,9 @@ def test_ten_random_kills(undisturbed, source, tmp_path):
     duration = time.monotonic() - started
     kills = 0
     while kills < 10:
-        process = subprocess.Popen(command(source, output), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command(source, output), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         try:
             _, errors = process.communicate(timeout=draw.uniform(0.5, duration * 0.7))
             assert process.returncode == 0, errors.decode()

@@ -319,7 +319,7 @@ def test_compiled_programs_are_kept_for_the_user(tmp_path):
 HOLD = """
 import sys, time
 from jaxcoder.errors import JaxcoderError
-from jaxcoder.runtime import held
+from jaxcoder.runtime import run_lock as held
 held._RENEW_SECONDS, held._EXPIRED_SECONDS = 0.3, 4.0
 try:
     with held.held_alone(sys.argv[1]):

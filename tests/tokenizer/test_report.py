@@ -9,8 +9,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxcoder.cli import tokenizer as command
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.tokenizer.document import Document, Part
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document import Document, Part
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.report import kind_of, load_any, measure, short_names, take_sample, tokenizer_report
 
 TEXTS = {

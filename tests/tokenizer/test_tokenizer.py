@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcoder.errors import DataError
-from jaxcoder.tokenizer.document import Document, Part
+from jaxcoder.io.document import Document, Part
 from jaxcoder.tokenizer.special_tokens import SPECIAL_TOKENS
 from jaxcoder.tokenizer.tokenizer import FimIds, Tokenizer
 

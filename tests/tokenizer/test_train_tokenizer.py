@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import sample_texts, train_tokenizer
 
 

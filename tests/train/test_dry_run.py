@@ -11,9 +11,9 @@ from jaxcoder.config import Corpus, DataConfig, MeshConfig, RunConfig
 from jaxcoder.config.load import available_runs
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.models.flops import num_parameters
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.dry_run import dry_run, planned_devices
 from jaxcoder.train.loop import train

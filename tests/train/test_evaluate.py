@@ -11,9 +11,9 @@ from jaxcoder_configs.smoke import smoke
 from jaxcoder.config import Corpus, DataConfig, EvalConfig, MeshConfig, RunConfig
 from jaxcoder.data.build import build_store
 from jaxcoder.data.loader import make_batch
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.evaluate import HeldOut, position_stretches
 from jaxcoder.train.inputs import open_streams

@@ -11,8 +11,8 @@ from jaxcoder_configs.smoke import smoke
 
 from jaxcoder.config import CheckpointConfig, MeshConfig, RunConfig
 from jaxcoder.errors import Interrupted, TrainingError
-from jaxcoder.observability.events import read_events
-from jaxcoder.observability.metrics import read_metrics
+from jaxcoder.record.events import read_events
+from jaxcoder.record.metrics import read_metrics
 from jaxcoder.train.loop import train
 
 

@@ -69,7 +69,9 @@ def test_other_data_is_named():
     class Held:
         stream = type("Stream", (), {"stores": [Store]})
 
-    with pytest.raises(DataError, match=r"process 1 \(host-b\) has another version of the token store /data/store than"):
+    with pytest.raises(
+        DataError, match=r"process 1 \(host-b\) has another version of the token store /data/store than"
+    ):
         host_check.check_data(None, [Held], TwoHosts(lambda topic, facts: {path: "other" for path in facts}))
 
 

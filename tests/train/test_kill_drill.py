@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcoder.checkpoint.find import open_checkpoint, steps_in
+from jaxcoder.checkpoint.discover import open_checkpoint, steps_in
 from jaxcoder.checkpoint.manifest import MANIFEST
-from jaxcoder.observability.metrics import read_metrics
+from jaxcoder.record.metrics import read_metrics
 
 NUM_STEPS = 60
 CONFIG = f"""

@@ -14,10 +14,10 @@ from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, RunConfig
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import CheckpointError, ConfigError, DataError, Interrupted
-from jaxcoder.observability.metrics import read_metrics
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
+from jaxcoder.record.metrics import read_metrics
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train import loop
 from jaxcoder.train.loop import train

@@ -13,9 +13,9 @@ from jaxcoder.config import CheckpointConfig, Corpus, DataConfig, MeshConfig, Ru
 from jaxcoder.data.build import build_store
 from jaxcoder.data.open import open_stream
 from jaxcoder.errors import ConfigError, DataError, Interrupted
-from jaxcoder.observability.metrics import read_metrics
-from jaxcoder.tokenizer.document import Document
-from jaxcoder.tokenizer.document_files import write_documents
+from jaxcoder.io.document import Document
+from jaxcoder.io.document_files import write_documents
+from jaxcoder.record.metrics import read_metrics
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train import loop
 from jaxcoder.train.loop import train

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcoder.config import MeshConfig
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.sharding.rules import ShardingRules
-from jaxcoder.train.loss import weighted_loss, token_losses
+from jaxcoder.train.loss import token_losses, weighted_loss
 
 RULES = ShardingRules()
 

@@ -10,8 +10,8 @@ from jaxcoder_configs.smoke import smoke
 from jaxcoder.config import DataConfig, RunConfig
 from jaxcoder.errors import ConfigError
 from jaxcoder.models.flops import training_flops_per_token
-from jaxcoder.observability.console import TrainingLine
-from jaxcoder.observability.metrics import read_metrics
+from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.metrics import read_metrics
 from jaxcoder.train import step_log
 from jaxcoder.train.devices import Chip, find_chip
 from jaxcoder.train.loop import train

@@ -48,7 +48,5 @@ def attention(
     spec: AttentionSpec, q: jax.Array, k: jax.Array, v: jax.Array, context: AttentionContext
 ) -> tuple[jax.Array, None]:
     """q (B, S, H, K); k, v (B, S, G, K). Returns (B, S, H, K) in q's dtype, and no log-sum-exp."""
-    out = jax.nn.dot_product_attention(
-        q, k, v, scale=spec.scale, is_causal=spec.causal, implementation=IMPLEMENTATION
-    )
+    out = jax.nn.dot_product_attention(q, k, v, scale=spec.scale, is_causal=spec.causal, implementation=IMPLEMENTATION)
     return out, None

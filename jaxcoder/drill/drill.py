@@ -1,0 +1,239 @@
+"""A real run of real processes, disturbed: `jaxcoder drill`.
+
+    DRILL/undisturbed/    the run that nobody touches
+    DRILL/disturbed/      the same, hit by one fault after another, on the same mesh: it must end in the same bits
+    DRILL/resized/        the same, going on with other numbers of processes and other meshes: the same batches, and the
+                          same curve within rounding
+    DRILL/*-logs/         what every process of every start has said
+    DRILL/drill.json      the outcome, as it is printed
+
+After each fault the processes that are left must end by themselves, and the same command must go on from the newest
+checkpoint that is whole, which the drill knows from outside.
+"""
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxcoder.drill.faults import PATIENCE_SECONDS, Scene, Strike, choose, is_right, kinds
+from jaxcoder.drill.processes import (
+    DrillError,
+    Layout,
+    RunFiles,
+    Start,
+    Trainer,
+    continued_after,
+    free_port,
+    own_command,
+    wait_until,
+)
+from jaxcoder.drill.report import Outcome, Report, Verdict, compare, judge_bad_batches
+from jaxcoder.drill.setup import SAVE_EVERY_STEPS, BadBatch, layout_of, prepare
+from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import format_duration
+
+Say = Callable[[str], None]
+
+STEPS_PER_FAULT = 3 * SAVE_EVERY_STEPS
+"""More than any fault waits for, so that the run is not done before the last one."""
+STARTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which faults, in which order."""
+
+    kinds: list[str]
+    processes: int
+    num_steps: int
+    bad_batches: dict[int, BadBatch]
+
+    @classmethod
+    def draw(cls, count: int, seed: int, *, only: Sequence[str] = (), processes: int = 2) -> "Plan":
+        """`count` faults; ConfigError for numbers and names that cannot be."""
+        if count < 1 or processes < 1:
+            raise ConfigError(f"--faults is {count} and --processes {processes}: give 1 or more of each.")
+        chosen = choose(count, only, processes, random.Random(seed))
+        strikes = sum(kinds(processes)[name].strike is not None for name in chosen)
+        num_steps = STEPS_PER_FAULT * (strikes + 2)
+        bad = [name for name in chosen if kinds(processes)[name].strike is None]
+        # Not in the warm-up, and apart: two in a row are another fault.
+        places = random.Random(seed).sample(range(STEPS_PER_FAULT, num_steps - 1, 3), len(bad))
+        return cls(
+            kinds=chosen, processes=processes, num_steps=num_steps, bad_batches=dict(zip(places, bad, strict=True))
+        )
+
+
+def drill(directory: Path, plan: Plan, *, seed: int, say: Say) -> Report:
+    """Carries the plan out in `directory`, which must be empty or new, and returns what survived."""
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ConfigError(f"`{directory}` is not empty: give a new --output-dir.")
+    directory.mkdir(parents=True, exist_ok=True)
+    directory = directory.resolve()
+    began = time.monotonic()
+    say(f"Drill: {len(plan.kinds)} faults in a run of {plan.num_steps} steps, seed {seed}, in {directory}")
+    prepare(directory, plan.num_steps, plan.bad_batches)
+    trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
+    undisturbed = RunFiles(directory / "undisturbed")
+    seconds = finish_undisturbed(trainer, undisturbed, layout_of(plan.processes))
+    say(f"Undisturbed: {plan.num_steps} steps in {format_duration(seconds)}")
+    known = kinds(plan.processes)
+    report = Report(seed=seed, processes=plan.processes, num_steps=plan.num_steps)
+    for name, is_elastic in (("disturbed", False), ("resized", True)):
+        chosen = [kind for kind in plan.kinds if known[kind].strike and known[kind].is_elastic == is_elastic]
+        if not chosen and (is_elastic or not plan.bad_batches):
+            continue
+        run = RunFiles(directory / name)
+        Lane(trainer, run, plan, random.Random(f"{seed} {name}"), report, say).play(chosen)
+        report.verdicts[name] = _verdict(run, undisturbed, is_elastic)
+        say(f"{name}: {report.verdicts[name]}")
+    # In all runs alike, the first one that was hit by faults counts.
+    hit = RunFiles(directory / next(iter(report.verdicts)))
+    report.outcomes += judge_bad_batches(plan.bad_batches, hit, first=len(report.outcomes) + 1)
+    report.seconds = time.monotonic() - began
+    report.write(directory / "drill.json")
+    return report
+
+
+def clean_up(directory: Path) -> None:
+    """Leaves the outcome alone."""
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != "drill.json":
+            entry.unlink()
+
+
+def finish_undisturbed(trainer: Trainer, run: RunFiles, layout: Layout) -> float:
+    """Seconds that a run takes from its start to its end."""
+    with trainer.start(run, layout) as start:
+        _wait_to_the_end(start, run)
+        return time.monotonic() - start.began
+
+
+def _wait_to_the_end(start: Start, run: RunFiles) -> None:
+    """DrillError unless all processes finish; as long as there are new steps, they may take their time."""
+    step = -1
+    while run.last_step() > step:
+        step = run.last_step()
+        if start.wait(PATIENCE_SECONDS):
+            break
+    if set(start.codes()) != {0}:
+        raise DrillError(f"the run did not finish, its exit codes are {start.codes()}: {start.last_words()}")
+
+
+def _verdict(run: RunFiles, undisturbed: RunFiles, is_elastic: bool) -> Verdict:
+    try:
+        return compare(run, undisturbed, is_elastic=is_elastic)
+    except DrillError as error:
+        return Verdict(problems=[str(error)])
+
+
+class Lane:
+    """One run under fire: a start, a fault, the next start, and so on, to the end of the run."""
+
+    def __init__(self, trainer: Trainer, run: RunFiles, plan: Plan, draw: random.Random, report: Report, say: Say):
+        self.trainer, self.run, self.plan, self.draw = trainer, run, plan, draw
+        self.report, self.say = report, say
+        self.layout = layout_of(plan.processes)
+        self.start: Start | None = None
+
+    def play(self, chosen: Sequence[str]) -> None:
+        """What goes wrong is in the report; a run that does not go on is given up."""
+        outcome = None
+        try:
+            self.start = self.trainer.start(self.run, self.layout)
+            self._wait_for_training(self.start, 0)
+            for turn, name in enumerate(chosen):
+                outcome = Outcome(number=len(self.report.outcomes) + 1, kind=name)
+                self.report.outcomes.append(outcome)
+                self._suffer(outcome, turn)
+                self.say(f"{outcome.number:>3} of {len(self.plan.kinds)}  {outcome}")
+            _wait_to_the_end(self.start, self.run)
+        except DrillError as error:
+            (outcome.problems if outcome else self.report.problems).append(str(error))
+            self.say(f"given up: {error}")
+        finally:
+            if self.start is not None:
+                self.start.__exit__()
+
+    def _suffer(self, outcome: Outcome, turn: int) -> None:
+        """One fault, from a run that trains to a run that trains again."""
+        kind = kinds(self.plan.processes)[outcome.kind]
+        target = turn % self.layout.processes
+        scene = Scene(start=self.start, run=self.run, layout=self.layout, draw=self.draw, target=target)
+        strike = kind.strike(scene)
+        outcome.detail = strike.detail
+        self._watch_the_end(outcome, strike)
+        outcome.step = self.run.last_step()
+        if strike.damage:
+            outcome.detail += f"; {self.run.damage_newest(strike.damage, self.draw)}"
+        self.layout = strike.layout or self.layout
+        if strike.start_is_killed_after is not None:
+            with self.trainer.start(self.run, self.layout):
+                time.sleep(strike.start_is_killed_after)
+        whole = self.run.whole()
+        expected = whole[-1] if whole else 0
+        if strike.saves and expected != outcome.step:
+            outcome.problems.append(f"it ended after step {outcome.step}, and step {expected} is what is saved")
+        outcome.step = max(outcome.step, self.run.last_step())  # a start that was killed may have trained on
+        self._start_again(outcome, expected)
+        outcome.lost = outcome.step - outcome.continued
+
+    def _start_again(self, outcome: Outcome, expected: int) -> None:
+        """Once is right; a scheduler tries more often, and so the rest of the drill need not be given up."""
+        for _ in range(STARTS):
+            self.start = self.trainer.start(self.run, self.layout)
+            try:
+                outcome.again = self._wait_for_training(self.start, expected)
+                break
+            except DrillError as error:
+                outcome.problems.append(str(error))
+                self.start.__exit__()
+        else:
+            raise DrillError(f"{STARTS} starts in a row failed")
+        outcome.continued = continued_after(self.start.said(0))
+        if outcome.continued != expected:
+            outcome.problems.append(
+                f"it continued after step {outcome.continued}, though {expected} was the newest whole checkpoint"
+            )
+
+    def _watch_the_end(self, outcome: Outcome, strike: Strike) -> None:
+        """All processes that were not struck down must end by themselves, in time, with the right codes and words."""
+        start = self.start
+        others = [index for index in range(self.layout.processes) if index not in strike.stopped]
+        ended = start.wait(max(0.0, strike.at + strike.limit - time.monotonic()), others)
+        outcome.noticed = time.monotonic() - strike.at
+        if not ended:
+            stuck = [index for index in start.running() if index in others]
+            outcome.problems.append(f"processes {stuck} were still there after {strike.limit:.0f} s")
+        elif outcome.noticed > strike.prompt and start.unsaid("the save of step", others):
+            outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {strike.prompt:.0f} are enough")
+        outcome.codes = [code if index in others else None for index, code in enumerate(start.codes())]
+        start.signal(signal.SIGKILL)
+        start.wait(PATIENCE_SECONDS)
+        for index, right in strike.codes.items():
+            if not is_right(outcome.codes[index], right):
+                outcome.problems.append(f"process {index} ended with {outcome.codes[index]}, not {right}")
+        if strike.is_named:
+            outcome.problems += start.unsaid(strike.is_named, list(strike.codes))
+
+    def _wait_for_training(self, start: Start, expected: int) -> float:
+        """Seconds from the start until a step was made that follows the restored one. DrillError if none is."""
+        file, last = self.run.metrics_file()
+
+        def trains() -> bool:
+            now, step = self.run.metrics_file()
+            return step > expected and (now != file or last <= expected)
+
+        wait_until(lambda: trains() or len(start.running()) < self.layout.processes, PATIENCE_SECONDS, period=0.02)
+        seconds = time.monotonic() - start.began
+        if trains():
+            return seconds
+        if len(start.running()) < self.layout.processes:
+            raise DrillError(f"a start ended with {start.codes()}: {start.last_words()}")
+        raise DrillError(f"a start made no step in {PATIENCE_SECONDS:.0f} s: {start.last_words()}")

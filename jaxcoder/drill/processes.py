@@ -1,0 +1,257 @@
+"""The processes of a drill: the real trainer, started as a scheduler starts it, watched from outside.
+
+`Start` is one start of all processes of a run, which meet over loopback, one CPU device each. `RunFiles` reads what
+they leave behind, and damages it. Nothing here knows how the trainer works inside: only its exit codes, its files and
+what it says.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxcoder import runtime
+from jaxcoder.checkpoint.manifest import COMMIT_MARKER, MANIFEST
+from jaxcoder.errors import JaxcoderError
+from jaxcoder.record.metrics import last_metrics, read_metrics
+
+POLL_SECONDS = 0.003
+"""A step takes some ten milliseconds, a save a few hundred."""
+
+
+class DrillError(JaxcoderError):
+    """The run did not do what it has to; the message says what."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How many processes share a run, one device each, and the mesh over them."""
+
+    processes: int
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __str__(self) -> str:
+        axes = [f"{name} {size}" for name, size in self.axes().items() if size > 1]
+        return f"{self.processes} process{'es' * (self.processes > 1)}, {' x '.join(axes) or 'one device'}"
+
+    def axes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How the drill starts one process of a run: a command, to which the run's options are added, and variables."""
+
+    command: Sequence[str]
+    port: int
+    cache: Path
+
+    def start(self, run: "RunFiles", layout: Layout) -> "Start":
+        mesh = ",".join(map(str, layout.axes().values()))
+        options = ["--output-dir", str(run.path), "--mesh", mesh]
+        variables = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAXCODER_COORDINATOR": f"127.0.0.1:{self.port}",
+            "JAXCODER_NUM_PROCESSES": str(layout.processes),
+        }
+        return Start([*self.command, *options], variables, layout.processes, run.new_logs())
+
+
+PROGRAM = (sys.executable, "-m", "jaxcoder.cli.main")
+
+
+def own_command(directory: Path, program: Sequence[str] = PROGRAM) -> list[str]:
+    """The command of a process of the drill in `directory`; the tests give a `program` that breaks the trainer."""
+    return [*program, "drill", "--process-of", str(directory)]
+
+
+def free_port() -> int:
+    """One below those that the system gives to outgoing connections: all starts of a run use the same, as on a pod."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    raise DrillError("no port between 20,000 and 30,000 of this machine is free.")
+
+
+class Start:
+    """All processes of one start, and a context manager that leaves none of them."""
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], count: int, logs: Path):
+        self.began = time.monotonic()
+        self.logs = [logs / f"process-{index}.log" for index in range(count)]
+        self.processes: list[subprocess.Popen] = []
+        for index, log in enumerate(self.logs):
+            environment = runtime.environment_with({**variables, "JAXCODER_PROCESS_ID": str(index)})
+            with open(log, "wb") as file:
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
+                )
+            self.processes.append(process)
+
+    def __enter__(self) -> "Start":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def signal(self, number: int, indices: Sequence[int] | None = None) -> None:
+        """To the processes with these indices, or to all; those that have ended are left out."""
+        for index in range(len(self.processes)) if indices is None else indices:
+            if self.processes[index].poll() is None:
+                self.processes[index].send_signal(number)
+
+    def codes(self) -> list[int | None]:
+        """Exit codes by process, minus the signal for one that a signal ended, None for one that is at work."""
+        return [process.poll() for process in self.processes]
+
+    def running(self) -> list[int]:
+        return [index for index, code in enumerate(self.codes()) if code is None]
+
+    def wait(self, seconds: float, indices: Sequence[int] | None = None) -> bool:
+        """Whether those processes (default: all) end within so many seconds."""
+        wanted = set(range(len(self.processes)) if indices is None else indices)
+        return wait_until(lambda: not wanted & set(self.running()), seconds, period=0.02)
+
+    def said(self, index: int) -> str:
+        """What a process has written on stdout and stderr."""
+        return self.logs[index].read_text(errors="replace")
+
+    def unsaid(self, words: str, indices: Sequence[int]) -> list[str]:
+        """A problem in words, unless one of these processes has said what the pattern `words` finds."""
+        if any(re.search(words, self.said(index)) for index in indices):
+            return []
+        return [f"no process has said {words!r}: {self.last_words()}"]
+
+    def last_words(self) -> str:
+        """The end of every process's log, for an error message."""
+        ends = [" / ".join(self.said(index).strip().splitlines()[-3:]) for index in range(len(self.logs))]
+        return "; ".join(f"process {index}: {end}" for index, end in enumerate(ends))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float, *, period: float = POLL_SECONDS) -> bool:
+    """Whether `condition` holds within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(period)
+    return True
+
+
+class RunFiles:
+    """The directory of a run, from outside. What the drill has damaged it knows itself."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._logs = path.with_name(f"{path.name}-logs")
+        self._damaged: dict[int, int] = {}
+
+    def new_logs(self) -> Path:
+        """A directory for the logs of another start."""
+        number = len(list(self._logs.iterdir())) if self._logs.is_dir() else 0
+        logs = self._logs / f"start-{number:03}"
+        logs.mkdir(parents=True)
+        return logs
+
+    def all_logs(self) -> str:
+        """What the processes of all starts have said."""
+        return "\n".join(log.read_text(errors="replace") for log in sorted(self._logs.glob("*/*.log")))
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def last_step(self) -> int:
+        """The newest step in metrics.jsonl, 0 without one."""
+        records = last_metrics(self.metrics, 4) if self.metrics.exists() else []
+        return max((record["step"] for record in records), default=0)
+
+    def metrics_file(self) -> tuple[int, int]:
+        """(inode, newest step): the file is another one once lines were taken from it."""
+        return (self.metrics.stat().st_ino if self.metrics.exists() else 0), self.last_step()
+
+    def steps(self) -> list[dict]:
+        """The records of optimizer steps."""
+        return [record for record in read_metrics(self.metrics) if "loss" in record] if self.metrics.exists() else []
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def whole(self) -> list[int]:
+        """Steps whose save came to its end and that the drill has not damaged since, ascending."""
+        return [step for step in self.begun() if self._version(step) not in (None, self._damaged.get(step))]
+
+    def begun(self) -> list[int]:
+        """Steps with a directory, ascending."""
+        names = os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def is_saving(self) -> bool:
+        """Whether the newest step's save is not complete. (An old one that is deleted loses its manifest first.)"""
+        begun = self.begun()
+        return bool(begun) and self._version(begun[-1]) is None
+
+    def _version(self, step: int) -> int | None:
+        try:
+            return (self.checkpoints / str(step) / MANIFEST).stat().st_mtime_ns
+        except OSError:
+            return None
+
+    def damage_newest(self, how: str, draw: random.Random) -> str:
+        """Removes or damages the newest whole checkpoint; what was done, in words.
+
+        how: "lose" (all of it), "truncate" or "flip" (a file), "manifest" or "commit" (such a marker is removed).
+        """
+        step = self.whole()[-1]
+        path = self.checkpoints / str(step)
+        self._damaged[step] = self._version(step) or 0
+        if how == "lose":
+            shutil.rmtree(path)
+            return f"checkpoint {step} removed"
+        if how in ("manifest", "commit"):
+            name = MANIFEST if how == "manifest" else COMMIT_MARKER
+            (path / name).unlink()
+            return f"{name} of {step} removed"
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size > 1)
+        victim = draw.choice(files)
+        content = bytearray(victim.read_bytes())
+        place = draw.randrange(1, len(content))
+        if how == "truncate":
+            del content[place:]
+        else:
+            content[place] ^= 1 << draw.randrange(8)
+        victim.write_bytes(content)
+        self._damaged[step] = self._version(step) or 0  # the victim may have been the manifest, which is new now
+        name = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{26}\b", r"\1...", str(victim.relative_to(path)))
+        return f"{name} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
+
+    def largest_file(self) -> int:
+        """Bytes of the largest file of the newest whole checkpoint."""
+        path = self.checkpoints / str(self.whole()[-1])
+        return max(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def continued_after(said: str) -> int:
+    """The step after which process 0 says that it goes on; 0 for a beginning."""
+    found = re.search(r"Continuing after step ([\d,]+)\.", said)
+    return int(found[1].replace(",", "")) if found else 0

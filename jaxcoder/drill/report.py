@@ -1,0 +1,214 @@
+"""What survived a drill: each fault's outcome, each disturbed run beside the undisturbed one; as a table and JSON."""
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jaxcoder import runtime
+from jaxcoder.drill.processes import DrillError, RunFiles
+from jaxcoder.formatting import format_duration, format_table
+
+LOSS_TOLERANCE = 0.002
+"""Largest difference of a step's loss on another mesh, in nats per token: sums are rounded in another order there."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """Of one fault. step: the last one made before it. codes: exit codes by process, None for one held by SIGSTOP.
+
+    noticed: seconds until all processes that were not struck had ended. continued: the step after which the next start
+    went on. lost: steps made again. again: seconds from the next start to its first step.
+    """
+
+    number: int
+    kind: str
+    detail: str = ""
+    step: int = 0
+    codes: list[int | None] = field(default_factory=list)
+    noticed: float | None = None
+    continued: int = 0
+    lost: int | None = None
+    again: float | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        numbers = [f"{self.kind} ({self.detail}) at step {self.step}"]
+        if self.codes:
+            numbers.append(f"codes {self._codes()}")
+        if self.again is not None:
+            numbers.append(
+                f"noticed in {self.noticed:.1f} s, {self.lost} steps lost, training again in {self.again:.1f} s"
+            )
+        return "; ".join([*numbers, *(f"FAILED: {problem}" for problem in self.problems)])
+
+    def _codes(self) -> str:
+        return " ".join("stopped" if code is None else str(code) for code in self.codes)
+
+    def row(self) -> list[object]:
+        def shown(value: float | None) -> str:
+            return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+        result = "FAILED" if self.problems else "survived"
+        return [
+            self.number, self.kind, self.detail, self.step, self._codes(), shown(self.noticed), shown(self.lost),
+            shown(self.again), result,
+        ]  # fmt: skip
+
+
+COLUMNS = ("#", "fault", "what", "at step", "exit codes", "s to notice", "steps lost", "s to train again", "result")
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """Of one run at its end, beside the undisturbed one."""
+
+    problems: list[str] = field(default_factory=list)
+    is_identical: bool = False
+    """Every weight and every moment, bit for bit."""
+    largest_loss_difference: float = math.nan
+    """Over all steps, in nats per token."""
+    largest_weight_difference: float = math.nan
+
+    def __str__(self) -> str:
+        if self.problems:
+            return "FAILED: " + "; ".join(self.problems)
+        if self.is_identical:
+            return "every step once, the same batches and losses; weights and optimizer state bit-identical"
+        return (
+            f"every step once, the same batches; losses within {self.largest_loss_difference:.1e}, weights within "
+            f"{self.largest_weight_difference:.1e}"
+        )
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Of the whole drill."""
+
+    seed: int
+    processes: int
+    num_steps: int
+    seconds: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self) -> int:
+        return sum(not outcome.problems for outcome in self.outcomes)
+
+    @property
+    def has_failed(self) -> bool:
+        parts = [*self.outcomes, *self.verdicts.values()]
+        return bool(self.problems) or not self.outcomes or any(part.problems for part in parts)
+
+    def text(self) -> str:
+        """The table, what came out in the end, and every problem in words."""
+        rows = [outcome.row() for outcome in self.outcomes]
+        problems = [f"fault {o.number} ({o.kind}): {problem}" for o in self.outcomes for problem in o.problems]
+        return "\n".join(
+            [
+                format_table(COLUMNS, rows),
+                "",
+                *(f"{name}: {verdict}" for name, verdict in self.verdicts.items()),
+                *problems,
+                *self.problems,
+                f"{self.survived} of {len(self.outcomes)} faults survived, in {format_duration(self.seconds)} "
+                f"({self.num_steps} steps, {self.processes} processes, seed {self.seed}).",
+            ]
+        )
+
+    def write(self, path: Path) -> None:
+        """The same as JSON."""
+        content = dataclasses.asdict(self) | {"has_failed": self.has_failed}
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# --- the end of a run, beside the undisturbed one --------------------------------------------------------------------
+
+
+def compare(run: RunFiles, undisturbed: RunFiles, *, is_elastic: bool) -> Verdict:
+    """is_elastic: it was not always on the same mesh, so that losses and weights agree within rounding only."""
+    verdict = Verdict()
+    ours, theirs = run.steps(), undisturbed.steps()
+    numbers, expected = [r["step"] for r in ours], [r["step"] for r in theirs]
+    if numbers != expected:
+        wrong = sorted(set(numbers) ^ set(expected)) or [n for n in numbers if numbers.count(n) > 1] or numbers
+        verdict.problems.append(f"metrics.jsonl does not hold every step once and in order: see {wrong[:5]}")
+        return verdict
+    for name in ("samples", "batch_hash", "skipped"):
+        different = [a["step"] for a, b in zip(ours, theirs, strict=True) if a[name] != b[name]]
+        if different:
+            verdict.problems.append(f"{name} differs from step {different[0]} on ({len(different)} steps)")
+    verdict.largest_loss_difference = max(_difference(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    allowed = LOSS_TOLERANCE if is_elastic else 0.0
+    if not verdict.largest_loss_difference <= allowed:
+        verdict.problems.append(f"losses differ by up to {verdict.largest_loss_difference:.2e} (allowed: {allowed})")
+    difference = _compare_arrays(run.path, undisturbed.path)
+    verdict.is_identical = difference["different"] == []
+    verdict.largest_weight_difference = difference["largest"]
+    if not is_elastic and not verdict.is_identical:
+        names = ", ".join(difference["different"][:3])
+        verdict.problems.append(f"{len(difference['different'])} arrays of the last checkpoint differ ({names}, ...)")
+    return verdict
+
+
+def _difference(one: float, other: float) -> float:
+    """Of two losses; a batch that gives NaN gives it in both."""
+    return 0.0 if math.isnan(one) and math.isnan(other) else abs(one - other)
+
+
+def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int) -> list[Outcome]:
+    """Each must have been skipped, and said to be; nothing else may have been. They are numbered from `first`."""
+    steps, said = {record["step"]: record for record in run.steps()}, run.all_logs()
+    outcomes = []
+    for number, (step, kind) in enumerate(sorted(bad_batches.items()), first):
+        record = steps.get(step, {})
+        outcome = Outcome(number=number, kind=kind, step=step)
+        if "loss" in record:
+            outcome.detail = f"loss {record['loss']:.3g}, gradient norm {record['grad_norm']:.3g}, skipped"
+        if not record.get("skipped"):
+            outcome.problems.append(f"step {step} was not skipped")
+        if not re.search(rf"step {step:,}: skipped", said):
+            outcome.problems.append(f"nothing was said of step {step}")
+        outcomes.append(outcome)
+    others = [step for step, record in steps.items() if record["skipped"] and step not in bad_batches]
+    if others and outcomes:
+        outcomes[0].problems.append(f"steps {others[:5]} were skipped too, with ordinary batches")
+    return outcomes
+
+
+def _compare_arrays(run: Path, undisturbed: Path) -> dict:
+    """In a process of its own, on the CPU: the drill itself needs no accelerator and must hold none."""
+    command = [sys.executable, "-m", "jaxcoder.drill.report", str(run), str(undisturbed)]
+    variables = runtime.environment_with({"JAX_PLATFORMS": "cpu"})
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    if done.returncode:
+        raise DrillError(f"the last checkpoints cannot be compared: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_arrays(run: str, undisturbed: str) -> dict:
+    """Names of the arrays of two runs' last checkpoints that are not the same bits, and the largest difference."""
+    import numpy as np
+
+    from jaxcoder.checkpoint.arrays import load_numpy
+    from jaxcoder.checkpoint.discover import open_checkpoint
+
+    opened = [open_checkpoint(path) for path in (run, undisturbed)]
+    ours, theirs = (load_numpy(directory, manifest.arrays) for directory, manifest in opened)
+    different = sorted(set(ours) ^ set(theirs))
+    largest = 0.0 if opened[0][1].step == opened[1][1].step else math.inf
+    for name in set(ours) & set(theirs):
+        if ours[name].tobytes() != theirs[name].tobytes():
+            different.append(name)
+            largest = max(largest, float(np.abs(np.subtract(ours[name], theirs[name], dtype=np.float64)).max()))
+    return {"different": sorted(different), "largest": largest}
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare_arrays(*sys.argv[1:])))

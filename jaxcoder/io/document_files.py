@@ -1,0 +1,207 @@
+"""Documents in files: parquet, JSON lines, or a directory of both.
+
+A row has `parts: list<struct<special: string, text: string>>`, or plain `content: string` for one text part, and
+`repo_name`, `path`, `lang` where known. A text part may bring its `ids: list<int32>`. Local paths, `gs://` and `s3://`
+are read alike, through fsspec.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from jaxcoder.errors import DataError
+from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.atomic import replacing
+from jaxcoder.io.document import Document, Part, well_formed
+
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+ORIGIN_FIELDS = ("repo_name", "path", "lang")
+_ROWS_PER_GROUP = 1000
+
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
+
+
+def read_documents(paths: Paths) -> Iterator[Document]:
+    """Documents of one path or several, in order; the files of a directory (and below) in the order of their names.
+
+    Raises DataError, naming the file and the row or line, for whatever cannot be read.
+    """
+    for file in document_files(paths):
+        rows = _parquet_rows(file) if file.endswith(".parquet") else _json_rows(file)
+        for where, row in rows:
+            yield document_of_row(row, f"{file}, {where}")
+
+
+def document_files(paths: Paths) -> list[str]:
+    """The files that `read_documents` reads. DataError for a path that is missing or holds no documents."""
+    if isinstance(paths, str | os.PathLike):
+        paths = [paths]
+    return [file for path in paths for file in _files_of(os.fspath(path))]
+
+
+def write_documents(
+    documents: Iterable[Document], path: str | os.PathLike, *, plain: bool = False, with_ids: bool = False
+) -> int:
+    """Write documents to one local `.parquet` or `.jsonl` file, atomically; returns how many.
+
+    Plain files have the column `content` and take documents of text only; the others have `parts`, whose ids are
+    written `with_ids` only. The same documents give the same bytes. Raises DataError for another suffix, a special part in a plain file, ids that would be
+    lost, or a failing disk.
+    """
+    path = Path(path)
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise DataError(f"Cannot write documents to {path}: name a file that ends in .parquet or .jsonl.")
+    write = _write_parquet if path.suffix == ".parquet" else _write_jsonl
+    with replacing(path) as temporary:
+        return write((_row(document, plain, with_ids, path) for document in documents), temporary, plain, with_ids)
+
+
+def _files_of(path: str) -> list[str]:
+    fs, root = open_address(path)
+    with access_errors(path):
+        if not fs.exists(root):
+            raise DataError(f"There are no documents at {path}: it does not exist; check the spelling.")
+        if not fs.isdir(root):
+            files = [root]
+        else:
+            files = sorted(file for file in fs.find(root) if file.endswith(SUFFIXES))
+    if not files:
+        raise DataError(f"The directory {path} holds no documents: give one with {', '.join(SUFFIXES)} files.")
+    if not files[0].endswith(SUFFIXES):
+        raise DataError(f"{path} is not a file of documents: it must end in one of {', '.join(SUFFIXES)}.")
+    held_out = [file for file in files if os.path.basename(file).startswith("held_out.")]
+    if held_out and len(files) > len(held_out):
+        raise DataError(
+            f"The directory {path} holds {os.path.basename(held_out[0])} beside other documents, and reading both "
+            "would mix held-out documents with the rest: name the files that are meant, such as its train.parquet."
+        )
+    return [fs.unstrip_protocol(file) if "://" in path else file for file in files]
+
+
+def _parquet_rows(file: str) -> Iterator[tuple[str, dict]]:
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with fsspec.open(file, "rb") as stream:
+            table = pq.ParquetFile(stream)
+            names = table.schema_arrow.names
+            body = next((name for name in ("parts", "content") if name in names), None)
+            if body is None:
+                raise DataError(
+                    f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one "
+                    "that holds the text to `content`."
+                )
+            row = 0
+            columns = [body, *(field for field in ORIGIN_FIELDS if field in names)]
+            for batch in table.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns, use_threads=False):
+                for values in batch.to_pylist():
+                    yield f"row {row}", values
+                    row += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not a readable parquet file ({error}): write it anew.") from error
+
+
+def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
+    import fsspec
+
+    try:
+        with fsspec.open(file, "rb", compression="infer") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{file}, line {number} is not JSON ({error}): mend or delete that line.") from None
+                yield f"line {number}", row
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file} cannot be read ({error}): write it anew.") from error
+
+
+def document_of_row(row: object, where: str) -> Document:
+    """A row of a file as a document; `where` names it in errors. DataError if it is none."""
+    if not isinstance(row, dict) or ("parts" not in row and "content" not in row):
+        raise DataError(f"{where} has no `parts` or `content`: each row must hold one of them.")
+    origin = {field: row.get(field) or "" for field in ORIGIN_FIELDS}
+    if not all(isinstance(value, str) for value in origin.values()):
+        raise DataError(f"{where}: {', '.join(ORIGIN_FIELDS)} must be strings or absent.")
+    if "parts" not in row:
+        if not isinstance(row["content"], str):
+            raise DataError(f"{where}: `content` must be a string, not {type(row['content']).__name__}.")
+        return Document.from_text(well_formed(row["content"]), **origin)
+    parts = row["parts"]
+    if not isinstance(parts, list) or not all(_is_part(part) for part in parts):
+        raise DataError(f"{where}: `parts` must be a list of objects with a string as `special` or as `text`.")
+    return Document(tuple(map(_part, parts)), **origin)
+
+
+def _part(part: dict) -> Part:
+    ids = part.get("ids")
+    return Part(well_formed(part.get("text") or ""), part.get("special"), ids if ids is None else tuple(ids))
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict):
+        return False
+    special, text, ids = part.get("special"), part.get("text"), part.get("ids")
+    if ids is not None and not (isinstance(text, str) and isinstance(ids, list) and all(type(i) is int for i in ids)):
+        return False
+    return (isinstance(special, str) and not text) or (special is None and isinstance(text, str))
+
+
+def _row(document: Document, plain: bool, with_ids: bool, path: Path) -> dict:
+    origin = {field: well_formed(getattr(document, field)) for field in ORIGIN_FIELDS}
+    if not with_ids and any(part.ids is not None for part in document.parts):
+        raise DataError(
+            f"Cannot write {document.path or 'a document'} with the ids that it brings to {path}: write it with_ids."
+        )
+    if not plain:
+        parts = [{"special": part.special, "text": well_formed(part.text)} for part in document.parts]
+        if with_ids:
+            parts = [row | {"ids": part.ids} for row, part in zip(parts, document.parts, strict=True)]
+        return {"parts": parts, **origin}
+    if any(part.special is not None for part in document.parts):
+        raise DataError(
+            f"Cannot write {document.path or 'a document'} with its special tokens to the plain file {path}: write it "
+            "with parts."
+        )
+    return {"content": well_formed(document.text), **origin}
+
+
+def _write_parquet(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool) -> int:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = [("ids", pa.list_(pa.int32()))] if with_ids else []
+    part = pa.struct([("special", pa.string()), ("text", pa.string()), *ids])
+    body = ("content", pa.large_string()) if plain else ("parts", pa.list_(part))
+    schema = pa.schema([body, *((field, pa.string()) for field in ORIGIN_FIELDS)])
+    count = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for group in _in_groups(rows, _ROWS_PER_GROUP):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+def _write_jsonl(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool) -> int:
+    count = 0
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _in_groups(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
+    group: list[dict] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,226 @@
+"""What one training step of a dense decoder does on one device, by formula: FLOPs, memory traffic, transfers.
+
+Serves models of ours and of others (`published.py`): a decoder is described by its matrices alone.
+Shapes: n tokens of a step on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim,
+S sequence, L layers, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+
+from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.train.memory_estimate import kept_per_token, offloaded_per_token
+
+BF16, FP32 = 2, 4
+BACKWARD_ATTENTION = 2.5
+"""Five matmuls in the backward kernel to two in the forward one (Dao 2023)."""
+RECOMPUTED = {
+    "none": frozenset[str](),
+    "minimal": frozenset[str](),
+    "offload": frozenset[str](),
+    "block": frozenset({"qkv", "attention", "out", "mlp_in"}),
+}
+"""Our remat policies -> what the backward pass computes again: projections, the attention kernel, the output
+projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/plan)."""
+TENSOR_SUMS = {"none": 4, "minimal": 5, "offload": 5, "block": 6}
+"""Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
+ELEMENTWISE = (58, 17.5)
+"""(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
+step, what matmuls take in and give out beside them not counted, whatever is computed again. With `tensor` half of those
+of D are split along the sequence; what was gathered for a matmul is whole."""
+KEPT_TRAFFIC = 3.5
+"""The same for each value that is kept for the backward pass: the compiler writes and reads it unpacked, as fp32."""
+OPTIMIZER_BYTES = 50
+"""A weight and step: gradient, weight and moments read, weight and moments written, the gradient divided and its norm
+taken, 40 bytes at 0.8 of the bandwidth."""
+MICROBATCH_BYTES = 24
+"""A weight and microbatch: cast to bf16 in both passes, its gradient written."""
+SCATTER_TILE = 16
+"""Rows of a bf16 tile on a TPU: gradients whose parts along `fsdp` are no multiple of it libtpu 0.0.52 sums whole (24
+and 44 rows of our models, 72 of a tiny one); of 64, 96, 128 and 256 rows it scatters."""
+ACCUMULATION_BYTES = 53
+"""A weight and microbatch where there are several: gradients cleared, read and added to the sum. All five are what
+the TPU compiler's own cycles come to for a dozen programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin
+one on v5e with three policies, two meshes and two microbatches (docs/performance.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A dense decoder. mlp_matrices: 2 (GPT) or 3 (gated). tied: the head is the embedding."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    vocab_size: int
+    seq_len: int
+    mlp_matrices: int = 2
+    tied: bool = True
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "Decoder":
+        names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
+        return cls(**{name: getattr(model, name) for name in names}, seq_len=model.max_seq_len)
+
+    @property
+    def query_weights(self) -> int:
+        return self.embed_dim * self.num_heads * self.head_dim
+
+    @property
+    def kv_weights(self) -> int:
+        return 2 * self.embed_dim * self.num_kv_heads * self.head_dim
+
+    @property
+    def mlp_weights(self) -> int:
+        return self.mlp_matrices * self.embed_dim * self.mlp_dim
+
+    @property
+    def head_weights(self) -> int:
+        return self.vocab_size * self.embed_dim
+
+    @property
+    def block_weights(self) -> int:
+        return 2 * self.query_weights + self.kv_weights + self.mlp_weights
+
+    @property
+    def weights(self) -> int:
+        """Of matrices; norms, biases and positions are left out."""
+        return self.num_layers * self.block_weights + self.head_weights * (1 if self.tied else 2)
+
+    def attention_flops(self, *, causal: bool = True) -> float:
+        """Forward, a token and layer, mean over the sequence."""
+        return 4.0 * self.seq_len * self.num_heads * self.head_dim * (0.5 if causal else 1.0)
+
+    def model_flops(self, *, causal: bool = True) -> float:
+        """A token: 6 a weight of a matrix, three times the forward attention; nothing recomputed."""
+        matrices = self.num_layers * self.block_weights + self.head_weights
+        return 6.0 * matrices + 3.0 * self.num_layers * self.attention_flops(causal=causal)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a decoder is spread and what it keeps."""
+
+    mesh: MeshConfig
+    """Filled in."""
+    batch: int
+    """Sequences of a step."""
+    microbatches: int = 1
+    recomputed: frozenset[str] = frozenset()
+    """Parts of a block that the backward pass computes again."""
+    tensor_sums: int = 4
+    """Sums over `tensor` of a layer: two of a block's outputs forward, two of its inputs backward, and what is gathered
+    or summed again."""
+    gradient_bytes: int = BF16
+    """Of a gradient when it is scattered over `fsdp`: ours are in the compute type."""
+    kept: float | None = None
+    """Values a token, layer and device that the backward pass finds kept; None: what `recomputed` leaves."""
+    data_sums: int | None = None
+    """How often a step sums gradients over `data`; None: in every microbatch. Ours: once, in fp32."""
+    offloaded_bytes: float = 0.0
+    """A token and layer, of one device: activations that the host's memory holds until the backward pass."""
+    attention_dropout: bool = False
+    """Whether the attention kernel draws a hash for every probability."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Layout":
+        pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
+        return cls(
+            mesh=config.mesh, batch=config.global_batch_size, microbatches=pieces,
+            recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
+            gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
+            offloaded_bytes=offloaded_per_token(config) * (BF16 if config.compute.dtype == "bfloat16" else FP32),
+            kept=kept_per_token(config) + offloaded_per_token(config), data_sums=1,
+            attention_dropout=config.model.attention_dropout > 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Of one step on one device. transfers: mesh axis -> bytes sent, as rings send them."""
+
+    matmul_flops: float
+    """Computed again included."""
+    attention_flops: tuple[float, float]
+    """(forward, again included; backward)."""
+    memory_bytes: float
+    """Traffic of what is no matmul."""
+    host_bytes: float = 0.0
+    """To the host's memory and back."""
+    transfers: dict[str, float] = field(default_factory=dict)
+    scattered: float = 0.0
+    """Of what is sent over `fsdp`: gradients."""
+    scatters_evenly: bool = True
+    """Whether parts of the gradients fill tiles of memory (SCATTER_TILE)."""
+    head_dim: int = 128
+    attention_dropout: bool = False
+
+
+def work_of(decoder: Decoder, layout: Layout) -> Work:
+    """The formula. Sizes need not divide: a mesh that cannot be built still has its figures."""
+    mesh = layout.mesh
+    tokens = layout.batch * decoder.seq_len / (mesh.data * mesh.fsdp)
+    layers = decoder.num_layers
+    kv_share = mesh.tensor if decoder.num_kv_heads > 1 else 1
+    block = (decoder.block_weights - decoder.kv_weights) / mesh.tensor + decoder.kv_weights / kv_share
+    parts = {
+        "qkv": decoder.query_weights / mesh.tensor + decoder.kv_weights / kv_share,
+        "out": decoder.query_weights / mesh.tensor,
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.embed_dim * decoder.mlp_dim / mesh.tensor,
+    }
+    again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
+    head = decoder.head_weights / mesh.tensor
+    matmul = tokens * (layers * (6 * block + 2 * again) + 6 * head)
+    attention = tokens * layers * decoder.attention_flops() / mesh.tensor
+    forwards = 1 + ("attention" in layout.recomputed)
+
+    of_d, of_f = ELEMENTWISE
+    values = of_d * decoder.embed_dim * (1 + 1 / mesh.tensor) / 2
+    values += of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
+    values += KEPT_TRAFFIC * (_kept(decoder, layout) if layout.kept is None else layout.kept)
+    of_weight = OPTIMIZER_BYTES + MICROBATCH_BYTES * layout.microbatches
+    of_weight += ACCUMULATION_BYTES * layout.microbatches if layout.microbatches > 1 else 0
+    shard = decoder.weights / (mesh.fsdp * mesh.tensor)
+    memory = tokens * layers * BF16 * values + shard * of_weight
+    transfers = _transfers(decoder, layout, tokens)
+    gradients = layout.gradient_bytes / (2 * BF16 + layout.gradient_bytes)
+    return Work(
+        matmul_flops=matmul,
+        attention_flops=(forwards * attention, BACKWARD_ATTENTION * attention),
+        memory_bytes=memory,
+        host_bytes=2 * tokens * layers * layout.offloaded_bytes,
+        transfers=transfers,
+        scattered=gradients * transfers.get("fsdp", 0.0),
+        scatters_evenly=decoder.embed_dim % (SCATTER_TILE * mesh.fsdp) == 0,
+        head_dim=decoder.head_dim,
+        attention_dropout=layout.attention_dropout,
+    )
+
+
+def _kept(decoder: Decoder, layout: Layout) -> float:
+    """Values a token, layer and device: a block's input and the outputs of what is not computed again."""
+    of_queries = decoder.num_heads * decoder.head_dim / layout.mesh.tensor
+    of_keys = decoder.num_kv_heads * decoder.head_dim / (layout.mesh.tensor if decoder.num_kv_heads > 1 else 1)
+    parts = {
+        "qkv": of_queries + 2 * of_keys, "attention": of_queries, "out": decoder.embed_dim,
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.mlp_dim / layout.mesh.tensor,
+    }  # fmt: skip
+    return decoder.embed_dim + sum(values for part, values in parts.items() if part not in layout.recomputed)
+
+
+def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, float]:
+    mesh = layout.mesh
+
+    def ring(size: int) -> float:
+        return (size - 1) / size
+
+    # Weights are gathered in the forward and in the backward pass, gradients scattered, in every microbatch.
+    of_tensor = decoder.weights / mesh.tensor
+    fsdp = layout.microbatches * ring(mesh.fsdp) * of_tensor * (2 * BF16 + layout.gradient_bytes)
+    summed = layout.data_sums * FP32 if layout.data_sums is not None else layout.microbatches * layout.gradient_bytes
+    data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * summed
+    sums = decoder.num_layers * layout.tensor_sums + 2
+    tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * sums
+    found = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return {axis: sent for axis, sent in found.items() if getattr(mesh, axis) > 1}

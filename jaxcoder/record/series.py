@@ -1,0 +1,165 @@
+"""Columns of metrics.jsonl: (step, value) of every key, and the few things that are done with them.
+
+A run of 250,000 steps is read in one pass and kept as arrays: records as dictionaries would take gigabytes.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from jaxcoder.errors import DataError
+from jaxcoder.record.metrics import NOT_FINITE
+
+
+@dataclass(frozen=True)
+class Series:
+    """steps int64 [N], ascending, each once (of a step written twice the later line counts); values float64 [N]."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+    def finite(self) -> "Series":
+        """Without NaN and infinities."""
+        return self.where(np.isfinite(self.values))
+
+    def where(self, mask: np.ndarray) -> "Series":
+        return Series(self.steps[mask], self.values[mask])
+
+    def between(self, first: int, last: int) -> "Series":
+        """Of the steps first..last."""
+        return self.where((self.steps >= first) & (self.steps <= last))
+
+    def at(self, steps: np.ndarray) -> np.ndarray:
+        """Values at these steps, NaN where there is none."""
+        if not len(self):
+            return np.full(len(steps), np.nan)
+        places = np.minimum(np.searchsorted(self.steps, steps), len(self) - 1)
+        return np.where(self.steps[places] == steps, self.values[places], np.nan)
+
+
+EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """numbers: a Series of every key with numbers. texts: key -> [(step, text), ...] of every other, in order."""
+
+    numbers: dict[str, Series] = field(default_factory=dict)
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Series:
+        return self.numbers.get(key, EMPTY)
+
+    def matching(self, prefix: str, suffix: str) -> dict[str, Series]:
+        """What stands between prefix and suffix in a key -> its series, in order of name."""
+        size = len(prefix) + len(suffix)
+        return {
+            key[len(prefix) : len(key) - len(suffix)]: series
+            for key, series in sorted(self.numbers.items())
+            if key.startswith(prefix) and key.endswith(suffix) and len(key) > size
+        }
+
+    @property
+    def last_step(self) -> int | None:
+        """The newest step that anything was written of."""
+        return max((int(series.steps[-1]) for series in self.numbers.values()), default=None)
+
+
+def read_columns(path: str | Path) -> Columns:
+    """The columns of a metrics.jsonl, torn lines left out. DataError when there is no file."""
+    steps: dict[str, array] = {}
+    values: dict[str, array] = {}
+    texts: dict[str, list[tuple[int, str]]] = {}
+    for record in _records(str(path)):
+        step = record.pop("step")
+        for key, value in record.items():
+            if value.__class__ is str and value not in NOT_FINITE:
+                texts.setdefault(key, []).append((step, value))
+                continue
+            try:
+                number = float(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if key not in steps:
+                steps[key], values[key] = array("q"), array("d")
+            steps[key].append(step)
+            values[key].append(number)
+    return Columns({key: _series(steps[key], values[key]) for key in steps}, texts)
+
+
+def _records(path: str) -> Iterator[dict]:
+    try:
+        with fsspec.open(path, "rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
+                    yield record
+    except FileNotFoundError:
+        raise DataError(f"there is no metrics file {path!r}: check the path, or train first.") from None
+
+
+def _series(steps: array, values: array) -> Series:
+    step_array, value_array = np.frombuffer(steps, np.int64), np.frombuffer(values, np.float64)
+    if np.all(step_array[1:] > step_array[:-1]):
+        return Series(step_array, value_array)
+    order = np.argsort(step_array, kind="stable")
+    step_array, value_array = step_array[order], value_array[order]
+    is_last = np.append(step_array[1:] != step_array[:-1], True)
+    return Series(step_array[is_last], value_array[is_last])
+
+
+def thinned(series: Series, most: int = 600) -> Series:
+    """At most about twice `most` points that look the same: of each stretch of steps the least and the greatest value.
+
+    The first and the last point stay. Only finite values.
+    """
+    series = series.finite()
+    if len(series) <= 2 * most:
+        return series
+    starts = np.linspace(0, len(series), most + 1).astype(np.int64)[:-1]
+    keep = {0, len(series) - 1}
+    for start, stop in zip(starts, np.append(starts[1:], len(series)), strict=True):
+        part = series.values[start:stop]
+        keep.update((int(start + part.argmin()), int(start + part.argmax())))
+    places = np.array(sorted(keep))
+    return Series(series.steps[places], series.values[places])
+
+
+def smoothed(series: Series, share: float = 0.03) -> Series:
+    """Centred moving average of the finite values over about `share` of them; the window shrinks at both ends."""
+    series = series.finite()
+    size = len(series)
+    reach = int(share * size / 2)
+    if not reach:
+        return series
+    sums = np.concatenate([[0.0], np.cumsum(series.values)])
+    places = np.arange(size)
+    first = places - np.minimum(reach, places)
+    stop = np.minimum(places + np.minimum(reach, places), size - 1) + 1
+    return Series(series.steps, (sums[stop] - sums[first]) / (stop - first))
+
+
+def block_medians(series: Series, blocks: int) -> Series:
+    """Medians of `blocks` stretches with equally many values, at the first step of each. Fewer when values are few."""
+    series = series.finite()
+    if not len(series):
+        return EMPTY
+    blocks = min(blocks, len(series))
+    edges = np.linspace(0, len(series), blocks + 1).astype(np.int64)
+    medians = [float(np.median(series.values[start:stop])) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return Series(series.steps[edges[:-1]], np.array(medians))

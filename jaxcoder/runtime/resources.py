@@ -1,0 +1,84 @@
+"""Memory and disk that ran out: recognised in the errors of many libraries, and said in a sentence with the way out."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from jaxcoder.errors import JaxcoderError
+from jaxcoder.runtime.environment import resume_command
+
+if TYPE_CHECKING:
+    from jaxcoder.config import RunConfig
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the host's memory or a device's ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    # By name, so that JAX need not be imported to ask.
+    if type(error).__name__ not in ("XlaRuntimeError", "JaxRuntimeError") or is_disk_full(error):
+        return False
+    return re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE) is not None
+
+
+def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> JaxcoderError:
+    """One message that names the settings that help, with their present values when `config` is given."""
+    asked = re.search(r"([\d.]+ ?[KMGT]i?B|\d{4,} bytes)", str(error))
+    what = "the host's memory" if isinstance(error, MemoryError) else "the devices' memory"
+    start = f"{what} does not suffice{f' (a piece of {_readable(asked[1])} was asked for)' if asked else ''}"
+    if config is None:
+        return JaxcoderError(f"{start}. Lower the batch or the length, or use a smaller model or a larger machine.")
+    whole = "None, the whole global batch at once" if config.microbatch_size is None else config.microbatch_size
+    remat = {"none": '"minimal" or "block" keep less', "block": "the least already"}
+    remat |= dict.fromkeys(("minimal", "offload"), '"block" keeps less')
+    knobs = [
+        f"microbatch_size (now {whole}): a smaller divisor of global_batch_size; the result stays the same",
+        f'compute.remat (now "{config.compute.remat}"): {remat[config.compute.remat]}; the result stays the same',
+        f"mesh.fsdp (now {config.mesh.fsdp}) and mesh.tensor (now {config.mesh.tensor}): "
+        "more devices, so that each holds less; the result stays the same",
+        f"global_batch_size (now {config.global_batch_size}): smaller",
+        f"model.max_seq_len (now {config.model.max_seq_len}): shorter",
+    ]
+    return JaxcoderError(start + ". What helps, the cheapest first:" + "".join(f"\n  - {knob}" for knob in knobs))
+
+
+@contextmanager
+def out_of_memory_explained(config: "RunConfig") -> Iterator[None]:
+    """Turns running out of memory inside the block into the message of `explain_out_of_memory`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain_out_of_memory(error, config) from error
+
+
+def _readable(amount: str) -> str:
+    if not amount.endswith(" bytes"):
+        return amount
+    size = int(amount.removesuffix(" bytes"))
+    unit = min((size.bit_length() - 1) // 10, 4)
+    return f"{size / 1024**unit:.1f} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][unit]}"
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space: libraries say so in several types, but always in the same words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return re.search("No space left on device|Disk quota exceeded|File too large", str(error)) is not None
+
+
+def explain_disk_full(error: BaseException) -> JaxcoderError:
+    """One sentence that names the file (where the error tells) and says what is kept."""
+    name = error.filename if isinstance(error, OSError) and error.filename else None
+    if name is None:
+        quoted = re.search(r'"((?:/|\w+://)[^"]+)"', str(error))
+        name = quoted[1] if quoted else None
+    where = f" at {os.fsdecode(name)!r}" if name else ""
+    return JaxcoderError(
+        f"the disk is full{where}: everything finished before this write is kept; "
+        f"free some space and run the same command again: {resume_command()}"
+    )

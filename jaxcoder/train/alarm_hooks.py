@@ -1,0 +1,91 @@
+"""What the loop does about the numbers of a step: says alarms, names the files of a spike, stops after many skips."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxcoder.config import RunConfig
+from jaxcoder.data.schedule import StepHistory
+from jaxcoder.data.stream import SampleStream, WindowStream
+from jaxcoder.data.trace import Tracer, describe_batch
+from jaxcoder.errors import TrainingError
+from jaxcoder.protocols import MetricWriter
+from jaxcoder.record.alarms import Alarms, LossSpike
+from jaxcoder.record.metrics import last_metrics
+from jaxcoder.train.run_directory import RunDirectory
+
+_MOST_LINES = 24
+_MOST_DOCUMENTS = 20_000_000  # the table of more would take gigabytes of this process's memory
+_REMEMBERED = 2000  # records that alarms are brought up to date with after a restart
+
+
+class Watch:
+    """Called with the metrics of every step, and with those of every evaluation, in order.
+
+    step, samples: where the run continues. Raises TrainingError when too many steps in a row were skipped.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stream: WindowStream,
+        directory: RunDirectory,
+        writer: MetricWriter,
+        say: Callable[[str], None],
+        *,
+        step: int,
+        samples: int,
+    ):
+        self._config, self._stream, self._directory = config, stream, directory
+        self._writer, self._say = writer, say
+        self._history = StepHistory(config.global_batch_size, config.data.stages, [(step, samples)] if step else ())
+        self._alarms = Alarms()
+        self._skipped_in_row = 0
+        if step:
+            self._alarms.catch_up(last_metrics(directory.metrics_file, _REMEMBERED))
+
+    def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if "skipped" in metrics:
+            self._count_skips(step, metrics)
+        for alarm in self._alarms(step, metrics):
+            self._writer.write(step, {f"alarm/{alarm.rule}": alarm.message})
+            self._say(f"step {step:,}: {alarm.rule}: {alarm.message}")
+            if alarm.rule == LossSpike.name:
+                self._say_files(step)
+
+    def _count_skips(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if not metrics["skipped"]:
+            self._skipped_in_row = 0
+            return
+        self._skipped_in_row += 1
+        what = "loss" if not math.isfinite(metrics["loss"]) else "gradient norm"
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        wrong = f"above {self._config.optimizer.skip_grad_norm_above:g}" if is_finite else "not finite"
+        value = f" {metrics['grad_norm']:.4g}" if is_finite else ""
+        so_far = f"{metrics['skipped_steps']:.0f} so far"
+        self._say(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
+        if self._skipped_in_row == 1:
+            self._say_files(step)
+        limit = self._config.optimizer.max_skipped_steps
+        if self._skipped_in_row >= limit:
+            first = step - limit + 1
+            raise TrainingError(
+                f"the {what} was {wrong} in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
+                f"their files with `jaxcoder data trace {self._directory.path} --step {first}`, lower "
+                "optimizer.peak_learning_rate, or raise optimizer.max_skipped_steps; the same command continues from "
+                "the last checkpoint."
+            )
+
+    def _say_files(self, step: int) -> None:
+        if not isinstance(self._stream, SampleStream):
+            return
+        command = f"jaxcoder data trace {self._directory.path} --step {step}"
+        if sum(store.num_documents for store in self._stream.stores) > _MOST_DOCUMENTS:
+            self._say(f"  `{command}` lists the files in its batch")
+            return
+        tracer = Tracer(self._stream, self._history, self._config.num_steps)
+        for number, line in enumerate(describe_batch(tracer, step)):
+            if number == _MOST_LINES:
+                self._say(f"  and more: `{command}` lists them all")
+                break
+            self._say(f"  {line}")

@@ -1,0 +1,157 @@
+"""The state that a run begins or goes on with: its newest checkpoint, other weights (`init_from`), or random ones.
+
+Other weights are opened and compared with the run before anything is computed. Only they are taken; optimizer, step,
+data and schedule begin anew. What can be opened here are checkpoints of ours; whoever knows other formats hands `train`
+an opener of its own (`jaxcoder/recipes/start.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxcoder.checkpoint import arrays as array_files
+from jaxcoder.checkpoint.checkpointer import Checkpointer
+from jaxcoder.checkpoint.discover import is_checkpoint, open_checkpoint, steps_in
+from jaxcoder.checkpoint.manifest import TOKENIZER
+from jaxcoder.checkpoint.names import check_arrays, flatten_model, unflatten_model
+from jaxcoder.config import ModelConfig, RunConfig
+from jaxcoder.errors import CheckpointError
+from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.tokenizer.tokenizer import Tokenizer
+from jaxcoder.train.optimizer import adam
+from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
+
+ARCHITECTURE = (
+    "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "num_kv_heads", "vocab_size", "max_seq_len",
+    "activation", "layer_norm_epsilon",
+)  # fmt: skip
+"""Fields of ModelConfig that weights depend on; dropout and the initial standard deviation are free."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingWeights:
+    """A model on disk, opened and not yet read."""
+
+    path: str
+    model: ModelConfig
+    tokenizer: Tokenizer | None
+    """The one that lies beside the weights."""
+    load: Callable[[GPTBigCode], GPTBigCode]
+    """The weights in the shapes, dtypes and shardings of an abstract model, whose mesh is in scope."""
+
+
+OpenWeights = Callable[[str], StartingWeights]
+
+
+def open_own_weights(path: str) -> StartingWeights:
+    """The newest whole checkpoint of a run of ours, or the one checkpoint, at `path`. CheckpointError if it is none."""
+    if not is_checkpoint(path):
+        there = "holds no checkpoint of ours" if epath.Path(path).exists() else "does not exist"
+        raise CheckpointError(
+            f"init_from is `{path}`, which {there}: give a run's directory or one of its checkpoints; weights in "
+            "PyTorch format become one with `jaxcoder convert from-hf`."
+        )
+    directory, manifest = open_checkpoint(path)
+
+    def load(abstract: GPTBigCode) -> GPTBigCode:
+        saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
+        targets = flatten_model(abstract, "params/")
+        check_arrays(targets, saved, f"the checkpoint {directory}")
+        return unflatten_model(abstract, array_files.load(directory, targets), "params/")
+
+    return StartingWeights(path=str(directory), model=manifest.model, tokenizer=tokenizer_beside(directory), load=load)
+
+
+def starting_weights(
+    config: RunConfig, tokenizer: Tokenizer | None, checkpoints: str, open_weights: OpenWeights
+) -> StartingWeights | None:
+    """The weights of `config.init_from`, fitting the run; None if it names none or the run has checkpoints already.
+
+    tokenizer: of the run's data, None if synthetic. Raises CheckpointError, naming every field that differs.
+    """
+    if not config.init_from or steps_in(checkpoints):
+        return None
+    weights = open_weights(config.init_from)
+    check_model(weights.path, weights.model, config)
+    check_tokenizer(weights.path, weights.tokenizer, tokenizer)
+    return weights
+
+
+def check_model(path: str, model: ModelConfig, config: RunConfig) -> None:
+    """Raises CheckpointError unless the run's model has the architecture `model` of the weights at `path`."""
+    theirs, ours = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (model, config.model))
+    different = [name for name in ARCHITECTURE if theirs[name] != ours[name]]
+    if different:
+        said = "; ".join(f"model.{name} is {ours[name]} and theirs {theirs[name]}" for name in different)
+        options = " ".join(f"--model.{name.replace('_', '-')} {theirs[name]}" for name in different)
+        raise CheckpointError(
+            f"the run cannot begin with the weights of `{path}`, which are another model: {said}. "
+            f"Give other weights, or `{options}`."
+        )
+
+
+def check_tokenizer(path: str, theirs: Tokenizer | None, ours: Tokenizer | None) -> None:
+    """Raises CheckpointError if the run's data was encoded with other ids than the weights at `path` were trained on.
+
+    Without a tokenizer on one side (synthetic data, weights alone) there is nothing to compare.
+    """
+    if theirs is None or ours is None or theirs.fingerprint == ours.fingerprint or _ids(theirs) == _ids(ours):
+        return
+    raise CheckpointError(
+        f"the weights of `{path}` were trained with another tokenizer (fingerprint {theirs.fingerprint[:12]}, "
+        f"{theirs.vocab_size} ids) than the run's token store was built with ({ours.fingerprint[:12]}, "
+        f"{ours.vocab_size} ids): build the store anew with the tokenizer that lies beside the weights "
+        "(`jaxcoder data build --tokenizer`), or give other weights."
+    )
+
+
+def tokenizer_beside(directory: epath.PathLike) -> Tokenizer | None:
+    """The tokenizer that was saved with a checkpoint of ours."""
+    path = epath.Path(directory) / TOKENIZER
+    return Tokenizer.load(str(path)) if (path / "tokenizer.json").exists() else None
+
+
+def begin(config: RunConfig, weights: StartingWeights) -> TrainState:
+    """The state of step 0 with these weights and a fresh optimizer; call with the run's mesh in scope."""
+    model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
+    step, moments = jax.jit(lambda model: (jnp.int32(0), adam(config.optimizer).init(model)))(model)
+    return TrainState(step=step, model=model, moments=moments)
+
+
+def restore_or_begin(
+    config: RunConfig,
+    mesh: Mesh,
+    checkpointer: Checkpointer,
+    weights: StartingWeights | None,
+    tokenizer: Tokenizer | None,
+) -> tuple[TrainState, int, int]:
+    """The newest good checkpoint on this mesh, whatever mesh wrote it, or the weights that the run begins with, or
+    random ones; its step and samples."""
+    step = checkpointer.latest_step()
+    if step is None and weights is not None:
+        return begin(config, weights), 0, 0
+    if step is None and config.init_from:
+        raise CheckpointError(
+            f"no checkpoint in `{checkpointer.directory}` is whole, so the run cannot go on: delete that directory to "
+            f"begin again with the weights of `{config.init_from}`."
+        )
+    if step is None:
+        return jax.jit(lambda: initial_state(config))(), 0, 0
+    saved = checkpointer.directory / str(step)
+    check_tokenizer(str(saved), tokenizer_beside(saved), tokenizer)
+    abstract = abstract_state(config, mesh)
+    samples = checkpointer.manifest(step).metadata["samples"]
+    return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples
+
+
+def _ids(tokenizer: Tokenizer) -> list[tuple[bool, bytes] | None]:
+    """What every id stands for: files may be written in several ways and mean the same."""
+    used = tokenizer.valid_ids(tokenizer.vocab_size)
+    return [
+        (tokenizer.is_special(id_), tokenizer.decode_bytes([id_])) if is_used else None
+        for id_, is_used in enumerate(used)
+    ]

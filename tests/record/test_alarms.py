@@ -1,0 +1,103 @@
+"""The three rules on series of numbers: silent on a healthy run, and each noticing its own fault."""
+
+import math
+import random
+
+from jaxcoder.record.alarms import Alarms, LanguageRegression, LossSpike, UnstableGradients
+
+
+def healthy(steps: int, seed: int = 0) -> list[dict[str, float]]:
+    """A loss that falls and gradient norms that fall and scatter, as in the first steps of a real run."""
+    rng = random.Random(seed)
+    return [
+        {
+            "loss": 5 * math.exp(-step / 300) + 1 + rng.gauss(0, 0.03),
+            "grad_norm": (0.4 + 3 * math.exp(-step / 50)) * math.exp(rng.gauss(0, 0.3)),
+        }
+        for step in range(steps)
+    ]
+
+
+def rules_of(alarms: Alarms, series: list[dict[str, float]], first: int = 1) -> list[tuple[str, int]]:
+    return [(a.rule, a.step) for step, metrics in enumerate(series, first) for a in alarms(step, metrics)]
+
+
+def test_a_healthy_run_is_silent():
+    for seed in range(20):
+        assert rules_of(Alarms(), healthy(2000, seed)) == []
+
+
+def test_a_loss_spike():
+    series = healthy(1500)
+    series[1000]["loss"] += 0.5
+    assert rules_of(Alarms(), series) == [("loss_spike", 1001)]
+    alarm = LossSpike()
+    found = [alarm(step, metrics) for step, metrics in enumerate(series, 1)][1000]
+    assert found.message.startswith(f"the loss jumped to {series[1000]['loss']:.4f}, from about 1.2")
+    # A loss that stays up becomes the usual one, and is not said again at every step.
+    up = series[:1000] + [{"loss": 3.0 + 0.01 * (step % 3)} for step in range(3000)]
+    said = rules_of(Alarms(), up)
+    assert 1 <= len(said) <= 10 and said[0] == ("loss_spike", 1001)
+
+
+def test_a_loss_that_is_not_finite_is_no_spike_and_spoils_nothing():
+    series = healthy(1500)
+    series[700]["loss"] = math.nan
+    series[900]["loss"] = math.inf
+    series[1000]["loss"] += 0.5
+    assert rules_of(Alarms(), series) == [("loss_spike", 1001)]
+
+
+def test_gradients_that_grow():
+    series = healthy(600)
+    for number, metrics in enumerate(series[400:]):
+        metrics["grad_norm"] *= 1.03**number
+    ((rule, step),) = rules_of(Alarms(), series)[:1]
+    assert rule == "unstable_gradients" and 420 < step < 470
+
+
+def test_gradients_that_jump_again_and_again():
+    series = healthy(600)
+    for metrics in series[400::3]:
+        metrics["grad_norm"] *= 40
+    assert rules_of(Alarms(), series)[0] == ("unstable_gradients", 413)  # the fifth jump
+    rule = UnstableGradients()
+    once = healthy(600)
+    once[400]["grad_norm"] *= 1000
+    once[500]["grad_norm"] = math.nan
+    assert not any(rule(step, metrics) for step, metrics in enumerate(once))
+
+
+def evaluation(python: float, cobol: float, mean: float) -> dict[str, float]:
+    return {
+        "eval/bits_per_byte": mean,
+        "eval/lang/python/bits_per_byte": python,
+        "eval/lang/cobol/bits_per_byte": cobol,
+        "eval/lang/python/tokens": 10,
+    }
+
+
+def test_a_language_that_is_forgotten():
+    rule = LanguageRegression()
+    assert rule(100, evaluation(2.0, 2.0, 2.0)) is None
+    assert rule(200, evaluation(1.8, 1.9, 1.85)) is None
+    assert rule(300, evaluation(1.6, 1.91, 1.7)) is None  # within the margin
+    alarm = rule(400, evaluation(1.5, 1.95, 1.65))
+    assert alarm.message == (
+        "held-out bits per byte rise while the mean falls: cobol from 1.9000 (step 200) to 1.9500, mean 1.8500 to 1.6500"
+    )
+    assert rule(500, evaluation(1.4, 1.96, 1.6)) is None  # said already
+    assert rule(600, evaluation(1.4, 2.1, 1.6)) is not None  # worse still
+    assert rule(700, evaluation(1.3, 1.7, 1.4)) is None
+    assert rule(800, evaluation(1.5, 1.9, 1.6)) is None  # everything is worse: that is no matter of a language
+
+
+def test_a_rule_is_quiet_for_a_while_and_remembers_after_a_restart():
+    series = healthy(1000)
+    for place in (500, 510, 700):
+        series[place]["loss"] += 2.0
+    assert rules_of(Alarms(), series) == [("loss_spike", 501), ("loss_spike", 701)]
+    fresh, caught_up = Alarms(), Alarms()
+    caught_up.catch_up({"step": step, **metrics} for step, metrics in enumerate(series[:499], 1))
+    assert rules_of(fresh, series[499:510], 500) == []  # it knows too little
+    assert rules_of(caught_up, series[499:510], 500) == [("loss_spike", 501)]

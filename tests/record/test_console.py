@@ -1,0 +1,154 @@
+"""Progress in a log and on a terminal, and how numbers read."""
+
+import io
+
+import pytest
+
+from jaxcoder.formatting import format_table
+from jaxcoder.record import console
+from jaxcoder.record.console import ConsoleProgress, TrainingLine
+
+
+class Clock:
+    """Stands for `time.monotonic`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(console.time, "monotonic", lambda: self.now)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_a_log_gets_a_line_now_and_then(clock):
+    log = io.StringIO()
+    progress = ConsoleProgress(log, interval=10)
+    progress.start("Encoding", 400, "files")
+    for _ in range(40):
+        clock.now += 1
+        progress.advance(10, "lib/ast.py")
+    progress.finish("400 files, 1.2 million tokens")
+    assert log.getvalue().splitlines() == [
+        "Encoding    0%  0 of 400 files",
+        "Encoding   25%  100 of 400 files  30 s left  lib/ast.py",
+        "Encoding   50%  200 of 400 files  20 s left  lib/ast.py",
+        "Encoding   75%  300 of 400 files  10 s left  lib/ast.py",
+        "Encoding  100%  400 of 400 files  lib/ast.py",
+        "Encoding: 400 files, 1.2 million tokens (40 s)",
+    ]
+
+
+def test_unknown_totals_and_bytes(clock):
+    log = io.StringIO()
+    progress = ConsoleProgress(log)
+    progress.start("Reading", None, "bytes")
+    progress.advance(3 << 20)
+    progress.finish()
+    progress.start("Writing", 2048, "bytes")
+    progress.advance(4096)  # more than announced is not more than all
+    progress.finish()
+    progress.start("Nothing", 0, "files")
+    progress.finish()
+    assert "Reading: 3.0 MiB (0.0 s)" in log.getvalue() and "Writing: 4.0 KiB of 2.0 KiB" in log.getvalue()
+
+
+def test_training_line_in_a_log(clock):
+    log = io.StringIO()
+    with TrainingLine(1000, stream=log, interval=10) as line:
+        for step in range(1, 1001):
+            clock.now += 0.5
+            line.update(step=step, loss=3.21999, bits_per_byte=1.25, tokens_per_second=41_234.5)
+            if step == 500:
+                line.say("saved step 500")
+    lines = log.getvalue().splitlines()
+    assert lines[1] == "step    21/1,000  loss 3.220  1.250 bits/byte  41,234 tokens/s  8:10 left"
+    assert lines[-1].startswith("step 1,000/1,000") and "saved step 500" in lines and 50 < len(lines) < 56
+
+
+def test_time_left_ignores_a_slow_start(clock):
+    line = TrainingLine(100, stream=io.StringIO(), window=5)
+    assert line.seconds_left() is None
+    clock.now += 60
+    for step in range(1, 11):
+        clock.now += 60 if step == 2 else 1
+        line.update(step=step, loss=1.0)
+    assert line.seconds_left() == pytest.approx(90)
+
+
+def test_a_resumed_line_counts_its_own_steps(clock):
+    line = TrainingLine(100, stream=io.StringIO())
+    for step in (91, 92):
+        clock.now += 2
+        line.update(step=step, loss=float("nan"))
+    assert line.seconds_left() == pytest.approx(16)
+
+
+def test_on_a_terminal_one_line_is_redrawn():
+    terminal = Terminal()
+    with TrainingLine(3, stream=terminal) as line:
+        line.status("compiling")
+        for step in (1, 2, 3):
+            line.update(step=step, loss=2.0, bits_per_byte=1.0, tokens_per_second=10)
+        line.say("saved [bold]step[/bold] 3")  # no markup: text is text
+    said = terminal.getvalue()
+    assert "\x1b[" in said and "step 3/3" in said and "saved [bold]step[/bold] 3\n" in said
+
+
+def test_progress_on_a_terminal_leaves_its_summary():
+    terminal = Terminal()
+    progress = ConsoleProgress(terminal)
+    progress.start("Encoding", 10, "files")
+    progress.advance(10)
+    progress.finish("done")
+    progress.start("Broken", 10, "files")
+    progress.close()
+    assert "Encoding: done (" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1:00"),
+        (125, "2:05"),
+        (3599.6, "1:00:00"),
+        (180000, "2 d 02 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert console.readable_duration(seconds) == text
+
+
+def test_sizes_and_counts():
+    assert [console.readable_bytes(n) for n in (812, 3500, 5 << 30, 7 << 50)] == [
+        "812 bytes",
+        "3.4 KiB",
+        "5.0 GiB",
+        "7168.0 TiB",
+    ]
+    assert [console.readable_count(n) for n in (812, 41234, 3_410_000, 15.5e9)] == [
+        "812",
+        "41,234",
+        "3.41 million",
+        "15.5 billion",
+    ]
+
+
+def test_tables_align():
+    table = format_table(["what", "loss", "tokens"], [["held out", 1.23456, 12345], ["xz", 0.5, 7]])
+    assert table.splitlines() == [
+        "what       loss  tokens",
+        "--------  -----  ------",
+        "held out  1.235  12,345",
+        "xz          0.5       7",
+    ]
+    assert format_table(["a"], []).splitlines() == ["a", "-"]
