@@ -85,7 +85,7 @@ def _sizes(config: RunConfig) -> Iterator[str]:
         if values[name] > 0 and _fp32(values[name]) < _SMALLEST:
             yield f"{name} is {values[name]}, which is nothing in fp32: give {_SMALLEST:.1e} or more."
     if config.num_steps > _MOST_STEPS:
-        yield f"num_steps is {config.num_steps}: steps are plural in 32 bits, to {_MOST_STEPS}."
+        yield f"num_steps is {config.num_steps}: steps are counted in 32 bits, to {_MOST_STEPS}."
     if config.eval.infill_gaps < 0:
         yield f"eval.infill_gaps is {config.eval.infill_gaps}: it has to be 0 or larger."
     if not 0 <= config.seed < 2**63:

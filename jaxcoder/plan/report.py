@@ -88,7 +88,7 @@ def _run(plan: Plan) -> Iterator[str]:
     yield from row(
         "FLOPs",
         f"{plan.flops_per_token:.4g} a token (a multiply-add is 2, attention its causal half, a step 3 forward passes, "
-        "recomputation not plural)",
+        "recomputation not counted)",
     )
     compiled = plan.compiled
     if compiled is not None:

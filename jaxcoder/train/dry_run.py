@@ -90,7 +90,7 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
     yield from row(
         "FLOPs",
         f"{flops:.4g} a token, {flops * tokens:.4g} in all (a multiply-add is 2, attention its causal half, a step 3 "
-        "forward passes, recomputation not plural)",
+        "forward passes, recomputation not counted)",
     )
     hours = flops * tokens / 1e14 / 3600
     yield from row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")

@@ -4,7 +4,6 @@ import io
 
 import pytest
 
-from jaxcoder.formatting import format_table
 from jaxcoder.record import console
 from jaxcoder.record.console import ConsoleProgress, TrainingLine
 
@@ -110,45 +109,3 @@ def test_progress_on_a_terminal_leaves_its_summary():
     progress.start("Broken", 10, "files")
     progress.close()
     assert "Encoding: done (" in terminal.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.44, "0.4 s"),
-        (9.94, "9.9 s"),
-        (9.96, "10 s"),
-        (59.6, "1:00"),
-        (125, "2:05"),
-        (3599.6, "1:00:00"),
-        (180000, "2 d 02 h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert console.readable_duration(seconds) == text
-
-
-def test_sizes_and_counts():
-    assert [console.readable_bytes(n) for n in (812, 3500, 5 << 30, 7 << 50)] == [
-        "812 bytes",
-        "3.4 KiB",
-        "5.0 GiB",
-        "7168.0 TiB",
-    ]
-    assert [console.readable_count(n) for n in (812, 41234, 3_410_000, 15.5e9)] == [
-        "812",
-        "41,234",
-        "3.41 million",
-        "15.5 billion",
-    ]
-
-
-def test_tables_align():
-    table = format_table(["what", "loss", "tokens"], [["held out", 1.23456, 12345], ["xz", 0.5, 7]])
-    assert table.splitlines() == [
-        "what       loss  tokens",
-        "--------  -----  ------",
-        "held out  1.235  12,345",
-        "xz          0.5       7",
-    ]
-    assert format_table(["a"], []).splitlines() == ["a", "-"]

@@ -1,0 +1,55 @@
+"""Numbers, plurals and names as people read them."""
+
+import pytest
+
+from jaxcoder.formatting import did_you_mean, format_bytes, format_count, format_duration, format_table, plural
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.44, "0.4 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1:00"),
+        (125, "2:05"),
+        (3599.6, "1:00:00"),
+        (180000, "2 d 02 h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_sizes_and_counts():
+    assert [format_bytes(n) for n in (812, 3500, 5 << 30, 7 << 50)] == [
+        "812 bytes",
+        "3.4 KiB",
+        "5.0 GiB",
+        "7168.0 TiB",
+    ]
+    assert [format_count(n) for n in (812, 41234, 3_410_000, 15.5e9)] == [
+        "812",
+        "41,234",
+        "3.41 million",
+        "15.5 billion",
+    ]
+
+
+def test_tables_align():
+    table = format_table(["what", "loss", "tokens"], [["held out", 1.23456, 12345], ["xz", 0.5, 7]])
+    assert table.splitlines() == [
+        "what       loss  tokens",
+        "--------  -----  ------",
+        "held out  1.235  12,345",
+        "xz          0.5       7",
+    ]
+    assert format_table(["a"], []).splitlines() == ["a", "-"]
+
+
+def test_plurals_and_suggestions():
+    assert plural(1, "device") == "1 device"
+    assert plural(2048, "device") == "2,048 devices"
+    assert plural(2, "process", "processes") == "2 processes"
+    assert did_you_mean("tensr", ["data", "tensor"]) == " (did you mean 'tensor'?)"
+    assert did_you_mean("xyz", ["data", "tensor"]) == ""
