@@ -22,7 +22,7 @@ ALLOWED = {
     "drill": EVERYTHING - {"cli", "recipes"},
     "serve": {"inference", "attribution"},
     "evaluation": {"tokenizer", "io", "tasks"},
-    "plan": {"runtime", "train", "models", "kernels", "sharding", "config"},
+    "plan": {"runtime", "data", "train", "models", "kernels", "sharding", "config"},
     "train": {
         "runtime", "models", "kernels", "data", "checkpoint", "sharding", "record", "tokenizer", "config", "io",
     },
