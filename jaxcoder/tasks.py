@@ -5,20 +5,20 @@ files `inputs` and writes the local file `output`; the small dict that it return
 are files, so the engine does one thing: it maps tasks, each at least once, over a pool of processes on this machine
 (`ProcessPool`) or over a Ray cluster (`RayCluster`).
 
-Tasks are idempotent. The output is written as `<marker>.tmp.<pid>` and moved to its name, or put into the object store,
-which is as atomic; then the marker is written, which holds the summary. A task whose marker and output are there is
+Tasks are idempotent. The output is written under a temporary name and renamed, or put into the object store, which is as
+atomic; then the marker is written, which holds the summary. A task whose marker and output are there is
 finished: whatever was killed, running the same stage again does the rest. For the bytes to be the same for any number
 of workers and after any kill, an output must depend on nothing but the task: no clock, no process id, one thread.
 """
 
 import contextlib
-import errno
+import functools
 import json
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Protocol
 
 from jaxcoder.errors import DataError, JaxcoderError, MissingExtraError
+from jaxcoder.io.addresses import is_local, open_address
+from jaxcoder.io.atomic import atomic_path
+from jaxcoder.io.os_errors import describe_os_error, is_disk_full
 from jaxcoder.protocols import SILENT, Progress
 
 MAX_RETRIES = 3
 _MOST_FAILURES = 8  # a stage with this many poison inputs is given up: the trouble is elsewhere
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -166,9 +168,9 @@ def _finished(tasks: Sequence[Task]) -> dict[int, dict]:
     """Summaries of the tasks that are done: the marker is there, and the output as long as it says."""
     if not tasks:
         return {}
-    fs, _ = _file_system(tasks[0].marker)
+    fs, _ = open_address(tasks[0].marker)
     fs.invalidate_cache()
-    paths = [_file_system(path)[1] for task in tasks for path in (task.marker, task.output)]
+    paths = [open_address(path)[1] for task in tasks for path in (task.marker, task.output)]
     sizes = {}
     for folder in sorted({path.rsplit("/", 1)[0] for path in paths}):
         if fs.exists(folder):
@@ -195,36 +197,28 @@ def _parse(marker: bytes) -> dict:
 
 def run_task(task: Task) -> dict:
     """Do the task unless it is done; returns its summary, with the size of the output as `bytes`."""
-    fs, output = _file_system(task.output)
-    _, marker = _file_system(task.marker)
+    fs, output = open_address(task.output)
+    _, marker = open_address(task.marker)
     if fs.exists(marker) and fs.exists(output):
         summary = _parse(fs.cat_file(marker))
         if summary["bytes"] == fs.size(output):
             return summary
-    local = _is_local(fs)
-    name = f"{marker.rsplit('/', 1)[-1]}.tmp.{os.getpid()}"
-    temporary = Path(marker).with_name(name) if local else Path(tempfile.gettempdir(), name)
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+    writing = atomic_path if is_local(fs) else functools.partial(_uploading, fs)
+    with writing(output) as temporary:
         summary = task.fn(task.inputs, temporary)
         summary["bytes"] = temporary.stat().st_size
-        if local:
-            _replace(temporary, Path(output))
-            temporary.write_text(json.dumps(summary))
-            _replace(temporary, Path(marker))
-        else:
-            fs.put_file(str(temporary), output)
-            fs.pipe_file(marker, json.dumps(summary).encode())
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(marker) as temporary:
+        temporary.write_text(json.dumps(summary))
     return summary
 
 
-def _replace(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary, path)
+@contextlib.contextmanager
+def _uploading(fs, path: str) -> Iterator[Path]:
+    """Yields a temporary local path; on success the file becomes the object `path`."""
+    with tempfile.TemporaryDirectory() as directory:
+        temporary = Path(directory, "output")
+        yield temporary
+        fs.put_file(str(temporary), path)
 
 
 def _attempt(task: Task) -> dict | Failure:
@@ -235,20 +229,9 @@ def _attempt(task: Task) -> dict | Failure:
         return Failure(str(error), traceback.format_exc(), fatal=True)
     except Exception as error:
         details = traceback.format_exc()
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            reason = f"Cannot write {task.output} ({os.strerror(error.errno)}): free some space and run again."
-            return Failure(reason, details, fatal=True)
+        if is_disk_full(error):
+            return Failure(describe_os_error(error, task.output, "write"), details, fatal=True)
         return Failure(f"{type(error).__name__}: {error}".rstrip(": "), details)
-
-
-def _file_system(path: str):
-    import fsspec
-
-    return fsspec.url_to_fs(path)
-
-
-def _is_local(fs) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 # Where tasks run ------------------------------------------------------------------------------------------------------

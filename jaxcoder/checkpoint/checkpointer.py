@@ -37,6 +37,7 @@ from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import CheckpointConfig, RunConfig
 from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.errors import CheckpointError
+from jaxcoder.io.os_errors import is_disk_full
 
 
 class Saved(NamedTuple):
@@ -240,7 +241,7 @@ class Checkpointer:
                 _remove(path)  # gives a full disk its room back
         kept = self.steps()
         kept_words = f"the one of step {kept[-1]} is kept" if kept else "there is none yet"
-        reason = "the disk is full" if _is_disk_full(error) else f"{type(error).__name__}: {error}"
+        reason = "the disk is full" if is_disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved to {self.directory} ({reason}); {kept_words}. "
             f"One needs {readable(self._saving_bytes)} and a little more: make room there, or see to it that the "
@@ -278,8 +279,3 @@ def _remove(path: epath.Path) -> None:
     if path.exists():
         (path / MANIFEST).unlink(missing_ok=True)
         path.rmtree()
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    # Libraries say so in many types, but always in the same words.
-    return any(words in str(error) for words in ("No space left on device", "Disk quota exceeded", "File too large"))

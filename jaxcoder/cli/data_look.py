@@ -257,7 +257,8 @@ def _history(name: str, config: "RunConfig") -> "StepHistory":
 
 
 def _exists(path: str) -> bool:
-    from jaxcoder.io.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import open_address
+    from jaxcoder.io.os_errors import access_errors
 
     fs, inside = open_address(path)
     with access_errors(path):
@@ -265,7 +266,8 @@ def _exists(path: str) -> bool:
 
 
 def _text(path: str) -> str:
-    from jaxcoder.io.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import open_address
+    from jaxcoder.io.os_errors import access_errors
 
     fs, inside = open_address(path)
     with access_errors(path), fs.open(inside, "r") as file:

@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from jaxcoder.doctor.diagnose import describe, examine
-    from jaxcoder.io.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import open_address
+    from jaxcoder.io.os_errors import access_errors
     from jaxcoder.record.run_record import read_run
 
     open_address(args.run)  # a client or credentials that are missing: in one sentence

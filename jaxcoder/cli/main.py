@@ -19,6 +19,7 @@ from types import ModuleType
 import jaxcoder
 from jaxcoder import runtime
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
+from jaxcoder.io.os_errors import explain_os_error
 from jaxcoder.record.console import clear_live_lines
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -135,14 +136,10 @@ def explain(error: BaseException) -> JaxcoderError | None:
         name, code = ("SIGTERM", EXIT_SIGTERM) if isinstance(error, runtime.Terminated) else ("Ctrl-C", EXIT_CTRL_C)
         message = f"stopped by {name}; what was already saved is kept."
         return Interrupted(message, exit_code=code, resume_command=runtime.resume_command())
-    if runtime.is_disk_full(error):  # before memory: tensorstore says RESOURCE_EXHAUSTED for both
-        return runtime.explain_disk_full(error)
-    if runtime.is_out_of_memory(error):
-        return runtime.explain_out_of_memory(error, None)
-    if isinstance(error, OSError) and error.filename is not None:
-        what = os.strerror(error.errno) if error.errno else str(error)
-        return UsageError(f"{what}: {os.fsdecode(error.filename)!r}. Check the path and its permissions.")
-    return None
+    # Before memory: tensorstore reports RESOURCE_EXHAUSTED for a full disk too.
+    if message := explain_os_error(error, runtime.resume_command()):
+        return JaxcoderError(message)
+    return runtime.explain_out_of_memory(error, None) if runtime.is_out_of_memory(error) else None
 
 
 def _report(error: JaxcoderError) -> int:

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jaxcoder.doctor.diagnose import examine
     from jaxcoder.errors import ConfigError
-    from jaxcoder.io.addresses import access_errors, open_address
+    from jaxcoder.io.addresses import open_address
+    from jaxcoder.io.os_errors import access_errors
     from jaxcoder.models.flops import num_parameters
     from jaxcoder.record.run_record import read_run
     from jaxcoder.record.summary import describe

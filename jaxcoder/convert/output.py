@@ -1,13 +1,13 @@
 """Directories that appear whole or not at all."""
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from jaxcoder.checkpoint.manifest import MANIFEST, STATE, TOKENIZER
 from jaxcoder.errors import ConversionError
+from jaxcoder.io.atomic import atomic_directory
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.portable import TOKENIZER_FILES
 
 _OURS = frozenset({STATE, TOKENIZER, MANIFEST})
@@ -32,24 +32,8 @@ def whole_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
             f"the output directory {path} holds more than a converted model ({', '.join(strangers[:3])}), which would "
             "be lost: choose another one, or empty it yourself."
         )
-    temporary = path.with_name(f".{path.name}.writing")
-    replaced = path.with_name(f".{path.name}.replaced")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a conversion that was killed
-        temporary.mkdir(parents=True)
+    with access_errors(path, "write", ConversionError), atomic_directory(path) as temporary:
         yield temporary
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ConversionError(
-            f"cannot write {path} ({reason}): free some space or choose another output directory, and run again."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _strangers(path: Path) -> list[str]:

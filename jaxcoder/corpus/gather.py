@@ -26,9 +26,11 @@ from jaxcoder.corpus.sources import (
 )
 from jaxcoder.corpus.split import KeptFile, choose_held_out, keyed_hash, packages_of, without_copies
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.io.atomic import file_system_errors, write_text
+from jaxcoder.io.atomic import write_text
+from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document import Document, well_formed
 from jaxcoder.io.document_files import write_documents
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.protocols import SILENT, Progress
 
 TRAIN_FILE = "train.parquet"
@@ -229,7 +231,7 @@ def _write(
         "format": FORMAT,
         "request": request,
         "summary": {name: value for name, value in asdict(summary).items() if name not in ("output_dir", "reused")},
-        "sha256": {name: _sha256(output_dir / name) for name in sides},
+        "sha256": {name: fingerprint_file(output_dir / name)["sha256"] for name in sides},
     }
     write_text(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     progress.finish(f"Wrote {len(files):,} documents to {output_dir}")
@@ -249,7 +251,7 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
     if not output_dir.exists():
         return None
     ours = {TRAIN_FILE, HELD_OUT_FILE, MANIFEST_FILE}
-    with file_system_errors(output_dir):
+    with access_errors(output_dir, "write"):
         names = {entry.name for entry in output_dir.iterdir()}
         for name in names:
             if any(name.startswith(f".{file}.tmp") for file in ours):  # of a run that was killed
@@ -264,7 +266,9 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
         if manifest["format"] != FORMAT:
             raise DataError(f"The corpus in {output_dir} is of another format: choose another output directory.")
         summary = CorpusSummary(output_dir, reused=True, **manifest["summary"])
-        whole = all(_sha256(output_dir / name) == digest for name, digest in manifest["sha256"].items())
+        whole = all(
+            fingerprint_file(output_dir / name)["sha256"] == digest for name, digest in manifest["sha256"].items()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if manifest["request"] != request:
@@ -277,8 +281,3 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
             "directory, or delete that one."
         )
     return summary if whole else None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

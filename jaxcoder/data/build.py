@@ -17,23 +17,23 @@ import functools
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from jaxcoder.data import build_tasks
 from jaxcoder.data.build_tasks import Bucket, Encoding
-from jaxcoder.data.directory import Directory, fingerprint_file
+from jaxcoder.data.directory import Directory
 from jaxcoder.data.input_slices import Slice, absolute, file_layout, plan_slices
 from jaxcoder.data.randomness import check_seed
 from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, parse_manifest
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.io.atomic import file_system_errors, is_left_over
+from jaxcoder.io.atomic import is_left_over
+from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document_files import Paths, document_files
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tasks import Mapper, ProcessPool, Task, available_cores, run_stage
 from jaxcoder.tokenizer.tokenizer import Tokenizer
@@ -273,7 +273,7 @@ class _Stages:
         return Task(fn, inputs, self._directory / output, self._directory / marker, size)
 
     def _stage(self, tasks: list[Task], what: str, unit: str, summarize: Callable = lambda _: "") -> list[dict]:
-        with file_system_errors(self._directory.path):
+        with access_errors(self._directory.path, "write"):
             return run_stage(tasks, self._workers, what=what, unit=unit, progress=self._progress, summarize=summarize)
 
 
@@ -298,10 +298,7 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
     sink = io.BytesIO()
     np.save(sink, token_bytes)
     directory.write("token_bytes.npy", sink.getvalue())
-    with file_system_errors(directory / "tokenizer"), tempfile.TemporaryDirectory() as temporary:
-        tokenizer.save(temporary)
-        for file in sorted(Path(temporary).iterdir()):
-            directory.write(f"tokenizer/{file.name}", file.read_bytes())
+    tokenizer.save(directory / "tokenizer")
 
 
 def _write_manifest(directory: Directory, settings: dict, counts: dict, shards: dict[str, dict]) -> None:

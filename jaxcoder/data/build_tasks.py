@@ -26,13 +26,14 @@ from jaxcoder.data.permutation import Permutation
 from jaxcoder.data.randomness import Purpose
 from jaxcoder.data.store import array_spec
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import open_address
+from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document import Document, well_formed
 from jaxcoder.io.document_files import ORIGIN_FIELDS
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 NUM_KEYS = 1 << 62
-_HASH_BLOCK = 1 << 20
 
 # Where a run holds which bucket. A run of a large compressed file has several entries for each.
 INDEX = np.dtype(
@@ -253,7 +254,7 @@ def write_table(inputs: Sequence[str], output: Path, *, buckets: Sequence[Bucket
             lengths = table["length"].to_numpy()
             starts = bucket.first + np.cumsum(lengths) - lengths
             writer.write_table(table.drop_columns(["length"]).add_column(0, "start", pa.array(starts)))
-    return {"sha256": _sha256(output)}
+    return {"sha256": fingerprint_file(output)["sha256"]}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -284,11 +285,3 @@ def _read_checked(path: str, offset: int, size: int, crc: int) -> bytes:
             f"{path} of the unfinished build is damaged (its checksum differs): delete that file and run again."
         )
     return content
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -5,16 +5,14 @@ whole or not at all (object stores do so by themselves). Names are relative, wit
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import is_local, open_address
 from jaxcoder.io.atomic import write_bytes
-
-_BLOCK = 1 << 20
+from jaxcoder.io.checksums import fingerprint_file
+from jaxcoder.io.os_errors import access_errors
 
 
 class Directory:
@@ -24,7 +22,7 @@ class Directory:
         self.path = os.fspath(path)
         self._fs, root = open_address(self.path)
         self._root = root.rstrip("/")
-        self.is_local = "file" in ((self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol)
+        self.is_local = is_local(self._fs)
 
     def __truediv__(self, name: str) -> str:
         """The full path of a file, for messages and for fsspec."""
@@ -75,29 +73,14 @@ class Directory:
 
     def sha256(self, name: str) -> str:
         """Hash of a file's content, hexadecimal."""
-        return fingerprint_file(self._fs.unstrip_protocol(f"{self._root}/{name}"))["sha256"]
+        return fingerprint_file(self / name)["sha256"]
 
     def write(self, name: str, content: bytes) -> None:
         """Put a file there, whole or not at all. DataError if that fails."""
-        if self.is_local:
-            write_bytes(Path(self._root, name), content)
-        else:
-            with access_errors(self / name, "write"):
-                self._fs.pipe_file(f"{self._root}/{name}", content)
+        write_bytes(self / name, content)
 
     def remove(self, name: str) -> None:
         """Remove a file, or a directory and all in it, if it is there."""
         with access_errors(self / name, "remove"):
             if self._fs.exists(f"{self._root}/{name}"):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)
-
-
-def fingerprint_file(path: str) -> dict:
-    """Name, size and hash of one file; the directory it lies in does not matter. DataError if it cannot be read."""
-    fs, root = open_address(path)
-    digest, size = hashlib.sha256(), 0
-    with access_errors(path), fs.open(root, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"name": os.path.basename(path), "bytes": size, "sha256": digest.hexdigest()}

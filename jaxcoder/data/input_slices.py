@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import open_address
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import ORIGIN_FIELDS, document_of_row
+from jaxcoder.io.os_errors import access_errors
 
 POSITION_BITS = 42  # documents are numbered in [0, 2**62): 2**20 files of 2**42 rows or bytes
 _MOST_FILES = 1 << 20

@@ -23,9 +23,10 @@ from jaxcoder.data.build import build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.io.atomic import file_system_errors, write_text
+from jaxcoder.io.atomic import write_text
 from jaxcoder.io.document import Document, Part, well_formed
 from jaxcoder.io.document_files import write_documents
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
@@ -188,7 +189,7 @@ class _Parts:
         """DataError if the directory holds parts of another import, or anything else."""
         self.directory = directory
         self._record = record
-        with file_system_errors(directory):
+        with access_errors(directory, "write"):
             present = {name for name in os.listdir(directory) if name[0] != "."} if directory.exists() else set()
         if RECORD in present and len(present) > 1:
             _refuse_other(directory, json.loads((directory / RECORD).read_text()), record)
@@ -219,7 +220,7 @@ class _Parts:
         write_text(self._name(number, "json"), json.dumps(facts))
 
     def remove(self) -> None:
-        with file_system_errors(self.directory):
+        with access_errors(self.directory, "write"):
             shutil.rmtree(self.directory)
 
     def _name(self, number: int, suffix: str) -> Path:

@@ -1,60 +1,78 @@
-"""Writing a file so that it is there whole or not at all, and a full disk ends in a sentence."""
+"""Files and directories that are written completely or not at all: under a temporary name first, then renamed."""
 
 import contextlib
-import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxcoder.errors import DataError
+from jaxcoder.io.addresses import is_local, open_address
+from jaxcoder.io.os_errors import access_errors
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path in the same directory, which is made if needed.
+
+    On success the file replaces `path`; on failure it is removed. Errors pass unchanged.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path in the same directory; on success it takes the place of `path`, on failure it is removed.
-
-    The directory is made if needed. Raises DataError, naming `path`, for any error of the file system.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with file_system_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-
-
-def is_left_over(name: str) -> bool:
-    """Whether a file is the temporary one of `replacing`: what a process leaves that is killed while it writes."""
-    return re.search(r"(^|/)\.[^/]+\.tmp\d+$", name) is not None
+    """`atomic_path`, where an OSError becomes a DataError that names `path`."""
+    with access_errors(path, "write"), atomic_path(path) as temporary:
+        yield temporary
 
 
 @contextlib.contextmanager
-def file_system_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an OSError raised while writing `path` into a DataError that names it."""
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary directory next to `path`; on success it replaces `path`, on failure it is removed."""
+    temporary, replaced = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir(parents=True)
     try:
-        yield
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = (
-            "free some space, or choose another output directory, and run again" if full else "choose another path"
-        )
-        raise DataError(f"Cannot write {path} ({reason}): {way_out}.") from error
+        yield temporary
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a file is the temporary one of `atomic_path`: a process that is killed while it writes leaves it."""
+    return re.search(r"(^|/)\.[^/]+\.tmp\d+$", name) is not None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8 with Unix line ends, atomically."""
+    """Write `text` as UTF-8, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write `content` atomically."""
+    """Write `content` atomically to a local path or an object store. DataError, naming `path`, if that fails."""
+    path = os.fspath(path)
+    if "://" in path:
+        fs, inside = open_address(path)
+        if not is_local(fs):
+            with access_errors(path, "write"):
+                fs.pipe_file(inside, content)  # object stores replace an object at once
+            return
+        path = inside
     with replacing(path) as temporary:
         temporary.write_bytes(content)

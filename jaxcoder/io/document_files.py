@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import open_address
 from jaxcoder.io.atomic import replacing
 from jaxcoder.io.document import Document, Part, well_formed
+from jaxcoder.io.os_errors import access_errors
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 ORIGIN_FIELDS = ("repo_name", "path", "lang")

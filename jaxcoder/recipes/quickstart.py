@@ -13,8 +13,6 @@ it was.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from jaxcoder.config.load import load_run
 from jaxcoder.corpus.gather import CorpusSummary, gather
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
+from jaxcoder.io.atomic import atomic_directory, is_left_over, write_text
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
 from jaxcoder.runtime import held_alone
@@ -124,8 +123,8 @@ def check_claim(paths: Paths, settings: dict[str, object]) -> None:
     """Raises ConfigError if the directory holds something else, or what other arguments have made."""
     if paths.root.is_file():
         raise ConfigError(f"`{paths.root}` is a file: give another --output-dir.")
-    made = {path.name for path in paths.root.iterdir()} if paths.root.is_dir() else set()
-    made -= {paths.settings.name, paths.settings.with_suffix(".partial").name, LOCK}
+    made = {path.name for path in paths.root.iterdir() if not is_left_over(path.name)} if paths.root.is_dir() else set()
+    made -= {paths.settings.name, LOCK}
     if not made:
         return  # of other arguments, such as a misspelt source, nothing came
     if not paths.settings.exists():
@@ -141,9 +140,7 @@ def check_claim(paths: Paths, settings: dict[str, object]) -> None:
 def claim(paths: Paths, settings: dict[str, object]) -> None:
     """The directory belongs to one quickstart: its arguments are written into it first."""
     if read_claim(paths) != settings:
-        partial = paths.settings.with_suffix(".partial")
-        partial.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(partial, paths.settings)
+        write_text(paths.settings, json.dumps(settings, indent=1) + "\n")
 
 
 def read_claim(paths: Paths) -> dict[str, object] | None:
@@ -173,11 +170,9 @@ def say_corpus(summary: CorpusSummary, say: Say) -> None:
 def make_tokenizer(paths: Paths, vocab_size: int, progress: Progress) -> Tokenizer:
     """Trains the tokenizer, or opens the one that is there."""
     if not paths.tokenizer.exists():
-        partial = paths.tokenizer.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         texts = (document.text for document in read_documents(paths.train_documents))
-        train_tokenizer(texts, vocab_size, progress).save(partial)
-        os.replace(partial, paths.tokenizer)
+        with atomic_directory(paths.tokenizer) as directory:
+            train_tokenizer(texts, vocab_size, progress).save(directory)
     return Tokenizer.load(paths.tokenizer)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
 from jaxcoder.inference.generate import TextGenerator
 from jaxcoder.inference.load import load_model
 from jaxcoder.inference.sampling import Sampling
+from jaxcoder.io.atomic import write_text
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
@@ -112,6 +112,4 @@ def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> Non
 
 
 def write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1) + "\n")

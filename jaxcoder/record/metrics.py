@@ -16,6 +16,7 @@ from typing import Any
 import fsspec
 
 from jaxcoder.errors import DataError, MissingExtraError
+from jaxcoder.io.atomic import write_bytes
 from jaxcoder.protocols import MetricWriter
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
@@ -43,10 +44,7 @@ class JsonlWriter:
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         kept = "".join(self._lines).encode()
         if not os.path.exists(self.path) or os.path.getsize(self.path) != len(kept):
-            partial = f"{self.path}.partial"
-            with open(partial, "wb") as file:
-                file.write(kept)
-            os.replace(partial, self.path)
+            write_bytes(self.path, kept)
         self._file = open(self.path, "ab", buffering=0)  # one write per line: a line is torn or whole, never mixed
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -19,9 +19,7 @@ from jaxcoder.runtime.environment import (
 )
 from jaxcoder.runtime.process_group import Peers
 from jaxcoder.runtime.resources import (
-    explain_disk_full,
     explain_out_of_memory,
-    is_disk_full,
     is_out_of_memory,
     out_of_memory_explained,
 )
@@ -40,13 +38,11 @@ __all__ = [
     "command_name",
     "default_cache_dir",
     "environment_with",
-    "explain_disk_full",
     "explain_out_of_memory",
     "find_gpu",
     "find_tpu",
     "held_alone",
     "initialize",
-    "is_disk_full",
     "is_out_of_memory",
     "join",
     "on_signal",

@@ -1,14 +1,13 @@
-"""Memory and disk that ran out: recognised in the errors of many libraries, and said in a sentence with the way out."""
+"""Out of memory, on the host or a device: recognised in the errors of several libraries, explained in one message."""
 
-import errno
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from jaxcoder.errors import JaxcoderError
-from jaxcoder.runtime.environment import resume_command
+from jaxcoder.formatting import format_bytes
+from jaxcoder.io.os_errors import is_disk_full
 
 if TYPE_CHECKING:
     from jaxcoder.config import RunConfig
@@ -26,9 +25,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> JaxcoderError:
     """One message that names the settings that help, with their present values when `config` is given."""
-    asked = re.search(r"([\d.]+ ?[KMGT]i?B|\d{4,} bytes)", str(error))
+    asked = re.search(r"[\d.]+ ?[KMGT]i?B|(\d{4,}) bytes", str(error))
+    size = asked and (format_bytes(int(asked[1])) if asked[1] else asked[0])
     what = "the host's memory" if isinstance(error, MemoryError) else "the devices' memory"
-    start = f"{what} does not suffice{f' (a piece of {_readable(asked[1])} was asked for)' if asked else ''}"
+    start = f"{what} does not suffice{f' (an allocation of {size} failed)' if size else ''}"
     if config is None:
         return JaxcoderError(f"{start}. Lower the batch or the length, or use a smaller model or a larger machine.")
     whole = "None, the whole global batch at once" if config.microbatch_size is None else config.microbatch_size
@@ -54,31 +54,3 @@ def out_of_memory_explained(config: "RunConfig") -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise explain_out_of_memory(error, config) from error
-
-
-def _readable(amount: str) -> str:
-    if not amount.endswith(" bytes"):
-        return amount
-    size = int(amount.removesuffix(" bytes"))
-    unit = min((size.bit_length() - 1) // 10, 4)
-    return f"{size / 1024**unit:.1f} {['bytes', 'KiB', 'MiB', 'GiB', 'TiB'][unit]}"
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space: libraries say so in several types, but always in the same words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    return re.search("No space left on device|Disk quota exceeded|File too large", str(error)) is not None
-
-
-def explain_disk_full(error: BaseException) -> JaxcoderError:
-    """One sentence that names the file (where the error tells) and says what is kept."""
-    name = error.filename if isinstance(error, OSError) and error.filename else None
-    if name is None:
-        quoted = re.search(r'"((?:/|\w+://)[^"]+)"', str(error))
-        name = quoted[1] if quoted else None
-    where = f" at {os.fsdecode(name)!r}" if name else ""
-    return JaxcoderError(
-        f"the disk is full{where}: everything finished before this write is kept; "
-        f"free some space and run the same command again: {resume_command()}"
-    )

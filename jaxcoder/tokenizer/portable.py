@@ -14,15 +14,15 @@ import json
 from pathlib import Path
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.atomic import file_system_errors, write_bytes, write_text
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.encoders import merge_pairs
 from jaxcoder.tokenizer.special_tokens import END_OF_TEXT
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def write_tokenizer_files(directory: Path, content: bytes, spec: dict, specials: tuple[str, ...]) -> None:
-    """Write TOKENIZER_FILES; `content` is tokenizer.json, `spec` the same parsed. tokenizer.json comes last."""
+def tokenizer_files(content: bytes, spec: dict, specials: tuple[str, ...]) -> dict[str, bytes]:
+    """The content of TOKENIZER_FILES by name; `content` is tokenizer.json, `spec` the same parsed."""
     roles = {role: END_OF_TEXT for role in ("bos_token", "eos_token", "unk_token") if END_OF_TEXT in specials}
     special_tokens_map = {"additional_special_tokens": list(specials), **roles}
     config = {
@@ -35,11 +35,14 @@ def write_tokenizer_files(directory: Path, content: bytes, spec: dict, specials:
     vocab = spec["model"]["vocab"]
     vocab = dict(sorted(vocab.items(), key=lambda item: item[1]))
     merges = ["#version: 0.2", *(" ".join(pair) for pair in merge_pairs(spec))]
-    write_text(directory / "vocab.json", json.dumps(vocab, ensure_ascii=False) + "\n")
-    write_text(directory / "merges.txt", "\n".join(merges) + "\n")
-    write_text(directory / "special_tokens_map.json", json.dumps(special_tokens_map, indent=2) + "\n")
-    write_text(directory / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    write_bytes(directory / "tokenizer.json", content)
+    texts = {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(merges),
+        "special_tokens_map.json": json.dumps(special_tokens_map, indent=2),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
+    # tokenizer.json is written last: a directory that has it is complete.
+    return {name: f"{text}\n".encode() for name, text in texts.items()} | {"tokenizer.json": content}
 
 
 def check_output_directory(directory: Path, *, overwrite: bool) -> None:
@@ -48,7 +51,7 @@ def check_output_directory(directory: Path, *, overwrite: bool) -> None:
         return
     if not directory.is_dir():
         raise DataError(f"The output directory {directory} is a file: choose another name.")
-    with file_system_errors(directory):
+    with access_errors(directory, "write"):
         strange = sorted(entry.name for entry in directory.iterdir() if entry.name not in TOKENIZER_FILES)
     strange = [name for name in strange if not name.startswith(".")]
     if strange:

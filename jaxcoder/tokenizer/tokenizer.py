@@ -16,8 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import open_address
+from jaxcoder.io.atomic import write_bytes
 from jaxcoder.io.document import Document, Part, well_formed
+from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer import encoders
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
@@ -93,14 +95,16 @@ class Tokenizer:
     def __reduce__(self):
         return functools.partial(Tokenizer, origin=self._origin), (self._content,)
 
+    def files(self) -> dict[str, bytes]:
+        """The files that transformers 4 and 5 and other loaders open, by name; tokenizer.json is unchanged."""
+        from jaxcoder.tokenizer.portable import tokenizer_files
+
+        return tokenizer_files(self._content, self._spec, tuple(self._special))
+
     def save(self, directory: str | Path) -> None:
-        """Write the files that transformers 4 and 5 and other loaders open; tokenizer.json is unchanged.
-
-        Other files of the directory stay. Raises DataError if it cannot be written.
-        """
-        from jaxcoder.tokenizer.portable import write_tokenizer_files
-
-        write_tokenizer_files(Path(directory), self._content, self._spec, tuple(self._special))
+        """Write `files` into a directory; its other files stay. DataError if that fails."""
+        for name, content in self.files().items():
+            write_bytes(f"{os.fspath(directory)}/{name}", content)
 
     @property
     def eos_id(self) -> int:

@@ -12,7 +12,9 @@
 
 from jaxcoder.config import RunConfig, serialize
 from jaxcoder.errors import ConfigError
-from jaxcoder.io.addresses import access_errors, open_address
+from jaxcoder.io.addresses import open_address
+from jaxcoder.io.atomic import write_text
+from jaxcoder.io.os_errors import access_errors
 
 FREE_FIELDS = (
     "output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "watchdog", "optimizer.max_skipped",
@@ -65,7 +67,7 @@ class RunDirectory:
                     "give an empty or new one with --output-dir."
                 )
             filesystem.makedirs(parent, exist_ok=True)
-            self._write(filesystem, path, config)
+            write_text(self.config_file, serialize.to_json(config))
             return
         with filesystem.open(path, "r") as file:
             text = file.read()
@@ -81,12 +83,7 @@ class RunDirectory:
         """The config replaces the one that is there, after the run was found able to continue with it."""
         filesystem, path = open_address(self.config_file)
         if filesystem.cat_file(path) != serialize.to_json(config).encode():
-            self._write(filesystem, path, config)
-
-    @staticmethod
-    def _write(filesystem, path: str, config: RunConfig) -> None:
-        filesystem.pipe_file(path + ".partial", serialize.to_json(config).encode())
-        filesystem.mv(path + ".partial", path)
+            write_text(self.config_file, serialize.to_json(config))
 
     def read_config(self) -> RunConfig:
         """The config that the directory was claimed with."""
@@ -97,7 +94,7 @@ class RunDirectory:
 
 def strangers_among(names: list[str]) -> list[str]:
     """What may not lie in a directory that a run without a config is to have; a killed process may leave the others."""
-    return [name for name in names if not name.startswith(".") and name != "config.json.partial"]
+    return [name for name in names if not name.startswith(".")]
 
 
 def changes(before: RunConfig, config: RunConfig) -> list[str]:

@@ -15,8 +15,9 @@ from jaxcoder.errors import (
     JaxcoderError,
     LostProcessError,
 )
+from jaxcoder.io.os_errors import is_disk_full
 from jaxcoder.record.event_log import EventLog, Spent
-from jaxcoder.runtime import Peers, Terminated, Watchdog, is_disk_full, is_out_of_memory
+from jaxcoder.runtime import Peers, Terminated, Watchdog, is_out_of_memory
 
 _SILENCE_SECONDS = 12.0  # until a process that is gone has missed its posts
 
