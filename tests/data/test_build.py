@@ -15,7 +15,6 @@ import pytest
 from hostile import hostile_documents
 
 import jaxcoder.data.build as build
-import jaxcoder.tasks as tasks
 from jaxcoder.data.build import Sizes, build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
@@ -177,8 +176,8 @@ def test_interrupted_anywhere_gives_the_same_bytes(tokenizer, tmp_path, monkeypa
     write_documents(hostile_documents(25), documents)
     build_store(documents, tokenizer, tmp_path / "undisturbed", seed=1, **SMALL)
     undisturbed = content(tmp_path / "undisturbed")
-    real = {(Directory, "write"): Directory.write, (Directory, "remove"): Directory.remove}
-    real[tasks, "_replace"] = tasks._replace
+    # Every file of a build appears by `os.replace`.
+    real = {(os, "replace"): os.replace, (Directory, "remove"): Directory.remove}
     steps = []
 
     def dies_at(number, after):
