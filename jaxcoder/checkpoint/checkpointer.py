@@ -6,6 +6,7 @@ Orbax has committed its part. A process killed at any moment leaves the last who
 All processes of a run call every method, in the same order; process 0 alone touches anything but arrays.
 """
 
+import logging
 import tempfile
 import threading
 import time
@@ -20,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxcoder.checkpoint import arrays as array_files
-from jaxcoder.checkpoint.discover import Warn, newest_whole, steps_in, warn_user
+from jaxcoder.checkpoint.discover import newest_whole, steps_in
 from jaxcoder.checkpoint.inspect import readable
 from jaxcoder.checkpoint.manifest import (
     CONFIG,
@@ -39,6 +40,8 @@ from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.errors import CheckpointError
 from jaxcoder.io.os_errors import is_disk_full
 
+logger = logging.getLogger(__name__)
+
 
 class Saved(NamedTuple):
     """A save that is done: seconds that the caller was held up, and until the checkpoint was whole."""
@@ -53,7 +56,6 @@ class Checkpointer:
     """Owns `directory` (`<run>/checkpoints`). At most one save is under way; its failure is raised by the next call.
 
     save_tokenizer: writes the tokenizer's files into a directory (`Tokenizer.save`); they go beside every checkpoint.
-    warn: hears of every checkpoint that is skipped, and why.
     """
 
     def __init__(
@@ -63,10 +65,9 @@ class Checkpointer:
         *,
         run: RunConfig,
         save_tokenizer: Callable[[Path], None] | None = None,
-        warn: Warn = warn_user,
     ):
         self.directory = epath.Path(directory)
-        self.config, self.run, self.warn = config, run, warn
+        self.config, self.run = config, run
         self._small_files = _small_files(run, save_tokenizer)
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -169,7 +170,7 @@ class Checkpointer:
         """The newest step that is whole, checked byte for byte, or None; every one skipped is warned of."""
         step = -1
         if jax.process_index() == 0:
-            newest = newest_whole(self.directory, self.warn)
+            newest = newest_whole(self.directory)
             step = -1 if newest is None else newest
             self._bad = {bad for bad in steps_in(self.directory) if bad > step}
         step = int(_of_process_0(step))
@@ -231,7 +232,7 @@ class Checkpointer:
             path = self.directory / str(step)
             names = {entry.name.partition(".")[0] for entry in path.iterdir()}
             if not has_manifest(path) and names <= {"", STATE, TOKENIZER, "config"}:
-                self.warn(f"{path} is an unfinished save of an earlier process and is removed.")
+                logger.warning(f"{path} is an unfinished save of an earlier process and is removed.")
                 path.rmtree()
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:

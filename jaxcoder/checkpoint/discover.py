@@ -1,7 +1,6 @@
 """From a path that a user gives to one whole checkpoint: a run, its `checkpoints`, or a single step."""
 
-import warnings
-from collections.abc import Callable
+import logging
 
 from etils import epath
 
@@ -11,12 +10,7 @@ from jaxcoder.errors import CheckpointError
 CHECKPOINTS = "checkpoints"
 """Where a run keeps its steps."""
 
-Warn = Callable[[str], None]
-
-
-def warn_user(message: str) -> None:
-    """The default way to be loud where the caller has no better one."""
-    warnings.warn(message, stacklevel=3)
+logger = logging.getLogger(__name__)
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -33,14 +27,14 @@ def is_checkpoint(path: epath.PathLike) -> bool:
     return has_manifest(path) or (path / CHECKPOINTS).is_dir() or bool(steps_in(path))
 
 
-def newest_whole(directory: epath.PathLike, warn: Warn = warn_user) -> int | None:
-    """The newest step in a checkpoints directory whose manifest and checksums fit; `warn` hears of each one skipped."""
+def newest_whole(directory: epath.PathLike) -> int | None:
+    """The newest step in a checkpoints directory whose manifest and checksums fit; warns of each one skipped."""
     for step in reversed(steps_in(directory)):
         path = epath.Path(directory) / str(step)
         damage = damage_of(path)
         if damage is None:
             return step
-        warn(f"checkpoint {path} is skipped: {damage}. The one before it is used if there is one.")
+        logger.warning(f"checkpoint {path} is skipped: {damage}. The one before it is used if there is one.")
     return None
 
 
@@ -52,7 +46,7 @@ def damage_of(path: epath.PathLike, *, by_size: bool = False) -> str | None:
         return error.damage
 
 
-def find_checkpoint(path: epath.PathLike, *, step: int | None = None, warn: Warn = warn_user) -> epath.Path:
+def find_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.Path:
     """The directory of one whole checkpoint under `path`: of `step`, or the newest.
 
     Raises CheckpointError when there is none, and when the one asked for is damaged.
@@ -70,17 +64,15 @@ def find_checkpoint(path: epath.PathLike, *, step: int | None = None, warn: Warn
         return _whole(steps / str(step))
     if not steps_in(steps):
         raise CheckpointError(f"{path} holds no checkpoint: give a run's directory, its {CHECKPOINTS}, or one step.")
-    newest = newest_whole(steps, warn)
+    newest = newest_whole(steps)
     if newest is None:
         raise CheckpointError(f"no checkpoint in {steps} is whole: the warnings above say why, step by step.")
     return steps / str(newest)
 
 
-def open_checkpoint(
-    path: epath.PathLike, *, step: int | None = None, warn: Warn = warn_user
-) -> tuple[epath.Path, Manifest]:
+def open_checkpoint(path: epath.PathLike, *, step: int | None = None) -> tuple[epath.Path, Manifest]:
     """`find_checkpoint` with its manifest."""
-    directory = find_checkpoint(path, step=step, warn=warn)
+    directory = find_checkpoint(path, step=step)
     return directory, read_manifest(directory)
 
 

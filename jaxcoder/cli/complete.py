@@ -19,6 +19,7 @@ log_prob (sum over the tokens), prompt_tokens and sample.
 """
 
 import argparse
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from jaxcoder.inference.generate import Completion, TextGenerator
     from jaxcoder.inference.prompts import Prompt
 
+
+logger = logging.getLogger(__name__)
 
 MOST_SAMPLES = 10_000
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int | None:
     seconds = time.perf_counter() - start
     count = sum(len(completion.tokens) for completion in completions)
     reasons = ", ".join(sorted({_REASONS[completion.finish_reason] for completion in completions}))
-    _status(f"{count} tokens in {seconds:.1f} s after {completions[0].num_prompt_tokens} of the prompt; {reasons}")
+    logger.info(f"{count} tokens in {seconds:.1f} s after {completions[0].num_prompt_tokens} of the prompt; {reasons}")
     return None
 
 
@@ -143,7 +146,7 @@ def _samplings(args: argparse.Namespace) -> list:
 
 
 def _load(args: argparse.Namespace) -> "TextGenerator":
-    start_jax(debug=args.debug, say=_status)
+    start_jax(debug=args.debug)
 
     import jax
 
@@ -155,11 +158,11 @@ def _load(args: argparse.Namespace) -> "TextGenerator":
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     on_cpu = jax.default_backend() == "cpu"  # where XLA computes bfloat16 by way of float32, at half the speed
     compute = ComputeConfig(dtype=args.dtype or ("float32" if on_cpu else "bfloat16"))
-    model, config, own = load_model(args.model, compute=compute, step=args.step, warn=_warn)
+    model, config, own = load_model(args.model, compute=compute, step=args.step)
     shape = f"{config.num_layers} layers of {config.embed_dim}, context {config.max_seq_len}, {compute.dtype}"
-    _status(f"{args.model}: {shape}")
+    logger.info(f"{args.model}: {shape}")
     if tokenizer and own and tokenizer.fingerprint != own.fingerprint:
-        _warn(f"{args.tokenizer} is not the tokenizer that lies beside the model: the answer may be nonsense.")
+        logger.warning(f"{args.tokenizer} is not the tokenizer that lies beside the model: the answer may be nonsense.")
     return TextGenerator(model, tokenizer or own, spm=args.spm, truncate=args.truncate)
 
 
@@ -192,11 +195,3 @@ def _print_all(args: argparse.Namespace, generator: "TextGenerator", prompt: "Pr
         else:
             print(f"--- sample {sample} ---\n{completion.text}")
     return completions
-
-
-def _warn(message: str) -> None:
-    _status(f"warning: {message}")
-
-
-def _status(message: str) -> None:
-    print(f"jaxcoder: {message}", file=sys.stderr)

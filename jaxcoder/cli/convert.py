@@ -72,7 +72,6 @@ def _to_hf(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         max_shard_bytes=int(min(args.max_shard_gb, 1e9) * 1e9),
         progress=ConsoleProgress(),
-        warn=_warn,
     )
     tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the checkpoint has none"
     print(
@@ -90,9 +89,3 @@ def _from_hf(args: argparse.Namespace) -> None:
     tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the source has none"
     print(f"Wrote {summary.num_parameters:,} parameters to {summary.directory} ({tokenizer}).")
     print(f"Try it with: jaxcoder complete {summary.directory} --prefix 'def hello'")
-
-
-def _warn(message: str) -> None:
-    import sys
-
-    print(f"jaxcoder: warning: {message}", file=sys.stderr)

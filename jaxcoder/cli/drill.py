@@ -11,13 +11,15 @@ is done. Exit code 1 if anything did not survive; its directory is then left as 
 """
 
 import argparse
+import logging
 import secrets
 import shutil
-import sys
 import time
 from pathlib import Path
 
 from jaxcoder.cli.start import add_process_arguments, start_processes
+
+logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan.draw(args.faults, seed, only=only, processes=args.processes)
     directory = args.output_dir or Path("runs") / time.strftime("drill-%Y%m%d-%H%M%S")
     try:
-        report = drill(directory, plan, seed=seed, say=_say)
+        report = drill(directory, plan, seed=seed)
     except KeyboardInterrupt as stop:
         code = EXIT_SIGTERM if isinstance(stop, runtime.Terminated) else EXIT_CTRL_C
         if not args.keep:
@@ -62,16 +64,12 @@ def run(args: argparse.Namespace) -> int:
         raise Interrupted(message, exit_code=code) from stop
     print(report.text())
     if report.has_failed:
-        _say(f"The runs, their logs and checkpoints are in {directory}.")
+        logger.info(f"The runs, their logs and checkpoints are in {directory}.")
         return 1
     if not args.keep:
         clean_up(directory)
-    _say(f"Wrote {directory / 'drill.json'}")
+    logger.info(f"Wrote {directory / 'drill.json'}")
     return 0
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _train(args: argparse.Namespace) -> int:

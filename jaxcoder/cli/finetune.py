@@ -53,9 +53,9 @@ def run(args: argparse.Namespace) -> int | None:
         if long in given:
             raise ConfigError(f"{long} is {short} here: give that.")
     start_jax(debug=args.debug)
-    from jaxcoder.recipes.finetune import finetune
+    from jaxcoder.recipes.finetune import finetune, table
 
-    finetune(
+    languages = finetune(
         args.base,
         store=args.data,
         held_out=args.held_out,
@@ -64,4 +64,6 @@ def run(args: argparse.Namespace) -> int | None:
         overrides=args.overrides,
         accept_config_change=args.accept_config_change,
     )
+    print("\n".join(["", *table(languages)]))
+    print(f"Written to {args.output_dir}/retention.json; the weights are in {args.output_dir}/checkpoints.")
     return None

@@ -20,7 +20,7 @@ import jaxcoder
 from jaxcoder import runtime
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
 from jaxcoder.io.os_errors import explain_os_error
-from jaxcoder.record.console import clear_live_lines
+from jaxcoder.record.console import clear_live_line, configure_logging
 
 VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),
@@ -98,6 +98,7 @@ def suggest(word: str, known: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default `sys.argv[1:]`) and returns the exit code."""
     _make_streams_safe()
+    configure_logging()
     arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
     try:
         code = _dispatch(arguments)
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except (KeyboardInterrupt, Exception) as error:
-        clear_live_lines()
+        clear_live_line()
         explained = explain(error)
         if debug:
             import traceback

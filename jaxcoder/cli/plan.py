@@ -93,10 +93,7 @@ def _search(args: argparse.Namespace, config, topology) -> int:
     if not args.no_compile:
         check_compiler(topology)
     compile_one = None if args.no_compile else _compiler(args)
-    found = search(
-        config, topology, compile_one, minutes=args.minutes, compile_all=args.compile_all,
-        say=lambda text: print(text, file=sys.stderr),
-    )  # fmt: skip
+    found = search(config, topology, compile_one, minutes=args.minutes, compile_all=args.compile_all)
     for line in lines_of_search(found):
         print(line)
     if args.json is not None:

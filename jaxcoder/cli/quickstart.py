@@ -24,11 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     from jaxcoder.errors import ConfigError
-    from jaxcoder.recipes.quickstart import quickstart
+    from jaxcoder.recipes.quickstart import Paths, quickstart
     from jaxcoder.record.console import ConsoleProgress
 
     if args.steps is not None and args.steps < 1:
         raise ConfigError(f"--steps is {args.steps}: give 1 or more.")
     start_jax(debug=args.debug)
-    quickstart(args.output_dir, source=args.source, num_steps=args.steps, progress=ConsoleProgress(), say=print)
+    report = quickstart(args.output_dir, source=args.source, num_steps=args.steps, progress=ConsoleProgress())
+    from jaxcoder.recipes.quickstart_report import show_report
+
+    show_report(Paths(root=args.output_dir), report)
     return None

@@ -1,15 +1,17 @@
 """How every verb that computes begins."""
 
 import argparse
-from collections.abc import Callable
+import logging
+
+logger = logging.getLogger(__name__)
 
 
-def start_jax(*, debug: bool, say: Callable[[str], object] = print) -> None:
-    """Sets JAX's options, and says so where this machine has an accelerator that JAX cannot see."""
+def start_jax(*, debug: bool) -> None:
+    """Sets JAX's options, and warns where this machine has an accelerator that JAX cannot see."""
     from jaxcoder import runtime
 
     runtime.initialize(debug=debug)
-    _tell_unseen(say)
+    _warn_of_unseen()
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +30,7 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 def start_processes(args: argparse.Namespace) -> int:
     """`start_jax` for a verb with the options above: meets the other processes. Returns the index of this one."""
     from jaxcoder import runtime
+    from jaxcoder.record.console import configure_logging
 
     runtime.initialize(debug=args.debug)
     index = runtime.join(
@@ -37,13 +40,15 @@ def start_processes(args: argparse.Namespace) -> int:
         patience=args.join_seconds,
     )
     if index == 0:
-        _tell_unseen(print)
+        _warn_of_unseen()
+    else:
+        configure_logging("error")  # process 0 logs for all
     return index
 
 
-def _tell_unseen(say: Callable[[str], object]) -> None:
+def _warn_of_unseen() -> None:
     from jaxcoder import runtime
 
     unseen = runtime.check_accelerator()
     if unseen:
-        say(unseen)
+        logger.warning(unseen)

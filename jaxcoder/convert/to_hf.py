@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcoder.checkpoint.arrays import load_numpy
-from jaxcoder.checkpoint.discover import Warn, open_checkpoint, warn_user
+from jaxcoder.checkpoint.discover import open_checkpoint
 from jaxcoder.checkpoint.manifest import TOKENIZER, ArrayInfo, Manifest
 from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import ModelConfig
@@ -48,14 +48,13 @@ def to_hf(
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = SILENT,
-    warn: Warn = warn_user,
 ) -> Summary:
     """Writes the weights of the checkpoint at `source` (a run, its checkpoints, or one of them) to `directory`, fp32.
 
     Raises CheckpointError for a source that is none or is damaged, ConversionError for a model that the format has no
     room for and for an output directory that is not empty.
     """
-    checkpoint, manifest = open_checkpoint(source, step=step, warn=warn)
+    checkpoint, manifest = open_checkpoint(source, step=step)
     if Path(directory).resolve() == Path(checkpoint).resolve():
         raise ConversionError(f"the output directory {directory} is the source itself: choose another one.")
     config = manifest.model

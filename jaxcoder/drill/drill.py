@@ -11,11 +11,12 @@ After each fault the processes that are left must end by themselves, and the sam
 checkpoint that is whole, which the drill knows from outside.
 """
 
+import logging
 import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from jaxcoder.drill.setup import SAVE_EVERY_STEPS, BadBatch, layout_of, prepare
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import format_duration
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 STEPS_PER_FAULT = 3 * SAVE_EVERY_STEPS
 """More than any fault waits for, so that the run is not done before the last one."""
@@ -68,19 +69,19 @@ class Plan:
         )
 
 
-def drill(directory: Path, plan: Plan, *, seed: int, say: Say) -> Report:
+def drill(directory: Path, plan: Plan, *, seed: int) -> Report:
     """Carries the plan out in `directory`, which must be empty or new, and returns what survived."""
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"`{directory}` is not empty: give a new --output-dir.")
     directory.mkdir(parents=True, exist_ok=True)
     directory = directory.resolve()
     began = time.monotonic()
-    say(f"Drill: {len(plan.kinds)} faults in a run of {plan.num_steps} steps, seed {seed}, in {directory}")
+    logger.info(f"Drill: {len(plan.kinds)} faults in a run of {plan.num_steps} steps, seed {seed}, in {directory}")
     prepare(directory, plan.num_steps, plan.bad_batches)
     trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
     undisturbed = RunFiles(directory / "undisturbed")
     seconds = finish_undisturbed(trainer, undisturbed, layout_of(plan.processes))
-    say(f"Undisturbed: {plan.num_steps} steps in {format_duration(seconds)}")
+    logger.info(f"Undisturbed: {plan.num_steps} steps in {format_duration(seconds)}")
     known = kinds(plan.processes)
     report = Report(seed=seed, processes=plan.processes, num_steps=plan.num_steps)
     for name, is_elastic in (("disturbed", False), ("resized", True)):
@@ -88,9 +89,9 @@ def drill(directory: Path, plan: Plan, *, seed: int, say: Say) -> Report:
         if not chosen and (is_elastic or not plan.bad_batches):
             continue
         run = RunFiles(directory / name)
-        Lane(trainer, run, plan, random.Random(f"{seed} {name}"), report, say).play(chosen)
+        Lane(trainer, run, plan, random.Random(f"{seed} {name}"), report).play(chosen)
         report.verdicts[name] = _verdict(run, undisturbed, is_elastic)
-        say(f"{name}: {report.verdicts[name]}")
+        logger.info(f"{name}: {report.verdicts[name]}")
     # In all runs alike, the first one that was hit by faults counts.
     hit = RunFiles(directory / next(iter(report.verdicts)))
     report.outcomes += judge_bad_batches(plan.bad_batches, hit, first=len(report.outcomes) + 1)
@@ -136,9 +137,9 @@ def _verdict(run: RunFiles, undisturbed: RunFiles, is_elastic: bool) -> Verdict:
 class Lane:
     """One run under fire: a start, a fault, the next start, and so on, to the end of the run."""
 
-    def __init__(self, trainer: Trainer, run: RunFiles, plan: Plan, draw: random.Random, report: Report, say: Say):
+    def __init__(self, trainer: Trainer, run: RunFiles, plan: Plan, draw: random.Random, report: Report):
         self.trainer, self.run, self.plan, self.draw = trainer, run, plan, draw
-        self.report, self.say = report, say
+        self.report = report
         self.layout = layout_of(plan.processes)
         self.start: Start | None = None
 
@@ -152,11 +153,11 @@ class Lane:
                 outcome = Outcome(number=len(self.report.outcomes) + 1, kind=name)
                 self.report.outcomes.append(outcome)
                 self._suffer(outcome, turn)
-                self.say(f"{outcome.number:>3} of {len(self.plan.kinds)}  {outcome}")
+                logger.info(f"{outcome.number:>3} of {len(self.plan.kinds)}  {outcome}")
             _wait_to_the_end(self.start, self.run)
         except DrillError as error:
             (outcome.problems if outcome else self.report.problems).append(str(error))
-            self.say(f"given up: {error}")
+            logger.info(f"given up: {error}")
         finally:
             if self.start is not None:
                 self.start.__exit__()

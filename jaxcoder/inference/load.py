@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxcoder.checkpoint import arrays as array_files
-from jaxcoder.checkpoint.discover import Warn, is_checkpoint, open_checkpoint, warn_user
+from jaxcoder.checkpoint.discover import is_checkpoint, open_checkpoint
 from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest
 from jaxcoder.checkpoint.names import assemble_model, check_arrays, flatten_model, unflatten_model
 from jaxcoder.config import ComputeConfig, ModelConfig
@@ -24,7 +24,6 @@ def load_model(
     compute: ComputeConfig | None = None,
     mesh: Mesh | None = None,
     step: int | None = None,
-    warn: Warn = warn_user,
 ) -> tuple[GPTBigCode, ModelConfig, Tokenizer | None]:
     """The model at `path`, its config, and its tokenizer where one lies beside the weights.
 
@@ -32,7 +31,7 @@ def load_model(
         path: a run's directory, its `checkpoints`, one checkpoint, or a directory in Hugging Face's format.
         compute: how to compute; default `ComputeConfig()`. Weights are fp32 in any case.
         mesh: where given, every array lands in its shards on this mesh; else everything is on the first device.
-        step: which checkpoint of a run; default the newest that is whole. `warn` hears of every one skipped.
+        step: which checkpoint of a run; default the newest that is whole.
 
     Raises CheckpointError or ConversionError, in one sentence, for anything that is no such directory or is damaged.
     """
@@ -44,7 +43,7 @@ def load_model(
         weights = open_hf_weights(path)
         return _from_hf(weights, compute, mesh), weights.config, _tokenizer(path)
     if is_checkpoint(path):
-        directory, manifest = open_checkpoint(path, step=step, warn=warn)
+        directory, manifest = open_checkpoint(path, step=step)
         return _from_checkpoint(directory, manifest, compute, mesh), manifest.model, _tokenizer(directory / TOKENIZER)
     what = "does not exist" if not path.exists() else "is a file" if path.is_file() else "holds no model"
     raise CheckpointError(

@@ -6,8 +6,9 @@ until a few fit or the time is up, and the answer says how far the model was off
 """
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from jaxcoder.config import RunConfig
@@ -19,6 +20,8 @@ from jaxcoder.plan.ranking import layout_of, lines_of_ranking
 from jaxcoder.plan.report import as_dict, lines_of
 from jaxcoder.plan.topology import Topology
 from jaxcoder.train.dry_run import row
+
+logger = logging.getLogger(__name__)
 
 MOST_TENSOR = 16
 MOST_WINDOWS = 16
@@ -57,7 +60,6 @@ def search(
     *,
     minutes: float,
     compile_all: bool = False,
-    say: Callable[[str], object] = lambda text: None,
 ) -> Search:
     """Of config the mesh, microbatch and remat are free. compile_one: None ranks without compiling. ConfigError where
     nothing can be built.
@@ -76,7 +78,7 @@ def search(
     which = "nothing is compiled" if compile_one is None else "all are compiled" if compile_all else (
         "the best of these are compiled"
     )  # fmt: skip
-    say(f"{len(plans):,} layouts, {len(ranked):,} of which should fit; {which}.")
+    logger.info(f"{len(plans):,} layouts, {len(ranked):,} of which should fit; {which}.")
     unlikely = [plan for plan in plans if plan.peak_bytes > MARGIN * plan.memory_of_chip]
     to_compile = ranked + sorted(unlikely, key=lambda plan: plan.peak_bytes) if compile_all else ranked
     compiled: list[Plan] = []
@@ -97,7 +99,7 @@ def search(
             continue
         compiled.append(done)
         how = f"fits, {done.time.expected:.3f} s a step" if done.fits else "does not fit"
-        say(f"{layout_of(done)}: {how}")
+        logger.info(f"{layout_of(done)}: {how}")
     return Search(
         topology=topology, candidates=len(plans), ranked=ranked, compiled=compiled, out_of_time=out_of_time,
         failures=failures, compile_all=compile_all,

@@ -11,7 +11,8 @@ whole or not at all, so the same command, run again after any interruption, goes
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ LOCK = ".finetune.lock"
 SCHEDULE = "starcoder"
 """The run of configs/ whose schedule a fine-tune takes."""
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,6 @@ def finetune(
     num_steps: int | None = None,
     overrides: Sequence[str] = (),
     accept_config_change: bool = False,
-    say: Say = print,
 ) -> list[Language]:
     """Evaluates the weights, trains them on, evaluates again; returns, writes and shows what became of each language.
 
@@ -87,11 +87,11 @@ def finetune(
     is_shared = (root / "before.json").exists()
     RunDirectory.of(config).claim(config, accept_config_change=accept_config_change, is_shared=is_shared)
     with held_alone(str(root), lock=LOCK):
-        before = measured_before(config, weights, root / "before.json", say)
+        before = measured_before(config, weights, root / "before.json")
         result = pretrain(config, accept_config_change=accept_config_change, directory_is_shared=True)
         result.raise_late_stop()
         languages = compare(before, result.eval_metrics, trained_on)
-        write_report(root, base, languages, before, result.eval_metrics, say)
+        write_report(root, base, languages, before, result.eval_metrics)
         return languages
 
 
@@ -142,7 +142,7 @@ def check_stores(weights: StartingWeights, store: str, held_out: Sequence[str]) 
     return set(pc.unique(opened[0].documents["lang"]).to_pylist())
 
 
-def measured_before(config: RunConfig, weights: StartingWeights, path: Path, say: Say) -> dict[str, float]:
+def measured_before(config: RunConfig, weights: StartingWeights, path: Path) -> dict[str, float]:
     """Held-out figures of the weights that the run begins with, from `path` if they lie there already."""
     settings = {"init_from": config.init_from, "windows": config.eval.num_windows, "model": fingerprint(config.model)}
     settings["stores"] = [corpus.eval_store for corpus in config.data.corpora if corpus.eval_store]
@@ -155,7 +155,7 @@ def measured_before(config: RunConfig, weights: StartingWeights, path: Path, say
         _, streams, _ = open_streams(config)
         model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
         metrics = HeldOut(config, streams, mesh)(model)
-    say(f"Before: {metrics['eval/bits_per_byte']:.4f} bits per byte of all held-out text.")
+    logger.info(f"Before: {metrics['eval/bits_per_byte']:.4f} bits per byte of all held-out text.")
     write_text(path, json.dumps({"settings": settings, "metrics": metrics}, indent=1) + "\n")
     return metrics
 
@@ -199,17 +199,13 @@ def table(languages: Sequence[Language]) -> list[str]:
     return lines
 
 
-def write_report(root: Path, base: str, languages: Sequence[Language], before: dict, after: dict, say: Say) -> None:
-    """retention.json and retention.txt, and the table on the screen."""
+def write_report(root: Path, base: str, languages: Sequence[Language], before: dict, after: dict) -> None:
+    """retention.json and retention.txt, the table of `table`."""
     report = {
         "base": base,
         "languages": [dataclasses.asdict(language) | {"change": language.change} for language in languages],
         "before": before,
         "after": after,
     }
-    lines = table(languages)
     write_text(root / "retention.json", json.dumps(report, indent=1) + "\n")
-    write_text(root / "retention.txt", "\n".join(lines) + "\n")
-    for line in ("", *lines):
-        say(line)
-    say(f"Written to {root / 'retention.json'}; the weights are in {root / 'checkpoints'}.")
+    write_text(root / "retention.txt", "\n".join(table(languages)) + "\n")

@@ -13,13 +13,13 @@ it was.
 """
 
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxcoder.config import RunConfig
 from jaxcoder.config.load import load_run
-from jaxcoder.corpus.gather import CorpusSummary, gather
+from jaxcoder.corpus.gather import gather
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
 from jaxcoder.io.atomic import atomic_directory, is_left_over, write_text
@@ -35,7 +35,7 @@ HELD_OUT_FRACTION = 0.02
 SEED = 0
 LOCK = ".quickstart.lock"
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class Paths:
 
 
 def quickstart(
-    output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress, say: Say
+    output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress
 ) -> dict[str, object]:
     """Runs all stages and returns the report that it also writes and shows.
 
@@ -86,11 +86,11 @@ def quickstart(
     check_claim(paths, settings)
     with held_alone(str(paths.root), lock=LOCK):
         claim(paths, settings)
-        return stages(paths, config, source=source, num_steps=num_steps, progress=progress, say=say)
+        return stages(paths, config, source=source, num_steps=num_steps, progress=progress)
 
 
 def stages(
-    paths: Paths, config: RunConfig, *, source: Path | None, num_steps: int, progress: Progress, say: Say
+    paths: Paths, config: RunConfig, *, source: Path | None, num_steps: int, progress: Progress
 ) -> dict[str, object]:
     """From the code to the report, in a directory that is ours; what is there already is not made again."""
     summary = gather(
@@ -101,21 +101,26 @@ def stages(
         seed=SEED,
         progress=progress,
     )
-    say_corpus(summary, say)
+    logger.info(
+        f"Corpus: {summary.train_documents:,} files, {summary.train_bytes / 1e6:.1f} MB; held out: "
+        f"{summary.held_out_documents:,} files of {len(summary.held_out_packages)} packages, "
+        f"{summary.held_out_bytes / 1e6:.2f} MB"
+    )
     tokenizer = make_tokenizer(paths, config.model.vocab_size, progress)
-    say(f"Tokenizer: {tokenizer.vocab_size:,} tokens, byte-level BPE ({paths.tokenizer})")
+    logger.info(f"Tokenizer: {tokenizer.vocab_size:,} tokens, byte-level BPE ({paths.tokenizer})")
     store = build_store(paths.train_documents, tokenizer, paths.train_store, seed=SEED, progress=progress)
     build_store(paths.held_out_documents, tokenizer, paths.held_out_store, seed=SEED, progress=progress)
-    say(f"Token store: {store.num_tokens:,} tokens, {store.bytes_per_token:.2f} bytes each ({paths.train_store})")
+    logger.info(
+        f"Token store: {store.num_tokens:,} tokens, {store.bytes_per_token:.2f} bytes each ({paths.train_store})"
+    )
 
     from jaxcoder.recipes.pretrain import pretrain
-    from jaxcoder.recipes.quickstart_report import make_report, show_report
+    from jaxcoder.recipes.quickstart_report import make_report
 
     config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
     result = pretrain(config, directory_is_shared=True)
     result.raise_late_stop()
     report = make_report(paths, result.eval_metrics, progress)
-    show_report(paths, report, say)
     return report
 
 
@@ -157,14 +162,6 @@ def spelled(settings: dict[str, object] | None) -> str:
         return "which cannot be read"
     source = "no --source" if settings.get("source") is None else f"--source {settings['source']}"
     return f"{source}, --steps {settings.get('num_steps')}"
-
-
-def say_corpus(summary: CorpusSummary, say: Say) -> None:
-    say(
-        f"Corpus: {summary.train_documents:,} files, {summary.train_bytes / 1e6:.1f} MB; held out: "
-        f"{summary.held_out_documents:,} files of {len(summary.held_out_packages)} packages, "
-        f"{summary.held_out_bytes / 1e6:.2f} MB"
-    )
 
 
 def make_tokenizer(paths: Paths, vocab_size: int, progress: Progress) -> Tokenizer:

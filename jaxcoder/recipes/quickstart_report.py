@@ -4,7 +4,6 @@ import json
 import lzma
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,38 +76,38 @@ def xz_bits_per_byte(documents: list[Document]) -> float:
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
 
 
-def show_report(paths: "Paths", report: dict, say: Callable[[str], None]) -> None:
-    """The report for a person, with the commands to go on with."""
+def show_report(paths: "Paths", report: dict) -> None:
+    """Prints the report for a person, with the commands to go on with."""
     held_out, infill, program = report["held_out"], report["infill"], command_name()
     width = min(shutil.get_terminal_size().columns, 100)
-    say("\n" + " what it learned ".center(width, "-"))
-    say(
+    print("\n" + " what it learned ".center(width, "-"))
+    print(
         f"held-out files ({held_out['files']}): loss {held_out['eval/loss']:.3f} nats per token, "
         f"{held_out['eval/bits_per_byte']:.3f} bits per byte (xz -9e needs {held_out['xz_bits_per_byte']:.3f})"
     )
-    say(
+    print(
         f"infilling {infill['count']} held-out lines: edit similarity {infill['edit_similarity']:.3f}, "
         f"exact match {infill['exact_match']:.1%}"
     )
     for prompt, text in report["completions"]:
-        say("\n" + " completion: >>> written by the model <<< ".center(width, "-"))
-        say(f"{prompt}>>>{text}<<<")
+        print("\n" + " completion: >>> written by the model <<< ".center(width, "-"))
+        print(f"{prompt}>>>{text}<<<")
     for prefix, middle, suffix in report["infills"]:
-        say("\n" + " infill: >>> written by the model <<< ".center(width, "-"))
-        say(f"{prefix}>>>{middle}<<<{suffix}")
-    say("\n" + " where it is ".center(width, "-"))
-    say(f"loss curve      {report['loss_curve']}")
-    say(f"checkpoint      {report['checkpoints']}")
-    say(f"PyTorch format  {report['pytorch']}")
-    say(f"report          {paths.root / 'report.json'}")
-    say("\n" + " go on with ".center(width, "-"))
+        print("\n" + " infill: >>> written by the model <<< ".center(width, "-"))
+        print(f"{prefix}>>>{middle}<<<{suffix}")
+    print("\n" + " where it is ".center(width, "-"))
+    print(f"loss curve      {report['loss_curve']}")
+    print(f"checkpoint      {report['checkpoints']}")
+    print(f"PyTorch format  {report['pytorch']}")
+    print(f"report          {paths.root / 'report.json'}")
+    print("\n" + " go on with ".center(width, "-"))
     root, pytorch, store, longer = map(
         shlex.quote, (str(paths.root), report["pytorch"], str(paths.train_store), f"{paths.root}-longer")
     )
-    say(f"{program} complete {root} --prefix 'def read_file('")
-    say(f"{program} complete {pytorch} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
-    say(f"{program} checkpoint inspect {root}")
-    say(f"{program} train quickstart --data {store} --num-steps 5000 --output-dir {longer}")
+    print(f"{program} complete {root} --prefix 'def read_file('")
+    print(f"{program} complete {pytorch} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
+    print(f"{program} checkpoint inspect {root}")
+    print(f"{program} train quickstart --data {store} --num-steps 5000 --output-dir {longer}")
 
 
 def write_json(path: Path, content: dict) -> None:

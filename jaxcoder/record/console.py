@@ -1,9 +1,14 @@
-"""What long work looks like in a terminal, and in a log.
+"""Messages and progress on the console.
 
-On a terminal one live line is redrawn (rich). Elsewhere a plain line is printed every few seconds, so that a log stays
-readable and shows that the work is alive. Everything goes to stderr: stdout belongs to results.
+The package logs to `logging.getLogger("jaxcoder")` and its children and configures nothing, so that a program that
+imports it shows, redirects or drops the messages as it does those of any library. The command line calls
+`configure_logging`, which prints to stderr; stdout is for results.
+
+A record logged with `extra=PROGRESS` replaces the one before it. On a terminal it is drawn in place (rich), below all
+other messages; elsewhere it is printed every few seconds, so that a log file stays readable.
 """
 
+import logging
 import sys
 import time
 from collections import deque
@@ -14,97 +19,116 @@ from jaxcoder.formatting import format_amount, format_bytes, format_count, forma
 if TYPE_CHECKING:
     from rich.live import Live
 
-PLAIN_INTERVAL = 10.0  # seconds between the lines of a log
-LIVE_INTERVAL = 0.1  # seconds between two drawings of a live line
+PROGRESS = {"is_progress": True}
+PLAIN_INTERVAL = 10.0  # seconds between two lines of progress in a log file
+LIVE_INTERVAL = 0.1  # seconds between two redraws on a terminal
+
+logger = logging.getLogger(__name__)
 
 
-_drawn: "set[_Line]" = set()
+def configure_logging(level: str = "info", quiet: bool = False) -> None:
+    """Prints what the package logs from `level` on to stderr. quiet: warnings and errors only, and no progress."""
+    package = logging.getLogger("jaxcoder")
+    clear_live_line()
+    for handler in _console_handlers():
+        package.removeHandler(handler)
+    package.addHandler(ConsoleHandler())
+    package.setLevel(logging.WARNING if quiet else level.upper())
+    package.propagate = False
 
 
-def clear_live_lines() -> None:
-    """Takes every live line off the screen and shows the cursor again: for an end that nobody foresaw."""
-    for line in list(_drawn):
-        line.clear()
+def clear_live_line() -> None:
+    """Removes the progress line from the terminal and shows the cursor again."""
+    for handler in _console_handlers():
+        handler.clear()
 
 
-class _Line:
-    """One line of text that changes: drawn in place on a terminal, printed now and then elsewhere."""
+def _console_handlers() -> "list[ConsoleHandler]":
+    return [handler for handler in logging.getLogger("jaxcoder").handlers if isinstance(handler, ConsoleHandler)]
 
-    def __init__(self, stream: TextIO | None, interval: float):
-        self.stream = sys.stderr if stream is None else stream
-        self.is_live = self.stream.isatty()
-        self._interval = LIVE_INTERVAL if self.is_live else interval
+
+class ConsoleHandler(logging.Handler):
+    """Prints messages above one line of progress. Warnings get the prefix "jaxcoder: warning: "."""
+
+    def __init__(self, stream: TextIO | None = None, interval: float = PLAIN_INTERVAL):
+        """stream: default the `sys.stderr` of the moment. interval: between lines of progress if it is no terminal."""
+        super().__init__()
+        self._stream, self._interval = stream, interval
         self._next = 0.0
         self._live: Live | None = None
 
-    def is_due(self) -> bool:
-        return time.monotonic() >= self._next
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                text = f"jaxcoder: {record.levelname.lower()}: {text}"
+            if getattr(record, "is_progress", False):
+                self._show_progress(text)
+            else:
+                self._print(text)
+        except Exception:
+            self.handleError(record)
 
-    def show(self, text: str) -> None:
-        self._next = time.monotonic() + self._interval
-        if not self.is_live:
-            self.say(text)
+    def _show_progress(self, text: str) -> None:
+        if time.monotonic() < self._next:
             return
+        stream = self._stream or sys.stderr
+        is_terminal = stream.isatty()
+        self._next = time.monotonic() + (LIVE_INTERVAL if is_terminal else self._interval)
+        if not is_terminal:
+            self._print(text)
+            return
+        from rich.console import Console
+        from rich.live import Live
         from rich.text import Text
 
         if self._live is None:
-            self._live = self._start_live()
+            self._live = Live(console=Console(file=stream), auto_refresh=False, transient=True)
+            self._live.start()
         self._live.update(Text(text, overflow="ellipsis", no_wrap=True), refresh=True)
 
-    def _start_live(self) -> "Live":
-        from rich.console import Console
-        from rich.live import Live
-
-        live = Live(console=Console(file=self.stream), auto_refresh=False, transient=True)
-        live.start()
-        _drawn.add(self)
-        return live
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the live one."""
+    def _print(self, text: str) -> None:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self.stream, flush=True)
+            print(text, file=self._stream or sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """The live line goes away; what was said stays."""
+        """Ends the line of progress; the next one is shown at once."""
         if self._live is not None:
             self._live.stop()
             self._live = None
-            _drawn.discard(self)
         self._next = 0.0
 
 
 class ConsoleProgress:
-    """`protocols.Progress` for a person: "Encoding  34%  1,204 of 3,541 files  2:10 left  lib/ast.py"."""
+    """`protocols.Progress` as log records: "Encoding  34%  1,204 of 3,541 files  2:10 left  lib/ast.py"."""
 
-    def __init__(self, stream: TextIO | None = None, interval: float = PLAIN_INTERVAL):
-        self._line = _Line(stream, interval)
+    def __init__(self) -> None:
         self._what, self._unit, self._note = "", "", ""
         self._total: float | None = None
-        self._done = 0.0
-        self._started = 0.0
+        self._done, self._started, self._next = 0.0, 0.0, 0.0
 
     def start(self, what: str, total: float | None, unit: str) -> None:
-        self._what, self._total, self._unit, self._note = what, total, unit, ""
-        self._done, self._started = 0.0, time.monotonic()
-        self._line.show(self._text())
+        self._what, self._total, self._unit = what, total, unit
+        self._done, self._started, self._next = 0.0, time.monotonic(), 0.0
+        self.advance(0)
 
     def advance(self, amount: float, note: str = "") -> None:
         self._done += amount
         self._note = note
-        if self._line.is_due():
-            self._line.show(self._text())
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + LIVE_INTERVAL
+            logger.info(self._text(), extra=PROGRESS)
 
     def finish(self, summary: str = "") -> None:
-        self._line.clear()
+        self.close()
         took = format_duration(time.monotonic() - self._started)
-        self._line.say(f"{self._what}: {summary or self._amount()} ({took})")
+        logger.info(f"{self._what}: {summary or self._amount()} ({took})")
 
     def close(self) -> None:
-        """For a `finally`: takes an unfinished live line off the screen."""
-        self._line.clear()
+        """Removes an unfinished line from the terminal; for a `finally`."""
+        clear_live_line()
 
     def _amount(self) -> str:
         if self._total is None:
@@ -114,47 +138,25 @@ class ConsoleProgress:
 
     def _text(self) -> str:
         parts = [self._what]
-        elapsed = time.monotonic() - self._started
         if self._total:
-            share = min(self._done / self._total, 1.0)
-            parts.append(f"{100 * share:3.0f}%")
-            parts.append(self._amount())
+            elapsed, share = time.monotonic() - self._started, min(self._done / self._total, 1.0)
+            parts += [f"{100 * share:3.0f}%", self._amount()]
             if 0 < share < 1 and elapsed > 2:
                 parts.append(f"{format_duration(elapsed * (1 - share) / share)} left")
         else:
             parts.append(self._amount())
-        if self._note:
-            parts.append(self._note)
-        return "  ".join(parts)
+        return "  ".join([*parts, self._note] if self._note else parts)
 
 
-class TrainingLine:
-    """The live line of a training run: step, loss, bits per byte, tokens per second, time left.
+class TrainingProgress:
+    """The progress of a training run: step, loss, bits per byte, tokens per second, time left.
 
-        with TrainingLine(num_steps=1000) as line:
-            line.update(step=1, loss=10.8, bits_per_byte=3.4, tokens_per_second=41_000)
-            line.say("saved step 100")
-
-    The time left comes from the last `window` updates, so that compiling and a slow start do not spoil it.
+    The time left comes from the last `window` updates, so that compilation and a slow start do not distort it.
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        *,
-        stream: TextIO | None = None,
-        interval: float = PLAIN_INTERVAL,
-        window: int = 50,
-    ):
-        self._line = _Line(stream, interval)
+    def __init__(self, num_steps: int, window: int = 50):
         self._num_steps = num_steps
         self._marks: deque[tuple[float, int]] = deque(maxlen=window)
-
-    def __enter__(self) -> "TrainingLine":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
     def update(
         self,
@@ -165,34 +167,9 @@ class TrainingLine:
         tokens_per_second: float | None = None,
         mfu: float | None = None,
     ) -> None:
-        """The newest numbers; drawn when a drawing is due, and always for the first and the last step."""
+        """Logs the newest metrics; those of the last step are an ordinary message and stay on the screen."""
         self._marks.append((time.monotonic(), step))
-        if self._line.is_due() or step == self._num_steps:
-            self._line.show(self._text(step, loss, bits_per_byte, tokens_per_second, mfu))
-
-    def say(self, text: str) -> None:
-        """A line that stays, above the live one."""
-        self._line.say(text)
-
-    def status(self, text: str) -> None:
-        """Replaces the live line until the next update ("compiling", "saving")."""
-        self._line.show(text)
-
-    def close(self) -> None:
-        self._line.clear()
-
-    def seconds_left(self) -> float | None:
-        """By the pace of the last updates; None before there are two."""
-        if len(self._marks) < 2:
-            return None
-        (begin, first), (end, last) = self._marks[0], self._marks[-1]
-        return (end - begin) / (last - first) * (self._num_steps - last) if last > first else None
-
-    def _text(
-        self, step: int, loss: float, bits_per_byte: float | None, tokens_per_second: float | None, mfu: float | None
-    ) -> str:
-        width = len(f"{self._num_steps:,}")
-        parts = [f"step {step:>{width},}/{self._num_steps:,}", f"loss {loss:.3f}"]
+        parts = [f"step {step:>{len(f'{self._num_steps:,}')},}/{self._num_steps:,}", f"loss {loss:.3f}"]
         if bits_per_byte is not None:
             parts.append(f"{bits_per_byte:.3f} bits/byte")
         if tokens_per_second is not None:
@@ -200,5 +177,16 @@ class TrainingLine:
         if mfu is not None:
             parts.append(f"{mfu:.1%} MFU")
         left = self.seconds_left()
-        parts.append(f"{format_duration(left)} left" if left is not None else "")
-        return "  ".join(parts).rstrip()
+        if left is not None:
+            parts.append(f"{format_duration(left)} left")
+        is_last = step == self._num_steps
+        if is_last:
+            clear_live_line()
+        logger.info("  ".join(parts), extra=None if is_last else PROGRESS)
+
+    def seconds_left(self) -> float | None:
+        """By the pace of the last updates; None before there are two."""
+        if len(self._marks) < 2:
+            return None
+        (begin, first), (end, last) = self._marks[0], self._marks[-1]
+        return (end - begin) / (last - first) * (self._num_steps - last) if last > first else None

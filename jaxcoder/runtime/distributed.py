@@ -1,11 +1,13 @@
 """Several processes become one run: they find each other, wait for the last one, and tell JAX."""
 
+import logging
 import os
-from collections.abc import Callable
 
 from jaxcoder.errors import ConfigError, LostProcessError
 from jaxcoder.runtime.processes import Processes, TpuPod, find_processes
 from jaxcoder.runtime.roster import answer_roll, call_roll
+
+logger = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 900
 """So long a process waits for the others: hosts of a pod fetch images and start minutes apart."""
@@ -20,7 +22,6 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     patience: float = PATIENCE_SECONDS,
-    say: Callable[[str], object] = print,
 ) -> int:
     """Meets the other processes of the run, where there are any, and returns the index of this one (0 if alone).
 
@@ -37,9 +38,9 @@ def join(
 
     if found.index == 0:
         others = f"{found.count - 1} other process{'es' if found.count > 2 else ''}"
-        say(f"Waiting at {found.coordinator} for {others} (as {found.source} says).")
-        hosts = call_roll(found, patience, say)
-        say(f"All {found.count} processes are here: {_counted(hosts)}.")
+        logger.info(f"Waiting at {found.coordinator} for {others} (as {found.source} says).")
+        hosts = call_roll(found, patience)
+        logger.info(f"All {found.count} processes are here: {_counted(hosts)}.")
     else:
         answer_roll(found, patience)
     try:

@@ -4,21 +4,23 @@ Process 0 listens at the meeting place and notes everyone who tells its index an
 lets them go and leaves the port to JAX. One line of text each way: `jaxcoder INDEX COUNT HOST` and `go`, or a sentence.
 """
 
+import logging
 import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
 
 from jaxcoder.errors import ConfigError, JaxcoderError, LostProcessError
 from jaxcoder.runtime.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 _FIRST_WORD, _BETWEEN_WORDS = 5.0, 30.0  # seconds
 _MOST_NAMED = 8
 _LONGEST_LINE = 400
 
 
-def call_roll(found: Processes, patience: float, say: Callable[[str], object]) -> list[str]:
+def call_roll(found: Processes, patience: float) -> list[str]:
     """In process 0: returns the hosts' names by process once all are there. They may go on when this returns.
 
     Raises ConfigError if the port is taken or two processes have one index, LostProcessError naming who is missing.
@@ -51,7 +53,7 @@ def call_roll(found: Processes, patience: float, say: Callable[[str], object]) -
                         f"({found.coordinator}) and can reach it."
                     )
                 if now > next_word and arrivals.missing:
-                    say(f"Waiting for {arrivals.words()}.")
+                    logger.info(f"Waiting for {arrivals.words()}.")
                     next_word = now + _BETWEEN_WORDS
         except JaxcoderError as error:
             arrivals.send_all(str(error))

@@ -1,7 +1,8 @@
 """What the loop does about the numbers of a step: says alarms, names the files of a spike, stops after many skips."""
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxcoder.config import RunConfig
@@ -13,6 +14,8 @@ from jaxcoder.protocols import MetricWriter
 from jaxcoder.record.alarms import Alarms, LossSpike
 from jaxcoder.record.metrics import last_metrics
 from jaxcoder.train.run_directory import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 _MOST_LINES = 24
 _MOST_DOCUMENTS = 20_000_000  # the table of more would take gigabytes of this process's memory
@@ -31,13 +34,12 @@ class Watch:
         stream: WindowStream,
         directory: RunDirectory,
         writer: MetricWriter,
-        say: Callable[[str], None],
         *,
         step: int,
         samples: int,
     ):
         self._config, self._stream, self._directory = config, stream, directory
-        self._writer, self._say = writer, say
+        self._writer = writer
         self._history = StepHistory(config.global_batch_size, config.data.stages, [(step, samples)] if step else ())
         self._alarms = Alarms()
         self._skipped_in_row = 0
@@ -49,7 +51,7 @@ class Watch:
             self._count_skips(step, metrics)
         for alarm in self._alarms(step, metrics):
             self._writer.write(step, {f"alarm/{alarm.rule}": alarm.message})
-            self._say(f"step {step:,}: {alarm.rule}: {alarm.message}")
+            logger.warning(f"step {step:,}: {alarm.rule}: {alarm.message}")
             if alarm.rule == LossSpike.name:
                 self._say_files(step)
 
@@ -63,7 +65,7 @@ class Watch:
         wrong = f"above {self._config.optimizer.skip_grad_norm_above:g}" if is_finite else "not finite"
         value = f" {metrics['grad_norm']:.4g}" if is_finite else ""
         so_far = f"{metrics['skipped_steps']:.0f} so far"
-        self._say(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
+        logger.warning(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
         if self._skipped_in_row == 1:
             self._say_files(step)
         limit = self._config.optimizer.max_skipped_steps
@@ -81,11 +83,11 @@ class Watch:
             return
         command = f"jaxcoder data trace {self._directory.path} --step {step}"
         if sum(store.num_documents for store in self._stream.stores) > _MOST_DOCUMENTS:
-            self._say(f"  `{command}` lists the files in its batch")
+            logger.warning(f"  `{command}` lists the files in its batch")
             return
         tracer = Tracer(self._stream, self._history, self._config.num_steps)
         for number, line in enumerate(describe_batch(tracer, step)):
             if number == _MOST_LINES:
-                self._say(f"  and more: `{command}` lists them all")
+                logger.warning(f"  and more: `{command}` lists them all")
                 break
-            self._say(f"  {line}")
+            logger.warning(f"  {line}")

@@ -5,6 +5,7 @@ JAX's coordination service, one sum over all devices.
 """
 
 import hashlib
+import logging
 import shutil
 import sys
 import time
@@ -23,6 +24,8 @@ from jaxcoder.data.stream import SampleStream, WindowStream
 from jaxcoder.errors import ConfigError, DataError, JaxcoderError
 from jaxcoder.runtime import Peers
 from jaxcoder.train.inputs import HeldOutStream
+
+logger = logging.getLogger(__name__)
 
 _MOST_FIELDS = 3
 _CLOCK_SECONDS = 5.0  # logs of hosts that differ by more cannot be laid side by side
@@ -83,21 +86,21 @@ def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], peers: P
     peers.agree("data", mine, compare)
 
 
-def check_clocks(peers: Peers, say: Callable[[str], None]) -> None:
-    """Says whose clock is far from process 0's; all have just heard one answer, so they read theirs together."""
+def check_clocks(peers: Peers) -> None:
+    """Warns of clocks that are far from process 0's; all have just heard one answer, so they read theirs together."""
     peers.agree("now", None, lambda _: None)
 
     def compare(times: list[float]) -> list[str]:
         late = [(index, seconds - times[0]) for index, seconds in enumerate(times)]
         return [
-            f"Warning: the clock of {peers.name(index)} is {abs(apart):.0f} seconds "
+            f"the clock of {peers.name(index)} is {abs(apart):.0f} seconds "
             f"{'ahead of' if apart > 0 else 'behind'} that of {peers.name(0)}: set both by NTP, or logs mislead."
             for index, apart in late
             if abs(apart) > _CLOCK_SECONDS
         ]
 
     for line in peers.agree("clocks", time.time(), compare):
-        say(line)
+        logger.warning(line)
 
 
 def check_disk(directory: str, state_bytes: int) -> None:

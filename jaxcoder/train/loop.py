@@ -9,7 +9,7 @@ windows that they consumed: the whole position in the data.
 import contextlib
 import dataclasses
 import itertools
-import os
+import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from jaxcoder.errors import ConfigError, Interrupted
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.protocols import MetricWriter
-from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.console import TrainingProgress, clear_live_line
 from jaxcoder.record.event_log import EventLog, Spent, new_attempt
 from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.runtime import (
@@ -67,6 +67,8 @@ Evaluation = Callable[[GPTBigCode], Mapping[str, float]]
 
 AlterBatch = Callable[[int, Batch], Batch]
 """(step, this process's share of its batch) -> what is trained on instead."""
+
+logger = logging.getLogger(__name__)
 
 _HOSTS_EVERY = 30.0  # seconds between two records of the slowest host
 
@@ -111,9 +113,7 @@ def train(
     TrainingError when too many steps in a row are not finite; LostProcessError when another process is gone.
     """
     with contextlib.ExitStack() as stack:
-        # One process reports.
-        silent = stack.enter_context(open(os.devnull, "w")) if jax.process_index() else None
-        line = stack.enter_context(TrainingLine(config.num_steps, stream=silent))
+        stack.callback(clear_live_line)
         peers = stack.enter_context(Peers())
         host_check.check_configuration(config, peers, lambda: _check(config, profile_steps))
         config = dataclasses.replace(config, mesh=resolve_mesh(config.mesh, len(jax.devices())))
@@ -150,30 +150,27 @@ def train(
         common_stop = CommonStop(stop, peers)
         stack.enter_context(out_of_memory_explained(config))
         stack.enter_context(jax.set_mesh(mesh))
-        host_check.check_clocks(peers, line.say)
+        host_check.check_clocks(peers)
         host_check.check_devices(mesh)
         save_tokenizer = tokenizer.save if tokenizer else None
         checkpointer = stack.enter_context(
-            Checkpointer(
-                directory.checkpoints, config.checkpoint, run=config, save_tokenizer=save_tokenizer, warn=line.say
-            )
+            Checkpointer(directory.checkpoints, config.checkpoint, run=config, save_tokenizer=save_tokenizer)
         )
-        line.say(describe(config, mesh))
+        logger.info(describe(config, mesh))
         with spent.on("restore"):
             state, step, samples = restore_or_begin(config, mesh, checkpointer, weights, tokenizer)
         ending.step = step
         if step:
-            line.say(f"Continuing after step {step:,}.")
+            logger.info(f"Continuing after step {step:,}.")
         writer = stack.enter_context(contextlib.closing(open_writers(config, directory, step)))
         if peers.index == 0:
             directory.adopt(config)
         events.write("ready", step=step, samples=samples)
-        watch = Watch(config, stream, directory, writer, line.say, step=step, samples=samples)
+        watch = Watch(config, stream, directory, writer, step=step, samples=samples)
         schedule = BatchSchedule.of(config.global_batch_size, config.data, batch=step, sample=samples)
         profiler = Profiler(
             profile_steps,
             directory.profile,
-            line.say,
             lambda first, last: events.write("profile", first=first, last=last, directory=directory.profile),
         )
         run = Run(
@@ -185,12 +182,11 @@ def train(
             train_steps={size: make_train_step(sized(config, size)) for size in schedule.batch_sizes},
             tokenizer=tokenizer,
             token_bytes=stream.token_bytes,
-            log=StepLog(config, writer, line, watch),
+            log=StepLog(config, writer, TrainingProgress(config.num_steps), watch),
             held_out=HeldOut(config, held_out_streams, mesh) if held_out_streams else None,
             evaluations=evaluations,
             writer=writer,
             watch=watch,
-            line=line,
             checkpointer=checkpointer,
             profiler=stack.enter_context(profiler),
             peers=peers,
@@ -267,7 +263,6 @@ class Run:
     evaluations: Sequence[Evaluation]
     writer: MetricWriter
     watch: Watch
-    line: TrainingLine
     checkpointer: Checkpointer
     profiler: Profiler
     peers: Peers
@@ -342,7 +337,7 @@ class Run:
         began = time.monotonic()
         self.eval_metrics = metrics = self.measure()
         self.writer.write(self.step, metrics | {"eval_seconds": time.monotonic() - began})
-        self.line.say(f"step {self.step:,}: {said(metrics)}")
+        logger.info(f"step {self.step:,}: {said(metrics)}")
         self.watch(self.step, metrics)
         self.log.pause()
         self.spent.write(self.step, now=True)

@@ -1,12 +1,15 @@
 """A profile of a few steps of a run, for XProf, TensorBoard or Perfetto: of those that were asked for, or of the next
 ones when a signal comes."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 
 from jaxcoder.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +45,10 @@ class Profiler:
         self,
         steps: ProfileSteps | None,
         directory: str,
-        say: Callable[[str], None],
         on_end: Callable[[int, int], object] = lambda first, last: None,
     ):
         """on_end: told the first and the last step of a profile that was written."""
-        self._steps, self._directory, self._say, self._on_end = steps, directory, say, on_end
+        self._steps, self._directory, self._on_end = steps, directory, on_end
         self._is_requested = False
         self._running: ProfileSteps | None = None
 
@@ -75,7 +77,7 @@ class Profiler:
     def _stop(self, step: int) -> None:
         first, self._running = self._running.first, None
         jax.profiler.stop_trace()
-        self._say(
+        logger.info(
             f"Profile of steps {first} to {step}: {self._directory} "
             "(look at it with `xprof`, or `tensorboard` and its profile plugin)"
         )

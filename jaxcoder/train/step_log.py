@@ -14,7 +14,7 @@ import jax
 from jaxcoder.config import RunConfig
 from jaxcoder.models.flops import training_flops_per_token
 from jaxcoder.protocols import MetricWriter
-from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.console import TrainingProgress
 from jaxcoder.record.memory import host_memory
 from jaxcoder.train.devices import device_memory, find_chip
 
@@ -43,11 +43,11 @@ class StepLog:
         self,
         config: RunConfig,
         writer: MetricWriter,
-        line: TrainingLine,
+        progress: TrainingProgress,
         watch: Callable[[int, Mapping[str, float]], None],
     ):
         """watch: is told (step, metrics) of every step, once they have been written."""
-        self._config, self._writer, self._line, self._watch = config, writer, line, watch
+        self._config, self._writer, self._progress, self._watch = config, writer, progress, watch
         self._flops_per_window = (
             training_flops_per_token(config.model, config.model.max_seq_len) * config.model.max_seq_len
         )
@@ -100,7 +100,7 @@ class StepLog:
         values |= device_memory() | pending.counts
         if pending.step % self._config.log_every_steps == 0 or pending.step == self._config.num_steps:
             self._writer.write(pending.step, values)
-        self._line.update(
+        self._progress.update(
             step=pending.step,
             loss=values["loss"],
             bits_per_byte=values.get("bits_per_byte"),

@@ -175,22 +175,22 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_skipped_loudly(tmp_path, damage):
+def test_damaged_checkpoint_is_skipped_loudly(tmp_path, damage, caplog):
     break_it, words = DAMAGES[damage]
-    said = []
-    checkpointer = open_checkpointer(tmp_path, warn=said.append)
+    checkpointer = open_checkpointer(tmp_path)
     for step in (1, 2):
         checkpointer.save(step, {"params/wte": jnp.full((64, 64), float(step))}, {"samples": step})
     checkpointer.wait()
     path = tmp_path / "checkpoints" / "2"
     break_it(path)
     assert checkpointer.latest_step() == 1
-    assert len(said) == 1 and str(path) in said[0] and words in said[0]
+    (message,) = caplog.messages
+    assert str(path) in message and words in message
     with pytest.raises(CheckpointError, match="cannot be used"):
         find_checkpoint(tmp_path, step=2)
     # Going on from step 1 must not count the bad one among those to keep.
     config = CheckpointConfig(save_every_steps=1, keep_last=1)
-    again = open_checkpointer(tmp_path, config, warn=said.append)
+    again = open_checkpointer(tmp_path, config)
     assert again.latest_step() == 1
     again.save(2, {"params/wte": jnp.full((64, 64), 7.0)}, {"samples": 2})
     again.wait()
@@ -204,7 +204,7 @@ def test_bad_later_step_does_not_push_out_good_ones(tmp_path):
         checkpointer.save(step, arrays, {})
     checkpointer.wait()
     _flip(_largest(tmp_path / "checkpoints" / "5"))
-    again = open_checkpointer(tmp_path, CheckpointConfig(save_every_steps=1, keep_last=1), warn=lambda text: None)
+    again = open_checkpointer(tmp_path, CheckpointConfig(save_every_steps=1, keep_last=1))
     assert again.latest_step() == 1
     again.save(2, arrays, {})
     again.wait()
@@ -298,7 +298,7 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         seen = int((process.communicate()[0].split() or [seen])[-1])
-        checkpointer = open_checkpointer(tmp_path, warn=lambda text: None)
+        checkpointer = open_checkpointer(tmp_path)
         last = checkpointer.latest_step()
         assert last in (seen - 1, seen)
         assert [

@@ -28,7 +28,7 @@ def complete(loaded, monkeypatch, capsys):
     """Runs the verb on a tiny model; gives (exit code, standard output, standard error)."""
     import jaxcoder.inference.load
 
-    monkeypatch.setattr(jaxcoder.inference.load, "load_model", lambda path, *, compute, step, warn: loaded)
+    monkeypatch.setattr(jaxcoder.inference.load, "load_model", lambda path, *, compute, step: loaded)
 
     def run(*arguments, stdin=b""):
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))

@@ -23,8 +23,6 @@ from jaxcoder.drill.report import Outcome, Report, Verdict, compare, judge_bad_b
 from jaxcoder.drill.setup import layout_of, prepare
 from jaxcoder.errors import ConfigError
 
-SILENT = print  # pytest shows it when a test fails
-
 
 def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict | None = None) -> Plan:
     return Plan(kinds=names, processes=processes, num_steps=num_steps, bad_batches=bad or {})
@@ -33,7 +31,7 @@ def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict |
 def test_three_faults_and_two_bad_batches(tmp_path):
     """A kill in the middle of a save, a process that is stuck, a damaged checkpoint; NaN and a spike."""
     plan = plan_of(["kill-saving", "stop-one", "flip"], num_steps=60, bad={13: "nan", 46: "spike"})
-    report = drill(tmp_path, plan, seed=1, say=SILENT)
+    report = drill(tmp_path, plan, seed=1)
     assert not report.has_failed, report.text()
     assert [outcome.kind for outcome in report.outcomes] == ["kill-saving", "stop-one", "flip", "nan", "spike"]
     assert report.verdicts["disturbed"].is_identical
@@ -44,7 +42,7 @@ def test_three_faults_and_two_bad_batches(tmp_path):
 @pytest.mark.slow
 def test_every_kind(tmp_path):
     seed = int(time.time())
-    report = drill(tmp_path, Plan.draw(len(kinds(2)), seed), seed=seed, say=SILENT)
+    report = drill(tmp_path, Plan.draw(len(kinds(2)), seed), seed=seed)
     assert not report.has_failed, report.text()
 
 
@@ -103,7 +101,7 @@ def test_a_broken_trainer_is_found_out(alone, name, break_it, said):
     broken = Trainer(command=command, port=trainer.port, cache=trainer.cache)
     run, plan = RunFiles(directory / name), plan_of(["term-all"], num_steps=24, processes=1)
     report = Report(seed=1, processes=1, num_steps=24)
-    Lane(broken, run, plan, random.Random(1), report, SILENT).play(plan.kinds)
+    Lane(broken, run, plan, random.Random(1), report).play(plan.kinds)
     report.verdicts[name] = compare(run, undisturbed, is_elastic=False)
     assert report.has_failed and said in report.text()
     assert not report.verdicts[name].is_identical
@@ -158,7 +156,7 @@ def test_an_outcome_is_judged_by_codes_time_and_words(alone):
     directory, trainer, _ = alone
     lane = Lane(trainer, RunFiles(directory / "judged"), plan_of([], num_steps=1), None, Report(
         seed=1, processes=2, num_steps=1
-    ), SILENT)  # fmt: skip
+    ))  # fmt: skip
     lane.start = SimpleNamespace(
         wait=lambda *_: False, running=lambda: [1], codes=lambda: [0, 2], signal=lambda *_: None,
         unsaid=lambda *_: ["no process has said it"],

@@ -46,7 +46,8 @@ def config(output_dir, store: str, **changes) -> RunConfig:
     return dataclasses.replace(run, **(defaults | changes))
 
 
-def test_infilling_is_a_metric(store, tmp_path, capfd, monkeypatch):
+def test_infilling_is_a_metric(store, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", "jaxcoder")
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     run = config(tmp_path / "run", store)
@@ -55,7 +56,7 @@ def test_infilling_is_a_metric(store, tmp_path, capfd, monkeypatch):
     assert [(r["step"], r["eval/infill/count"]) for r in records] == [(2, 6), (4, 6)]
     assert all(0 <= r["eval/infill/edit_similarity"] <= 1 for r in records)
     assert result.eval_metrics["eval/infill/exact_match"] == records[-1]["eval/infill/exact_match"]
-    assert "infilled lines exact 0.0%" in capfd.readouterr().err
+    assert "infilled lines exact 0.0%" in caplog.text
 
 
 def test_every_mesh_gives_the_same_answers(store, tmp_path, monkeypatch):

@@ -131,10 +131,9 @@ def test_another_quickstart_in_the_directory_is_refused(undisturbed, source, tmp
 
 
 def test_a_misspelt_source_does_not_claim_the_directory(source, tmp_path):
-    quiet = dict(progress=SILENT, say=lambda text: None)
     paths = Paths(root=tmp_path / "run")
     with pytest.raises(DataError, match="does not exist: check the spelling"):
-        quickstart(paths.root, source=source / "jsn", num_steps=2, **quiet)
+        quickstart(paths.root, source=source / "jsn", num_steps=2, progress=SILENT)
     settings = {"source": str(source), "num_steps": 3}
     check_claim(paths, settings)
     claim(paths, settings)

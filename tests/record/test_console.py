@@ -1,11 +1,14 @@
-"""Progress in a log and on a terminal, and how numbers read."""
+"""Progress in a log file and on a terminal, and messages beside it."""
 
 import io
+import logging
 
 import pytest
 
 from jaxcoder.record import console
-from jaxcoder.record.console import ConsoleProgress, TrainingLine
+from jaxcoder.record.console import PROGRESS, ConsoleHandler, ConsoleProgress, TrainingProgress, configure_logging
+
+logger = logging.getLogger("jaxcoder.test")
 
 
 class Clock:
@@ -26,9 +29,16 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
+def logged_to(stream, level="INFO"):
+    """Sends what the package logs to `stream`; the fixture of conftest.py undoes it."""
+    package = logging.getLogger("jaxcoder")
+    package.addHandler(ConsoleHandler(stream))
+    package.setLevel(level)
+    return stream
+
+
 def test_a_log_gets_a_line_now_and_then(clock):
-    log = io.StringIO()
-    progress = ConsoleProgress(log, interval=10)
+    log, progress = logged_to(io.StringIO()), ConsoleProgress()
     progress.start("Encoding", 400, "files")
     for _ in range(40):
         clock.now += 1
@@ -45,8 +55,7 @@ def test_a_log_gets_a_line_now_and_then(clock):
 
 
 def test_unknown_totals_and_bytes(clock):
-    log = io.StringIO()
-    progress = ConsoleProgress(log)
+    log, progress = logged_to(io.StringIO()), ConsoleProgress()
     progress.start("Reading", None, "bytes")
     progress.advance(3 << 20)
     progress.finish()
@@ -59,20 +68,19 @@ def test_unknown_totals_and_bytes(clock):
 
 
 def test_training_line_in_a_log(clock):
-    log = io.StringIO()
-    with TrainingLine(1000, stream=log, interval=10) as line:
-        for step in range(1, 1001):
-            clock.now += 0.5
-            line.update(step=step, loss=3.21999, bits_per_byte=1.25, tokens_per_second=41_234.5)
-            if step == 500:
-                line.say("saved step 500")
+    log, line = logged_to(io.StringIO()), TrainingProgress(1000)
+    for step in range(1, 1001):
+        clock.now += 0.5
+        line.update(step=step, loss=3.21999, bits_per_byte=1.25, tokens_per_second=41_234.5)
+        if step == 500:
+            logger.info("saved step 500")
     lines = log.getvalue().splitlines()
     assert lines[1] == "step    21/1,000  loss 3.220  1.250 bits/byte  41,234 tokens/s  8:10 left"
     assert lines[-1].startswith("step 1,000/1,000") and "saved step 500" in lines and 50 < len(lines) < 56
 
 
 def test_time_left_ignores_a_slow_start(clock):
-    line = TrainingLine(100, stream=io.StringIO(), window=5)
+    line = TrainingProgress(100, window=5)
     assert line.seconds_left() is None
     clock.now += 60
     for step in range(1, 11):
@@ -82,7 +90,7 @@ def test_time_left_ignores_a_slow_start(clock):
 
 
 def test_a_resumed_line_counts_its_own_steps(clock):
-    line = TrainingLine(100, stream=io.StringIO())
+    line = TrainingProgress(100)
     for step in (91, 92):
         clock.now += 2
         line.update(step=step, loss=float("nan"))
@@ -90,22 +98,39 @@ def test_a_resumed_line_counts_its_own_steps(clock):
 
 
 def test_on_a_terminal_one_line_is_redrawn():
-    terminal = Terminal()
-    with TrainingLine(3, stream=terminal) as line:
-        line.status("compiling")
-        for step in (1, 2, 3):
-            line.update(step=step, loss=2.0, bits_per_byte=1.0, tokens_per_second=10)
-        line.say("saved [bold]step[/bold] 3")  # no markup: text is text
-    said = terminal.getvalue()
-    assert "\x1b[" in said and "step 3/3" in said and "saved [bold]step[/bold] 3\n" in said
+    terminal, line = logged_to(Terminal()), TrainingProgress(3)
+    logger.info("compiling", extra=PROGRESS)
+    for step in (1, 2, 3):
+        line.update(step=step, loss=2.0, bits_per_byte=1.0, tokens_per_second=10)
+    logger.info("saved [bold]step[/bold] 3")  # no markup: text is text
+    shown = terminal.getvalue()
+    assert "\x1b[" in shown and "step 3/3" in shown and "saved [bold]step[/bold] 3\n" in shown
 
 
 def test_progress_on_a_terminal_leaves_its_summary():
-    terminal = Terminal()
-    progress = ConsoleProgress(terminal)
+    terminal, progress = logged_to(Terminal()), ConsoleProgress()
     progress.start("Encoding", 10, "files")
     progress.advance(10)
     progress.finish("done")
     progress.start("Broken", 10, "files")
     progress.close()
     assert "Encoding: done (" in terminal.getvalue()
+
+
+def test_the_command_line_s_levels(capsys):
+    def printed(**options) -> str:
+        configure_logging(**options)
+        logger.debug("detail")
+        logger.info("message")
+        logger.warning("trouble")
+        return capsys.readouterr().err
+
+    assert printed() == "message\njaxcoder: warning: trouble\n"
+    assert printed(level="debug") == "detail\nmessage\njaxcoder: warning: trouble\n"
+    assert printed(quiet=True) == "jaxcoder: warning: trouble\n"
+
+
+def test_a_program_that_configures_nothing_sees_nothing(capfd):
+    logger.warning("trouble")
+    TrainingProgress(3).update(step=1, loss=2.0)
+    assert capfd.readouterr() == ("", "")

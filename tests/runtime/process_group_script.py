@@ -12,7 +12,7 @@ from jaxcoder.errors import DataError, JaxcoderError
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60, say=lambda _: None)
+    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60)
     assert jax.process_count() == 2
     peers = runtime.Peers(patience=30)
     with peers:

@@ -13,7 +13,7 @@ SECONDS = 12.0  # longer than any grace
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60, say=lambda _: None)
+    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60)
     limits = WatchdogConfig(step_seconds=60.0, start_seconds=60.0)
     with runtime.Peers() as peers, runtime.Watchdog(peers, limits, stacks=str, on_end=print) as watchdog:
         watchdog.enter("save", 7)

@@ -29,7 +29,7 @@ def test_all_are_let_go_together(port):
     with ThreadPoolExecutor(8) as pool:
         early = [pool.submit(answer_roll, process(port, index, 8), 60) for index in (7, 3, 5)]
         time.sleep(0.3)
-        calling = pool.submit(call_roll, process(port, 0, 8), 60, print)
+        calling = pool.submit(call_roll, process(port, 0, 8), 60)
         late = [pool.submit(answer_roll, process(port, index, 8), 60) for index in (1, 2, 4, 6)]
         assert calling.result() == [socket.gethostname()] * 8
         for answer in early + late:
@@ -37,24 +37,24 @@ def test_all_are_let_go_together(port):
     socket.create_server(("", port)).close()
 
 
-def test_who_is_missing_is_said_and_named(port, monkeypatch):
+def test_missing_processes_are_logged_and_named(port, monkeypatch, caplog):
+    caplog.set_level("INFO", "jaxcoder")
     monkeypatch.setattr(roll_call, "_FIRST_WORD", 1.5)
-    said: list[str] = []
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(answer_roll, process(port, 1, 4), 60)
         with pytest.raises(
             JaxcoderError, match=r"processes 2 \(host-c\), 3 \(host-d\) of 4 did not arrive within 3 sec"
         ):
-            call_roll(process(port, 0, 4, ("host-a", "host-b", "host-c", "host-d")), 3, said.append)
+            call_roll(process(port, 0, 4, ("host-a", "host-b", "host-c", "host-d")), 3)
         with pytest.raises(JaxcoderError, match=r"process 0 says: processes 2 .* did not arrive"):
             answer.result()
-    assert said == ["Waiting for processes 2 (host-c), 3 (host-d) of 4."]
+    assert caplog.messages == ["Waiting for processes 2 (host-c), 3 (host-d) of 4."]
 
 
 def test_two_with_one_index_and_another_count(port):
     for index, count, said in ((1, 3, "two processes are number 1"), (2, 4, "told of 4 processes and process 0")):
         with ThreadPoolExecutor(3) as pool:
-            calling = pool.submit(call_roll, process(port, 0, 3), 20, print)
+            calling = pool.submit(call_roll, process(port, 0, 3), 20)
             first = pool.submit(answer_roll, process(port, 1, 3), 20)
             time.sleep(0.5)
             other = pool.submit(answer_roll, process(port, index, count), 20)
@@ -70,7 +70,7 @@ def test_two_with_one_index_and_another_count(port):
 )
 def test_strangers_do_not_count(port, noise):
     with ThreadPoolExecutor(2) as pool:
-        calling = pool.submit(call_roll, process(port, 0, 2), 20, print)
+        calling = pool.submit(call_roll, process(port, 0, 2), 20)
         for _ in range(50):
             try:
                 with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -84,7 +84,7 @@ def test_strangers_do_not_count(port, noise):
 
 def test_who_dies_while_waiting_is_missing_again(port):
     with ThreadPoolExecutor(2) as pool:
-        calling = pool.submit(call_roll, process(port, 0, 3), 20, print)
+        calling = pool.submit(call_roll, process(port, 0, 3), 20)
         time.sleep(0.3)
         with socket.create_connection(("127.0.0.1", port)) as dying:
             dying.sendall(b"jaxcoder 1 3 host-b\n")

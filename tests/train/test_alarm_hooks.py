@@ -97,7 +97,8 @@ def same(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_a_step_that_is_not_finite_is_skipped(stores, tmp_path, poisoned, capfd):
+def test_a_step_that_is_not_finite_is_skipped(stores, tmp_path, poisoned, caplog):
+    caplog.set_level("INFO", "jaxcoder")
     bad, seen = poisoned
     bad |= {3, 7, 8}
     run = config(tmp_path / "run", DataConfig(store=stores["python"]))
@@ -109,7 +110,7 @@ def test_a_step_that_is_not_finite_is_skipped(stores, tmp_path, poisoned, capfd)
     assert [step for step, r in records.items() if r["skipped"]] == [3, 7, 8]
     assert all(math.isnan(r["loss"]) == (step in bad) for step, r in records.items())
     assert records[12]["skipped_steps"] == 3 and records[12]["samples"] == 48
-    said = capfd.readouterr().err
+    said = caplog.text
     assert "step 7: skipped, its loss is not finite (2 so far)" in said
     files = said.split("step 7: skipped")[1].split("step 8")[0]
     assert "samples 24 to 27" in files and "lib/" in files
@@ -130,7 +131,8 @@ def test_many_in_a_row_end_the_run(stores, tmp_path, poisoned):
     assert [r["step"] for r in records] == list(range(1, 13)) and records[-1]["skipped_steps"] == 1
 
 
-def test_a_batch_of_noise_is_a_spike_and_its_files_are_named(stores, tmp_path, capfd):
+def test_a_batch_of_noise_is_a_spike_and_its_files_are_named(stores, tmp_path, caplog):
+    caplog.set_level("INFO", "jaxcoder")
     corpora = (Corpus(store=stores["python"], weight=1.0), Corpus(store=stores["noise"], weight=0.0))
     stages = (
         Stage(from_sample=0),
@@ -141,7 +143,7 @@ def test_a_batch_of_noise_is_a_spike_and_its_files_are_named(stores, tmp_path, c
     train(run)
     ((step, rule, message),) = alarms(run)
     assert (step, rule) == (301, "loss_spike") and message.startswith("the loss jumped to ")
-    said = capfd.readouterr().err.split("step 301: loss_spike")[1]
+    said = caplog.text.split("step 301: loss_spike")[1]
     assert "vendor/blob.min.js" in said and "lib/0.py" not in said
 
 

@@ -10,7 +10,7 @@ from jaxcoder_configs.smoke import smoke
 from jaxcoder.config import DataConfig, RunConfig
 from jaxcoder.errors import ConfigError
 from jaxcoder.models.flops import training_flops_per_token
-from jaxcoder.record.console import TrainingLine
+from jaxcoder.record.console import TrainingProgress
 from jaxcoder.record.metrics import read_metrics
 from jaxcoder.train import step_log
 from jaxcoder.train.devices import Chip, find_chip
@@ -81,21 +81,22 @@ def test_peaks_by_device_name(kind, name):
     assert (chip.name if chip else None) == name
 
 
-def test_mfu_is_shown(capsys):
-    with TrainingLine(10) as line:
-        line.update(step=1, loss=3.0, tokens_per_second=1000.0, mfu=0.4567)
-    assert "1,000 tokens/s  45.7% MFU" in capsys.readouterr().err
+def test_mfu_is_shown(caplog):
+    caplog.set_level("INFO", "jaxcoder")
+    TrainingProgress(10).update(step=1, loss=3.0, tokens_per_second=1000.0, mfu=0.4567)
+    assert "1,000 tokens/s  45.7% MFU" in caplog.text
 
 
 def synthetic(output_dir, **changes) -> RunConfig:
     return dataclasses.replace(smoke(), output_dir=str(output_dir), data=DataConfig(store="synthetic"), **changes)
 
 
-def test_profile_of_some_steps(tmp_path, capfd):
+def test_profile_of_some_steps(tmp_path, caplog):
+    caplog.set_level("INFO", "jaxcoder")
     run = synthetic(tmp_path / "run", num_steps=6)
     train(run, profile_steps=ProfileSteps.parse("3:4"))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    assert f"Profile of steps 3 to 4: {tmp_path}/run/profile" in capfd.readouterr().err
+    assert f"Profile of steps 3 to 4: {tmp_path}/run/profile" in caplog.text
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records if "loss" in record] == list(range(1, 7))
 
