@@ -150,7 +150,7 @@ def run_python(code: str) -> str:
 
 
 def test_command_line_imports_nothing_heavy():
-    heavy = ["jax", "jaxlib", "numpy", "rich", "tyro", "matplotlib", "flax", "orbax", "grain", "pyarrow", "tokenizers"]
+    heavy = ["jax", "jaxlib", "numpy", "rich", "matplotlib", "flax", "orbax", "grain", "pyarrow", "tokenizers"]
     code = f"import sys, jaxcoder.cli.main; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code).strip() == "[]"
 

@@ -1,36 +1,32 @@
-"""Everything that can be wrong with a run before a device is touched, all of it said at once.
+"""Validation of a run before a device is used. All problems are reported at once.
 
-Every problem names the field, its value and the way out. `resolve_mesh` fills in the one mesh axis that may be -1.
+Each problem names the field, its value and the way out. Constraints on one field are in its metadata (schema.py,
+fields.py); this module has the constraints between fields. `resolve_mesh` fills in the mesh axis that is -1.
 """
 
 import dataclasses
 import math
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from jaxcoder.config import fields
 from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import plural
 
-_SMALLEST = 2.0**-126  # smaller numbers of fp32 are flushed to zero by most devices
-_MOST_STEPS = 2**31 - 1
-
 
 def validate(config: RunConfig, num_devices: int) -> None:
     """Raises ConfigError that lists every problem of `config` on `num_devices` devices."""
     problems = fields.type_problems(config)
-    if not problems:  # comparing values of a wrong type would only raise
-        problems = [*_finite(config), *_sizes(config), *_model(config.model), *_data(config.data)]
+    if not problems:  # the other checks compare values
+        problems = [*fields.value_problems(config), *_model(config.model), *_data(config.data)]
         problems += [*_optimizer(config.optimizer, config.num_steps), *_batch(config)]
         mesh_problems = list(_mesh(config.mesh, num_devices))
         problems += mesh_problems
         if not mesh_problems:
             problems += _on_mesh(config, resolve_mesh(config.mesh, num_devices))
-    if len(problems) == 1:
-        raise ConfigError(f"this run cannot work: {problems[0]}")
     if problems:
-        raise ConfigError("this run cannot work:" + "".join(f"\n  - {problem}" for problem in problems))
+        separator = " " if len(problems) == 1 else "\n  - "
+        raise ConfigError("the run configuration is invalid:" + "".join(separator + problem for problem in problems))
 
 
 def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
@@ -45,122 +41,8 @@ def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
 
 
 def data_problems(data: DataConfig) -> list[str]:
-    """Everything wrong with a DataConfig by itself, for those who read data without a run."""
-    return [*_finite(data, "data."), *_data(data)]
-
-
-def _fp32(value: float) -> float:
-    """The nearest number that fp32 has: what the devices compute with."""
-    try:
-        return struct.unpack("f", struct.pack("f", value))[0]
-    except OverflowError:
-        return math.copysign(math.inf, value)
-
-
-def _finite(config: RunConfig | DataConfig, prefix: str = "") -> Iterator[str]:
-    for name, value in fields.leaves(config, prefix):
-        if not fields.is_finite(value):
-            yield f"{name} is {value}: give a finite number."
-        elif isinstance(value, float) and not math.isfinite(_fp32(value)):
-            yield f"{name} is {value}, which is infinite in fp32: give a smaller number."
-
-
-def _sizes(config: RunConfig) -> Iterator[str]:
-    """Fields that are counts and cannot be zero or negative; None where the schema allows it."""
-    positive = (
-        "num_steps", "global_batch_size", "microbatch_size", "log_every_steps",
-        "model.num_layers", "model.embed_dim", "model.num_heads", "model.head_dim", "model.mlp_dim",
-        "model.num_kv_heads", "model.vocab_size", "model.max_seq_len", "model.layer_norm_epsilon", "model.init_std",
-        "compute.loss_chunk_tokens", "mesh.num_slices", "optimizer.decay_steps", "optimizer.epsilon",
-        "optimizer.max_grad_norm", "checkpoint.save_every_steps", "checkpoint.save_every_seconds",
-        "checkpoint.keep_last", "checkpoint.keep_every_steps", "eval.every_steps", "eval.num_windows",
-        "optimizer.max_skipped_steps", "optimizer.skip_grad_norm_above", "watchdog.step_seconds",
-        "watchdog.start_seconds",
-    )  # fmt: skip
-    values = dict(fields.leaves(config))
-    for name in positive:
-        if values[name] is not None and values[name] <= 0:
-            yield f"{name} is {values[name]}: it has to be larger than 0."
-    for name in ("model.layer_norm_epsilon", "optimizer.epsilon"):
-        if values[name] > 0 and _fp32(values[name]) < _SMALLEST:
-            yield f"{name} is {values[name]}, which is nothing in fp32: give {_SMALLEST:.1e} or more."
-    if config.num_steps > _MOST_STEPS:
-        yield f"num_steps is {config.num_steps}: steps are counted in 32 bits, to {_MOST_STEPS}."
-    if config.eval.infill_gaps < 0:
-        yield f"eval.infill_gaps is {config.eval.infill_gaps}: it has to be 0 or larger."
-    if not 0 <= config.seed < 2**63:
-        yield f"seed is {config.seed}: it has to be from 0 to 2**63 - 1."
-    if not config.name:
-        yield 'name is "": give the run a name; its default output directory is runs/<name>.'
-
-
-def _model(model: ModelConfig) -> Iterator[str]:
-    if model.embed_dim != model.num_heads * model.head_dim:
-        yield (
-            f"model.embed_dim is {model.embed_dim}, but model.num_heads {model.num_heads} x model.head_dim "
-            f"{model.head_dim} is {model.num_heads * model.head_dim}: in this family they are equal."
-        )
-    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_heads {model.num_heads} is not a multiple of model.num_kv_heads {model.num_kv_heads}: "
-            "use 1 (multi-query), model.num_heads (multi-head) or a divisor of it."
-        )
-    for name in ("embed_dropout", "residual_dropout", "attention_dropout"):
-        rate = getattr(model, name)
-        if not 0 <= rate or not _fp32(rate) < 1:
-            yield f"model.{name} is {rate}: a dropout rate is at least 0 and below 1."
-
-
-def _data(data: DataConfig) -> Iterator[str]:
-    for name in ("fim_rate", "fim_spm_rate"):
-        rate = getattr(data, name)
-        if not 0 <= rate <= 1:
-            yield f"data.{name} is {rate}: a share lies between 0 and 1."
-    yield from _corpora(data)
-    yield from _stages(data)
-
-
-def _corpora(data: DataConfig) -> Iterator[str]:
-    if data.store and data.corpora:
-        yield f"data.store is {data.store!r} and data.corpora has {len(data.corpora)} stores: give one or the other."
-    for number, corpus in enumerate(data.corpora):
-        if not corpus.store:
-            yield f'data.corpora.{number}.store is "": give the directory of a token store.'
-        if corpus.max_epochs is not None and corpus.max_epochs <= 0:
-            yield f"data.corpora.{number}.max_epochs is {corpus.max_epochs}: it has to be larger than 0."
-    weights = [corpus.weight for corpus in data.corpora]
-    if None in weights and any(weight is not None for weight in weights):
-        yield "data.corpora has a weight for some stores and None for others: give one to each, or to none."
-    elif None not in weights:
-        yield from _weights("data.corpora.{}.weight", weights)
-
-
-def _stages(data: DataConfig) -> Iterator[str]:
-    starts = [stage.from_sample for stage in data.stages]
-    if starts and starts[0] != 0:
-        yield f"data.stages.0.from_sample is {starts[0]}: the first stage begins at 0."
-    for number, (before, start) in enumerate(zip(starts, starts[1:], strict=False), 1):
-        if start <= before:
-            yield f"data.stages.{number}.from_sample is {start}, but the stage before it begins at {before}: sort them."
-    for number, stage in enumerate(data.stages):
-        if stage.weights and len(stage.weights) != len(data.corpora):
-            yield (
-                f"data.stages.{number}.weights has {len(stage.weights)} weights for {len(data.corpora)} data.corpora: "
-                "give one for each, or () for their own."
-            )
-        elif stage.weights:
-            yield from _weights(f"data.stages.{number}.weights[{{}}]", stage.weights)
-        if stage.global_batch_size is not None and stage.global_batch_size <= 0:
-            yield f"data.stages.{number}.global_batch_size is {stage.global_batch_size}: it has to be larger than 0."
-
-
-def _weights(name: str, weights: Sequence[float]) -> Iterator[str]:
-    """Problems of the weights of one mixture; `name` has a place for the number of one."""
-    for number, weight in enumerate(weights):
-        if weight < 0:
-            yield f"{name.format(number)} is {weight}: a weight is 0 or larger."
-    if weights and not any(weights):
-        yield f"{name.format(f'0 to {len(weights) - 1}')} are all 0: nothing would be read, give one a larger weight."
+    """The problems of a DataConfig without a run."""
+    return [*fields.value_problems(data, "data."), *_data(data)]
 
 
 def batch_sizes(config: RunConfig) -> dict[str, int]:
@@ -172,25 +54,60 @@ def batch_sizes(config: RunConfig) -> dict[str, int]:
     return sizes
 
 
+def _model(model: ModelConfig) -> Iterator[str]:
+    if model.embed_dim != model.num_heads * model.head_dim:
+        yield (
+            f"model.embed_dim is {model.embed_dim}, but must equal model.num_heads {model.num_heads} x model.head_dim "
+            f"{model.head_dim} = {model.num_heads * model.head_dim}."
+        )
+    if model.num_kv_heads > 0 and model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_heads {model.num_heads} is not a multiple of model.num_kv_heads {model.num_kv_heads}: "
+            "use 1 (multi-query), model.num_heads (multi-head) or a divisor of it."
+        )
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if data.store and data.corpora:
+        yield f"data.store is {data.store!r} and data.corpora has {len(data.corpora)} stores: give one or the other."
+    weights = [corpus.weight for corpus in data.corpora if corpus.weight is not None]
+    if weights and len(weights) < len(data.corpora):
+        yield "data.corpora has a weight for some stores and None for others: give one to each, or to none."
+    elif weights and not any(weights):
+        yield _all_zero("data.corpora")
+    for number, stage in enumerate(data.stages):
+        start, before = stage.from_sample, data.stages[number - 1].from_sample
+        if number == 0 and start != 0:
+            yield f"data.stages.0.from_sample is {start}, but the first stage must begin at 0."
+        if number > 0 and start <= before:
+            yield (
+                f"data.stages.{number}.from_sample is {start}, but the stage before it begins at {before}: "
+                "sort the stages."
+            )
+        if stage.weights and len(stage.weights) != len(data.corpora):
+            yield (
+                f"data.stages.{number}.weights has {len(stage.weights)} weights for {len(data.corpora)} data.corpora: "
+                "give one for each, or () for those of the corpora."
+            )
+        elif stage.weights and not any(stage.weights):
+            yield _all_zero(f"data.stages.{number}")
+
+
+def _all_zero(name: str) -> str:
+    return f"the weights of {name} are all 0, so nothing would be read: give a corpus a larger weight."
+
+
 def _optimizer(optimizer: OptimizerConfig, num_steps: int) -> Iterator[str]:
-    for name in ("peak_learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"):
-        value = getattr(optimizer, name)
-        if value < 0:
-            yield f"optimizer.{name} is {value}: it has to be 0 or larger."
-    for name in ("beta1", "beta2"):
-        value = getattr(optimizer, name)
-        if not 0 <= value or not _fp32(value) < 1:
-            yield f"optimizer.{name} is {value}: it is at least 0 and below 1."
     if optimizer.final_learning_rate > optimizer.peak_learning_rate:
         yield (
             f"optimizer.final_learning_rate {optimizer.final_learning_rate} is above "
-            f"optimizer.peak_learning_rate {optimizer.peak_learning_rate}: the cosine falls, lower the first."
+            f"optimizer.peak_learning_rate {optimizer.peak_learning_rate}: lower it."
         )
     for name, end in (("optimizer.decay_steps", optimizer.decay_steps), ("num_steps", num_steps)):
         if end is not None and optimizer.warmup_steps > end > 0:
             yield (
-                f"optimizer.warmup_steps {optimizer.warmup_steps} is beyond {name} {end}: "
-                "the learning rate would never reach its peak, lower the warm-up or raise the other."
+                f"optimizer.warmup_steps {optimizer.warmup_steps} is larger than {name} {end}: "
+                "the learning rate would never reach its peak; lower the warm-up or raise the other."
             )
 
 

@@ -23,5 +23,5 @@ SWITCHES = (
 
 def with_variant(config: RunConfig, variant: Variant) -> RunConfig:
     """`config` with every switch set as the variant has it."""
-    data = dataclasses.replace(config.data, **{name: variant == "as_trained" for name in SWITCHES})
+    data = dataclasses.replace(config.data, **dict.fromkeys(SWITCHES, variant == "as_trained"))
     return dataclasses.replace(config, data=data)

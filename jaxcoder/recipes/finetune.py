@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 
 from jaxcoder.config import Corpus, DataConfig, RunConfig
-from jaxcoder.config.load import apply_overrides, load_run
+from jaxcoder.config.load import load_run
+from jaxcoder.config.overrides import apply_overrides
 from jaxcoder.config.serialize import fingerprint
 from jaxcoder.config.validate import resolve_mesh, validate
 from jaxcoder.data.store import TokenStore

@@ -104,4 +104,4 @@ def test_what_is_in_the_directory(run, tmp_path):
     assert "CANNOT BEGIN: thesis.tex is there already" in said(strange)
     old = tmp_path / "run" / "config.json"
     old.write_text(old.read_text().replace('"seed"', '"sede"'))
-    assert "seed is missing; sede is unknown. Use the jaxcoder that wrote it" in said(run)
+    assert "sede is unknown. Use the version that wrote it" in said(run)
