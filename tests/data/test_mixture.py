@@ -212,10 +212,10 @@ def test_the_cap_is_a_number_of_epochs(tokenizer):
 
 def test_bad_mixtures_are_one_sentence(tokenizer):
     for data, expected in (
-        (three(-1.0, 1.0, 1.0), "data.corpora.0.weight is -1.0: a weight is 0 or larger"),
+        (three(-1.0, 1.0, 1.0), "data.corpora.0.weight is -1.0, but must be 0 or larger"),
         (three(0.0, 0.0, 0.0), "are all 0, so nothing would be read"),
-        (three(float("nan"), 1.0, 1.0), "data.corpora.0.weight is nan: give a finite number"),
-        (three(1.0, 1.0, 1.0, stages=(Stage(from_sample=5),)), "the first stage begins at 0"),
+        (three(float("nan"), 1.0, 1.0), "data.corpora.0.weight is nan, but must be a finite number"),
+        (three(1.0, 1.0, 1.0, stages=(Stage(from_sample=5),)), "the first stage must begin at 0"),
     ):
         with pytest.raises(ConfigError, match=expected):
             numbered_stream(tokenizer, data)
