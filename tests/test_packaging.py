@@ -46,7 +46,7 @@ def test_the_launch_files_are_in_the_wheel(installed):
 
 def test_the_wheel_trains_outside_the_checkout(installed, tmp_path):
     code = "import sys, jaxcoder; from jaxcoder.cli.main import main; print(jaxcoder.__file__); sys.exit(main())"
-    environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(installed), "JAX_NUM_CPU_DEVICES": "1"}
     finished = subprocess.run(
         [sys.executable, "-c", code, "train", "smoke", "--data", "synthetic", "--steps", "2"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,

@@ -18,7 +18,7 @@ def test_step_by_step(tmp_path):
     program = tmp_path / "jaxcoder"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m jaxcoder.cli.main "$@"\n')
     program.chmod(0o755)
-    environment = {**os.environ, "XLA_FLAGS": "", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
 
     def run(script: str, *command: str) -> None:
         finished = subprocess.run(

@@ -64,7 +64,6 @@ class Trainer:
         variables = {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
-            "XLA_FLAGS": "",
             "JAX_COMPILATION_CACHE_DIR": str(self.cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAXCODER_COORDINATOR": f"127.0.0.1:{self.port}",

@@ -346,7 +346,7 @@ def test_nothing_of_a_module_system_is_on_disk(tmp_path):
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    return os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
 
 def _python(script: str, *arguments) -> subprocess.CompletedProcess:

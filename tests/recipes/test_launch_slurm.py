@@ -56,7 +56,7 @@ def slurm(tmp_path_factory) -> dict[str, str]:
     directory = tmp_path_factory.mktemp("slurm")
     directory.joinpath("slurm.conf").write_text(CONFIGURATION.format(host=HOST, directory=directory))
     environment = {
-        **os.environ, "PATH": SEARCHED, "SLURM_CONF": f"{directory}/slurm.conf", "XLA_FLAGS": "",
+        **os.environ, "PATH": SEARCHED, "SLURM_CONF": f"{directory}/slurm.conf",
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2",
     }  # fmt: skip
     if subprocess.run(["munge", "--no-input"], capture_output=True, env=environment).returncode:

@@ -49,7 +49,7 @@ def command(source: Path, output: Path, *extra: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One CPU device, as a laptop has."""
-    return {**os.environ, "XLA_FLAGS": ""}
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
 
 def run(*arguments) -> subprocess.CompletedProcess:

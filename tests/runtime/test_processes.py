@@ -107,7 +107,7 @@ def local_command(output: Path, steps: int, *, processes: int = 2, devices: int 
         "--data", "synthetic", "--num-steps", str(steps), "--output-dir", str(output),
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "XLA_FLAGS": ""}
+    environment = {**os.environ, "PATH": path}
     log = open(output.with_suffix(".log"), "a")
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -3,6 +3,7 @@ their weights, optimizer state and losses at the end are those of a run that nob
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from jaxcoder.checkpoint.discover import open_checkpoint, steps_in
 from jaxcoder.checkpoint.manifest import MANIFEST
 from jaxcoder.record.metrics import read_metrics
 
-NUM_STEPS = 60
+NUM_STEPS = 30
 CONFIG = f"""
 from dataclasses import replace
 from jaxcoder.config import CheckpointConfig, MeshConfig
@@ -43,7 +44,7 @@ class Drill:
         self.random = random.Random(seed)
         self.config = directory / "drill.py"
         self.config.write_text(CONFIG)
-        self.environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+        self.environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
     def start(self, output: Path) -> subprocess.Popen:
         command = [sys.executable, "-m", "jaxcoder.cli.main", "train", str(self.config), "--output-dir", str(output)]
@@ -104,44 +105,49 @@ def losses(output: Path) -> list[tuple[int, float]]:
     return [(r["step"], r["loss"]) for r in read_metrics(output / "metrics.jsonl") if "loss" in r]
 
 
-def drill(directory: Path, *, kills: int, seed: int) -> None:
-    work = Drill(directory, seed)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, float]:
+    """A complete run, and the seconds it took."""
+    directory = tmp_path_factory.mktemp("undisturbed")
     began = time.monotonic()
-    work.finish(directory / "undisturbed")
-    duration = time.monotonic() - began
-    output, killed, damaged = directory / "disturbed", 0, 0
+    Drill(directory, 0).finish(directory / "run")
+    return directory / "run", time.monotonic() - began
+
+
+def drill(directory: Path, undisturbed: tuple[Path, float], *, kills: int, seed: int) -> None:
+    work, (expected, duration) = Drill(directory, seed), undisturbed
+    output, killed = directory / "disturbed", 0
     while killed < kills:
         saving = killed % 2 == 0
         if not work.kill(output, while_saving=saving, seconds=duration if saving else work.random.uniform(0, duration)):
             # It was done already: another run of the same, so that the rest of the kills hit something.
-            assert arrays(output) == arrays(directory / "undisturbed")
+            assert arrays(output) == arrays(expected)
             output = directory / f"disturbed-{killed}"
             continue
         killed += 1
-        whole = [s for s in steps_in(output / "checkpoints") if (output / "checkpoints" / str(s) / MANIFEST).exists()]
-        if killed % 3 == 0 and len(whole) > 1 and max(whole) == max(steps_in(output / "checkpoints")):
+        complete = [
+            s for s in steps_in(output / "checkpoints") if (output / "checkpoints" / str(s) / MANIFEST).exists()
+        ]
+        if killed % 3 == 0 and len(complete) > 1 and max(complete) == max(steps_in(output / "checkpoints")):
             damage_newest(output, work.random)
-            damaged += 1
     work.finish(output)
-    assert losses(output) == losses(directory / "undisturbed")
+    assert losses(output) == losses(expected)
     assert [step for step, _ in losses(output)] == list(range(1, NUM_STEPS + 1))
-    assert arrays(output) == arrays(directory / "undisturbed")
+    assert arrays(output) == arrays(expected)
 
 
-def test_a_kill_in_the_middle_of_a_save(tmp_path):
-    drill(tmp_path, kills=1, seed=1)
+def test_a_kill_in_the_middle_of_a_save(undisturbed, tmp_path):
+    drill(tmp_path, undisturbed, kills=1, seed=1)
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path):
-    drill(tmp_path, kills=20, seed=int(time.time()))
+def test_twenty_kills(undisturbed, tmp_path):
+    drill(tmp_path, undisturbed, kills=20, seed=int(time.time()))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
-    work = Drill(tmp_path, 0)
-    work.finish(tmp_path / "run")
-    expected, expected_losses = arrays(tmp_path / "run"), losses(tmp_path / "run")
-    damage_newest(tmp_path / "run", work.random)
-    said = work.finish(tmp_path / "run")
-    assert f"checkpoints/{NUM_STEPS}" in said and "Continuing after step" in said
-    assert arrays(tmp_path / "run") == expected and losses(tmp_path / "run") == expected_losses
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(undisturbed, tmp_path):
+    work, run = Drill(tmp_path, 0), shutil.copytree(undisturbed[0], tmp_path / "run")
+    damage_newest(run, work.random)
+    logged = work.finish(run)
+    assert f"checkpoints/{NUM_STEPS}" in logged and "Continuing after step" in logged
+    assert arrays(run) == arrays(undisturbed[0]) and losses(run) == losses(undisturbed[0])

@@ -156,7 +156,7 @@ def test_microbatches_equal_the_whole_batch(run_on_mesh, tmp_path, stores):
 def test_meshes_agree_and_checkpoints_move_between_them(run_on_mesh, tmp_path, stores):
     """The same losses, dropout on, on every mesh; and a run may be continued on another one."""
     losses = {}
-    for shape in ((1, 1, 1), (1, 4, 2), (2, 2, 1)):
+    for shape in ((1, 1, 1), (1, 4, 2)):
         mesh = MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
         run = config(tmp_path / str(shape), stores, num_steps=4, mesh=mesh, microbatch_size=4)
         run_on_mesh(run)

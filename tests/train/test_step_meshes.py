@@ -93,10 +93,16 @@ COMMON = dict(
 )  # every example is compiled: too slow to shrink
 
 
-@settings(max_examples=3, derandomize=True, **COMMON)
-@given(**DRAWN)
-def test_a_drawn_mesh_equals_one_device(**drawn):
-    assert_equal_one_device(**drawn)
+def test_multi_query_on_eight_devices_equals_one():
+    assert_equal_one_device(
+        (2, 2, 2), 7, kv_heads=1, dropout=0.3, document_mask=True, microbatch_size=8, remat="minimal"
+    )
+
+
+def test_multi_head_on_four_devices_equals_one():
+    assert_equal_one_device(
+        (1, 2, 2), 8, kv_heads=8, dropout=0.3, document_mask=False, microbatch_size=None, remat="block"
+    )
 
 
 @pytest.mark.slow
