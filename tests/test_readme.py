@@ -1,4 +1,4 @@
-"""The README's commands, executed as they stand, in order, with `jaxcoder` being this checkout's."""
+"""The commands of the README and the guide, run as they stand, in order, with `jaxcoder` being this checkout's."""
 
 import os
 import re
@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 
 
-def block(heading: str, language: str) -> str:
-    """The first fenced block of a language under a heading (or bold word)."""
-    return re.search(rf"```{language}\n(.*?)```", README.split(heading, 1)[1], re.S)[1]
+def block(page: str, heading: str, language: str) -> str:
+    """The first fenced block of a language under a heading."""
+    return re.search(rf"```{language}\n(.*?)```", page.split(heading, 1)[1], re.S)[1]
 
 
 def test_step_by_step(tmp_path):
@@ -26,15 +28,15 @@ def test_step_by_step(tmp_path):
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
 
-    run(block("## The same, step by step", "bash"), "sh", "-ec")
-    run(block("**Token store.**", "bash"), "sh", "-ec")
-    run(block("**Completion.**", "python"), sys.executable, "-c")
+    run(block(GUIDE, "# Step by step", "bash"), "sh", "-ec")
+    run(block(GUIDE, "## Token store", "bash"), "sh", "-ec")
+    run(block(GUIDE, "## Completion", "python"), sys.executable, "-c")
     run("jaxcoder train smoke --data synthetic", "sh", "-ec")
-    assert "jaxcoder train smoke --data synthetic" in README
+    assert "jaxcoder train smoke --data synthetic" in GUIDE
 
 
 def test_the_two_commands_are_one_line_each():
-    commands = [block("## Try it", "bash"), block("<!-- test command -->", "bash")]
+    commands = [block(README, "## Try it", "bash"), block(README, "<!-- test command -->", "bash")]
     for command in commands:
         assert command.count("\n") == 1 and command.startswith("python3 -m venv .venv && ")
 
