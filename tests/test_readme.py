@@ -51,3 +51,16 @@ def test_the_table_of_configurations_is_true():
         model = load_run(name).model
         expected = [num_parameters(model), model.num_layers, model.embed_dim, model.num_heads, model.max_seq_len]
         assert [int(number.replace(",", "")) for number in numbers] == expected, name
+
+
+def test_paths_in_the_docs_exist():
+    """Every file that the docs name, as `room/file.py` or from the top of the repository."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {
+        (page.name, path)
+        for page in pages
+        for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|md|json))`", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 30
+    missing = [(page, path) for page, path in named if not any((top / path).exists() for top in (ROOT, ROOT / "jaxcoder"))]
+    assert not missing
