@@ -62,5 +62,7 @@ def test_paths_in_the_docs_exist():
         for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|md|json))`", page.read_text(encoding="utf-8"))
     }
     assert len(named) > 30
-    missing = [(page, path) for page, path in named if not any((top / path).exists() for top in (ROOT, ROOT / "jaxcoder"))]
+    missing = [
+        (page, path) for page, path in named if not any((top / path).exists() for top in (ROOT, ROOT / "jaxcoder"))
+    ]
     assert not missing
