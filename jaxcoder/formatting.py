@@ -57,9 +57,9 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """ " (did you mean 'tensor'?)", or "" if nothing is close: to put behind the word in an error."""
+    """ " (did you mean `tensor`?)", or "" if nothing is close: to put behind the word in an error."""
     found = nearest(word, known, cutoff=cutoff)
-    return f" (did you mean {found!r}?)" if found else ""
+    return f" (did you mean `{found}`?)" if found else ""
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -51,5 +51,5 @@ def test_plurals_and_suggestions():
     assert plural(1, "device") == "1 device"
     assert plural(2048, "device") == "2,048 devices"
     assert plural(2, "process", "processes") == "2 processes"
-    assert did_you_mean("tensr", ["data", "tensor"]) == " (did you mean 'tensor'?)"
+    assert did_you_mean("tensr", ["data", "tensor"]) == " (did you mean `tensor`?)"
     assert did_you_mean("xyz", ["data", "tensor"]) == ""

@@ -22,7 +22,6 @@ from jax.sharding import NamedSharding
 
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.discover import newest_whole, steps_in
-from jaxcoder.checkpoint.inspect import readable
 from jaxcoder.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -38,6 +37,7 @@ from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import CheckpointConfig, RunConfig
 from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.errors import CheckpointError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.io.os_errors import is_disk_full
 
 logger = logging.getLogger(__name__)
@@ -245,7 +245,7 @@ class Checkpointer:
         reason = "the disk is full" if is_disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(
             f"the checkpoint of step {step} could not be saved to {self.directory} ({reason}); {kept_words}. "
-            f"One needs {readable(self._saving_bytes)} and a little more: make room there, or see to it that the "
+            f"One needs {format_bytes(self._saving_bytes)} and a little more: make room there, or see to it that the "
             "directory can be written, and run the same command again."
         )
 

@@ -21,6 +21,7 @@ from jaxcoder.checkpoint.manifest import (
 )
 from jaxcoder.config.serialize import from_json, to_dict
 from jaxcoder.errors import CheckpointError, ConfigError
+from jaxcoder.formatting import format_bytes
 
 
 class Row(NamedTuple):
@@ -56,7 +57,7 @@ def describe(directory: epath.Path) -> Iterator[str]:
     yield f"written      {_when(manifest)} by {manifest.written_by}{_mesh(manifest)}"
     yield f"parameters   {num_parameters(manifest):,}"
     size = sum(info.size for info in manifest.files.values())
-    yield f"on disk      {readable(size)} in {len(manifest.files)} files"
+    yield f"on disk      {format_bytes(size)} in {len(manifest.files)} files"
     yield f"tokenizer    {'yes' if (directory / TOKENIZER).is_dir() else 'none beside the weights'}"
     for key, value in manifest.metadata.items():
         yield f"{key.replace('_', ' '):<12} {value}"
@@ -81,12 +82,6 @@ def rows(manifest: Manifest) -> list[Row]:
         Row(pattern.replace("{}", layers[0] if len(layers) == 1 else f"{layers[0]}..{layers[-1]}"), len(layers), info)
         for (pattern, info), layers in groups.items()
     ]
-
-
-def readable(num_bytes: int) -> str:
-    """A size in decimal units, as disks are sold: "1.234 GB"."""
-    power = min((len(str(num_bytes)) - 1) // 3, 4)
-    return f"{num_bytes / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def _siblings(directory: epath.Path) -> str:
@@ -133,10 +128,10 @@ def _table(table: list[Row]) -> Iterator[str]:
         if moments and _relative(prefix, moments) == _relative("params/", _under("params/", table)):
             shown = [row for row in shown if row not in moments]
             number, size = sum(row.count for row in moments), sum(map(_size, moments))
-            lines.append((f"{prefix}*", str(number), "as params/", moments[0].info.dtype, readable(size)))
+            lines.append((f"{prefix}*", str(number), "as params/", moments[0].info.dtype, format_bytes(size)))
     for row in shown:
         shape = "x".join(map(str, row.info.shape)) or "scalar"
-        lines.append((row.name, str(row.count), shape, row.info.dtype, readable(_size(row))))
+        lines.append((row.name, str(row.count), shape, row.info.dtype, format_bytes(_size(row))))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     for line in lines:
         cells = (line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3].ljust(widths[3]))

@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.formatting import plural
 
 if TYPE_CHECKING:
     from jaxcoder.config import RunConfig
@@ -204,7 +205,7 @@ def _trace_documents(tracer: "Tracer", args: argparse.Namespace) -> None:
     done = [reading for reading in readings if reading.step <= last]
     documents = sum(len(rows) for _, rows in found)
     print(
-        f"{documents:,} document{'s' if documents != 1 else ''} in {', '.join(paths[corpus] for corpus, _ in found)}: "
+        f"{plural(documents, 'document')} in {', '.join(paths[corpus] for corpus, _ in found)}: "
         f"held by {len(readings):,} samples of {len({reading.step for reading in readings}):,} steps of "
         f"{tracer.num_steps:,}, {len(done):,} of them in the {last:,} steps done so far."
     )

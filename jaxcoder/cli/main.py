@@ -8,7 +8,6 @@ Only the module of the chosen verb is imported, so that `jaxcoder --help` answer
 """
 
 import argparse
-import difflib
 import importlib
 import io
 import os
@@ -19,6 +18,7 @@ from types import ModuleType
 import jaxcoder
 from jaxcoder import runtime
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
+from jaxcoder.formatting import did_you_mean
 from jaxcoder.io.os_errors import explain_os_error
 from jaxcoder.record.console import clear_live_line, configure_logging
 
@@ -79,20 +79,16 @@ class Parser(argparse.ArgumentParser):
         if action.choices is not None and value not in action.choices:
             choices = [str(choice) for choice in action.choices]
             what = action.metavar or action.dest if not action.option_strings else action.option_strings[-1]
-            self.error(f"{what} cannot be {value!r}{suggest(str(value), choices)}; it is one of {', '.join(choices)}")
+            self.error(
+                f"{what} cannot be {value!r}{did_you_mean(str(value), choices)}; it is one of {', '.join(choices)}"
+            )
 
     def _explain_unknown(self, argument: str) -> str:
         if not argument.startswith("-"):
             return f"nothing takes the argument {argument!r}"
         name = argument.split("=")[0]
         # argparse has no public list of its options; this attribute has had its name since Python 2.7.
-        return f"there is no option {name}{suggest(name, list(self._option_string_actions))}"
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """ ", did you mean ...?" in words for the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f" (did you mean `{near[0]}`?)" if near else ""
+        return f"there is no option {name}{did_you_mean(name, self._option_string_actions)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,7 +155,7 @@ def _dispatch(arguments: list[str]) -> int:
         return UsageError.exit_code
     verb, rest = arguments[verb_at], arguments[verb_at + 1 :]
     if verb not in VERBS:
-        raise UsageError(f"there is no verb {verb!r}{suggest(verb, list(VERBS))}. See `jaxcoder --help`.")
+        raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}. See `jaxcoder --help`.")
     module = importlib.import_module(VERBS[verb][0])
     args = _parse_verb(verb, module, rest)
     with runtime.sigterm_raises():

@@ -10,6 +10,8 @@ time went over all restarts, checkpoints, memory, hosts, alarms, and how every s
 
 import argparse
 
+from jaxcoder.formatting import plural
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, local or gs://, s3://")
@@ -44,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         filesystem.pipe_file(inside, page(record, parameters=parameters, findings=findings).encode())
     print(f"\nThe page: {output}")
     if findings:
-        print(f"{len(findings)} finding(s): `jaxcoder doctor {args.run}` says what to try.")
+        print(f"{plural(len(findings), 'finding')}: `jaxcoder doctor {args.run}` says what to try.")

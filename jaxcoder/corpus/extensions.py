@@ -7,11 +7,11 @@ language lists the extensions it keeps and drops, and a `Rule` only where an ext
 Reference: bigcode-dataset, preprocessing/visual_inspection.csv.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +191,10 @@ def resolve_languages(names: Iterable[str]) -> tuple[str, ...]:
         elif name in used:
             chosen.add(name)
         else:
-            near = difflib.get_close_matches(name, used, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f'choose among {", ".join(used)}, or "all".'
-            raise ConfigError(f"There are no rules for a language {name!r}: {hint}")
+            raise ConfigError(
+                f"There are no rules for a language {name!r}{did_you_mean(name, used)}: choose among "
+                f'{", ".join(used)}, or "all".'
+            )
     if not chosen:
         raise ConfigError('No language is asked for: name at least one, such as "python", or "all".')
     return tuple(sorted(chosen))

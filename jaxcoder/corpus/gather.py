@@ -26,6 +26,7 @@ from jaxcoder.corpus.sources import (
 )
 from jaxcoder.corpus.split import KeptFile, choose_held_out, keyed_hash, packages_of, without_copies
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.io.atomic import write_text
 from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document import Document, well_formed
@@ -68,9 +69,9 @@ class CorpusSummary:
                 for count, reason in sorted(table, key=lambda row: (-row[0], row[1]))
             ),
             *(f"  {count:>9,}  not entered: {reason}" for reason, count in sorted(self.skipped.items())),
-            f"train     {self.train_documents:>9,} documents {self.train_bytes / 1e6:>9.1f} MB  "
+            f"train     {self.train_documents:>9,} documents {format_bytes(self.train_bytes):>10}  "
             f"{self.output_dir / TRAIN_FILE}",
-            f"held out  {self.held_out_documents:>9,} documents {self.held_out_bytes / 1e6:>9.1f} MB  "
+            f"held out  {self.held_out_documents:>9,} documents {format_bytes(self.held_out_bytes):>10}  "
             f"{self.output_dir / HELD_OUT_FILE} ({len(self.held_out_packages):,} packages)",
         ]
 

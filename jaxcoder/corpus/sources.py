@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxcoder.errors import DataError
+from jaxcoder.formatting import format_bytes
 
 LARGEST_FILE = 4 << 20
 """Bytes. Larger files are not read (a bound on memory of our own; they are tables and generated code)."""
@@ -123,7 +124,7 @@ def read_source(file: str) -> tuple[str, str | None]:
     except OSError:
         return "", "unreadable file"
     if len(content) > LARGEST_FILE:
-        return "", f"larger than {LARGEST_FILE >> 20} MiB"
+        return "", f"larger than {format_bytes(LARGEST_FILE)}"
     if b"\0" in content:
         return "", "binary"
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcoder.config.schema import RunConfig
 from jaxcoder.doctor.findings import Finding, changed, rate, train_command
-from jaxcoder.formatting import format_duration
+from jaxcoder.formatting import format_bytes, format_duration, plural
 from jaxcoder.record.events import text
 from jaxcoder.record.goodput import Attempt
 from jaxcoder.record.run_record import RunRecord, Stack
@@ -50,7 +50,7 @@ def failures(record: RunRecord) -> Iterator[Finding]:
     ]
     memory = record.columns["host_memory"].finite()
     if died and len(memory):
-        told.append(f"the memory of process 0 was at most {memory.values.max() / 2**30:.1f} GiB")
+        told.append(f"the memory of process 0 was at most {format_bytes(memory.values.max())}")
     advice = []
     if died:
         advice.append("a process that dies without a word was killed from outside: `dmesg -T | grep -i -e 'out of "
@@ -61,15 +61,11 @@ def failures(record: RunRecord) -> Iterator[Finding]:
     yield Finding(
         rule="failures",
         severity="error" if is_down else "warning",
-        what=f"{_number(len(failed), 'start')} of {len(attempts)} failed"
+        what=f"{plural(len(failed), 'start')} of {len(attempts)} failed"
         + (", the last one too." if is_down else ", and the run went on."),
         evidence=tuple(told[-9:]),
         try_next=tuple(advice) or (f"see every end: `jaxcoder report {record.path}`",),
     )
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def restarts_loop(record: RunRecord) -> Iterator[Finding]:
@@ -132,7 +128,7 @@ def watchdog(record: RunRecord) -> Iterator[Finding]:
     yield Finding(
         rule="watchdog",
         severity="error" if again else "warning",
-        what=f"The watchdog ended {_number(count, 'start')}{suspect}.",
+        what=f"The watchdog ended {plural(count, 'start')}{suspect}.",
         evidence=tuple(told[:6]) + tuple(stuck[:8]),
         try_next=(
             "look at the process that is named, on its host: its log, `dmesg -T`, `nvidia-smi`; where others waited "
@@ -271,7 +267,7 @@ def damaged_checkpoints(record: RunRecord) -> Iterator[Finding]:
     yield Finding(
         rule="damaged_checkpoints",
         severity="warning" if whole else "error",
-        what=f"{_number(len(bad), 'checkpoint')} of {len(record.checkpoints)} cannot be used.",
+        what=f"{plural(len(bad), 'checkpoint')} of {len(record.checkpoints)} cannot be used.",
         evidence=tuple(f"step {step:,}: {problem}" for step, problem in list(bad.items())[-6:])
         + (
             f"the newest whole one is of step {max(whole):,}; the run is at step {record.last_step:,}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from jaxcoder.doctor.findings import Finding, profile_command, train_command
-from jaxcoder.formatting import format_bytes, format_duration
+from jaxcoder.formatting import format_bytes, format_duration, plural
 from jaxcoder.record.run_record import RunRecord
 from jaxcoder.record.series import Series, block_medians
 from jaxcoder.record.summary import CATEGORY_NAMES, ranges, recent, slowest_hosts
@@ -206,7 +206,7 @@ def low_goodput(record: RunRecord) -> Iterator[Finding]:
             f"{CATEGORY_NAMES[name]}: {format_duration(seconds)}, {seconds / goodput.wall:.0%}"
             for seconds, name in named
         )
-        + (f"{len(goodput.attempts)} start(s) in {format_duration(goodput.wall)}",),
+        + (f"{plural(len(goodput.attempts), 'start')} in {format_duration(goodput.wall)}",),
         try_next=tuple(_CURES[name] for _, name in named) + (f"see it drawn: `jaxcoder report {record.path}`",),
     )
 

@@ -4,13 +4,13 @@ What exists is in the TPU pages of the Google Cloud documentation: 3-D slices ar
 cubes, 2-D slices one of a list. libtpu itself compiles for shapes that nobody can rent.
 """
 
-import difflib
 import itertools
 import math
 import re
 from dataclasses import dataclass
 
 from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import nearest
 from jaxcoder.train.devices import Chip, find_chip
 
 _SHAPES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -110,10 +110,10 @@ def parse_topology(name: str, num_slices: int = 1) -> Topology:
             raise ConfigError(f"--slices is for TPUs: write the nodes of {name} into its name, `{family}:NODESx8`.")
         return _gpu(name, family, given[2], given[3])
     known = [*TPUS, *GPUS]
-    near = difflib.get_close_matches(re.split("[:-]", name.lower())[0], [*known, *_ALIASES], n=1, cutoff=0.4)
-    nearest = f" (did you mean `{_ALIASES.get(near[0], near[0])}`?)" if near else ""
+    near = nearest(re.split("[:-]", name.lower())[0], [*known, *_ALIASES], cutoff=0.4)
+    hint = f" (did you mean `{_ALIASES.get(near, near)}`?)" if near else ""
     raise ConfigError(
-        f"there is no topology `{name}`{nearest}: write CHIP:SHAPE, such as v5p:8x8x8, v5e:16x16 or h100:8x8 (8 nodes "
+        f"there is no topology `{name}`{hint}: write CHIP:SHAPE, such as v5p:8x8x8, v5e:16x16 or h100:8x8 (8 nodes "
         f"of 8 GPUs), with a CHIP of {', '.join(known)}."
     )
 

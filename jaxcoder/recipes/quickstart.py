@@ -22,6 +22,7 @@ from jaxcoder.config.load import load_run
 from jaxcoder.corpus.gather import gather
 from jaxcoder.data.build import build_store
 from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.io.atomic import atomic_directory, is_left_over, write_text
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
@@ -102,9 +103,9 @@ def stages(
         progress=progress,
     )
     logger.info(
-        f"Corpus: {summary.train_documents:,} files, {summary.train_bytes / 1e6:.1f} MB; held out: "
+        f"Corpus: {summary.train_documents:,} files, {format_bytes(summary.train_bytes)}; held out: "
         f"{summary.held_out_documents:,} files of {len(summary.held_out_packages)} packages, "
-        f"{summary.held_out_bytes / 1e6:.2f} MB"
+        f"{format_bytes(summary.held_out_bytes)}"
     )
     tokenizer = make_tokenizer(paths, config.model.vocab_size, progress)
     logger.info(f"Tokenizer: {tokenizer.vocab_size:,} tokens, byte-level BPE ({paths.tokenizer})")

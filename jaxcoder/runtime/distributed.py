@@ -4,6 +4,7 @@ import logging
 import os
 
 from jaxcoder.errors import ConfigError, LostProcessError
+from jaxcoder.formatting import plural
 from jaxcoder.runtime.processes import Processes, TpuPod, find_processes
 from jaxcoder.runtime.roster import answer_roll, call_roll
 
@@ -37,7 +38,7 @@ def join(
     import jax
 
     if found.index == 0:
-        others = f"{found.count - 1} other process{'es' if found.count > 2 else ''}"
+        others = plural(found.count - 1, "other process", "other processes")
         logger.info(f"Waiting at {found.coordinator} for {others} (as {found.source} says).")
         hosts = call_roll(found, patience)
         logger.info(f"All {found.count} processes are here: {_counted(hosts)}.")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.io.document import well_formed
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import SILENT, Progress
@@ -61,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Pro
     if not feed.num_bytes:
         raise DataError("There is no text to train a tokenizer on: give documents that are not empty.")
     tokenizer = Tokenizer(backend.to_str(pretty=True).encode(), origin="the trained tokenizer")
-    progress.finish(f"Tokenizer of {tokenizer.vocab_size} tokens from {feed.num_bytes / 1e6:.1f} MB")
+    progress.finish(f"Tokenizer of {tokenizer.vocab_size} tokens from {format_bytes(feed.num_bytes)}")
     return tokenizer
 
 

@@ -8,10 +8,11 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 
+import jax
 from etils import epath
 
 from jaxcoder.checkpoint.discover import is_checkpoint, steps_in
-from jaxcoder.checkpoint.inspect import choose, readable
+from jaxcoder.checkpoint.inspect import choose
 from jaxcoder.checkpoint.manifest import has_manifest, read_manifest
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
 from jaxcoder.config.serialize import to_dict
@@ -20,8 +21,9 @@ from jaxcoder.data.open import SYNTHETIC, open_stream, store_paths
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import JaxcoderError
-from jaxcoder.formatting import plural
+from jaxcoder.formatting import format_bytes, plural
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
+from jaxcoder.train.devices import find_chip
 from jaxcoder.train.inputs import held_out_stores
 from jaxcoder.train.memory_estimate import estimate_memory
 from jaxcoder.train.restore import OpenWeights, check_model, open_own_weights
@@ -103,7 +105,11 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
     yield from row("mesh", f"{axes}: {plural(planned, 'device')} ({num_devices} here)")
     estimate = estimate_memory(config)
-    yield from row("memory", f"about {readable(estimate.total)} on each device; an estimate, nothing was compiled")
+    chip = find_chip(jax.devices()[0].device_kind)
+    available = f" of the {format_bytes(chip.memory)} of a {chip.name}" if chip and chip.memory else ""
+    yield from row(
+        "memory", f"about {format_bytes(estimate.total)}{available} on each device; an estimate, nothing was compiled"
+    )
     parts = {
         "weights, fp32": estimate.weights,
         "Adam's two moments, fp32": estimate.moments,
@@ -113,14 +119,14 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
         "gathered copies": estimate.gathered,
     }
     for name, size in parts.items():
-        yield f"{_INDENT}{name:<38}{readable(size):>10}"
+        yield f"{_INDENT}{name:<38}{format_bytes(size):>10}"
     smaller = _smaller_microbatch(config)
     if smaller is not None and estimate.kept_activations > estimate.weights:
-        total = readable(estimate_memory(replace(config, microbatch_size=smaller)).total)
+        total = format_bytes(estimate_memory(replace(config, microbatch_size=smaller)).total)
         yield from row("", f"with --microbatch-size {smaller}: about {total}")
     if config.compute.remat != "block":
         in_blocks = replace(config, compute=replace(config.compute, remat="block"))
-        yield from row("", f"with --compute.remat block: about {readable(estimate_memory(in_blocks).total)}")
+        yield from row("", f"with --compute.remat block: about {format_bytes(estimate_memory(in_blocks).total)}")
 
 
 def _smaller_microbatch(config: RunConfig) -> int | None:
@@ -185,7 +191,7 @@ def _directory(config: RunConfig) -> Iterator[str]:
     saves = f"every {keep.save_every_steps:,} steps" + (
         f" or {keep.save_every_seconds:g} seconds" if keep.save_every_seconds else ""
     )
-    yield from row("", f"checkpoints/, {readable(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
+    yield from row("", f"checkpoints/, {format_bytes(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
     yield from row("", _what_is_there(directory, config))
 
 

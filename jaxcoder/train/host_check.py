@@ -22,6 +22,7 @@ import jaxcoder
 from jaxcoder.config import RunConfig, fields
 from jaxcoder.data.stream import SampleStream, WindowStream
 from jaxcoder.errors import ConfigError, DataError, JaxcoderError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.runtime import Peers
 from jaxcoder.train.inputs import HeldOutStream
 
@@ -113,8 +114,8 @@ def check_disk(directory: str, state_bytes: int) -> None:
     free, needed = shutil.disk_usage(path).free, int(_ROOM * state_bytes)
     if free < needed:
         raise JaxcoderError(
-            f"the disk of the output directory `{directory}` has {free / 2**30:.1f} GiB free and one checkpoint needs "
-            f"{needed / 2**30:.1f}: make room, or give another --output-dir."
+            f"the disk of the output directory `{directory}` has {format_bytes(free)} free and one checkpoint needs "
+            f"{format_bytes(needed)}: make room, or give another --output-dir."
         )
 
 

@@ -26,6 +26,7 @@ from jaxcoder.data.loader import Batch, batches
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError, Interrupted
+from jaxcoder.formatting import plural
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.protocols import MetricWriter
@@ -417,7 +418,7 @@ def open_writers(config: RunConfig, directory: RunDirectory, step: int) -> Metri
 def describe(config: RunConfig, mesh: Mesh) -> str:
     """One line: what is trained, on what, laid out how."""
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    devices = f"{mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
+    devices = f"{plural(mesh.size, f'{mesh.devices.flat[0].device_kind} device')}"
     tokens = config.global_batch_size * config.model.max_seq_len
     return (
         f"Training {config.name}: {num_parameters(config.model):,} parameters, {tokens:,} tokens a step, "

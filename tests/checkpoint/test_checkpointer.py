@@ -271,7 +271,7 @@ def test_a_real_full_disk(tmp_path):
         print("latest", checkpointer.latest_step())
     """
     done = _python(script, tmp_path)
-    assert "the disk is full" in done.stdout and "One needs 4 MB" in done.stdout and "latest 1" in done.stdout, (
+    assert "the disk is full" in done.stdout and "One needs 3.8 MiB" in done.stdout and "latest 1" in done.stdout, (
         done.stdout + done.stderr
     )
 

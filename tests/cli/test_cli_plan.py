@@ -27,7 +27,7 @@ def refused(capsys, command: str) -> str:
     [
         ("", "CONFIG is missing"),
         ("starcoderbase", "--topology is missing: give one, such as `--topology v5p:8x8x8`"),
-        ("starcoderbas --topology v5p:8x8x8", "did you mean 'starcoderbase'"),
+        ("starcoderbas --topology v5p:8x8x8", "did you mean `starcoderbase`"),
         ("starcoderbase --topology v5p:8x8x9", "there is no topology `v5p:8x8x9`: the nearest are v5p:8x8x8"),
         ("starcoderbase --topology v5q:8x8x8", "did you mean `v5p`"),
         ("starcoderbase --topology v5p:4x4x4 --mesh.fsdp 60", "is 60 devices and v5p:4x4x4 has 64"),

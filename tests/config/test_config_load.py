@@ -69,7 +69,7 @@ def test_by_name(installed):
 
 @pytest.mark.parametrize(("name", "near"), [("smal", "small"), ("Large", "large")])
 def test_unknown_name_suggests(installed, name, near):
-    expected = rf"no run called '{name}' \(did you mean '{near}'\?\)\. Choose one of small, large, or"
+    expected = rf"no run called '{name}' \(did you mean `{near}`\?\)\. Choose one of small, large, or"
     with pytest.raises(ConfigError, match=expected):
         load_run(name)
 
@@ -86,7 +86,7 @@ TWO = FILE + "def tiny() -> RunConfig:\n    return small()\n"
 @pytest.mark.parametrize(
     ("text", "suffix", "expected"),
     [
-        (FILE, ":smal", r"has no function 'smal'.*did you mean 'small'"),
+        (FILE, ":smal", r"has no function 'smal'.*did you mean `small`"),
         (TWO, "", r"has 2 functions that return a RunConfig \(small, tiny\): choose one, as in .*my_run.py:small"),
         ("x = 1", "", "has 0 functions.*write one"),
         ("def run(", "", "fails when imported: SyntaxError"),
@@ -95,7 +95,7 @@ TWO = FILE + "def tiny() -> RunConfig:\n    return small()\n"
         ("def run(): exit(4)", "", "fails: SystemExit: 4"),
         ("def run(): return 1", "", "returns int: it must return a RunConfig"),
         ("def run(): raise KeyError('k')", "", "fails: KeyError"),
-        (FILE.replace("mlp_dim", "mlp_dims"), "", r"argument 'mlp_dims' \(did you mean 'mlp_dim'\?\)"),
+        (FILE.replace("mlp_dim", "mlp_dims"), "", r"argument 'mlp_dims' \(did you mean `mlp_dim`\?\)"),
         (FILE.replace("num_steps=10", "num_steps='10'"), "", "num_steps is '10', but must be an integer"),
         (FILE.replace("small()", "small(layers)"), "", "needs the arguments layers"),
         ("def run(layers, width): ...", "", "the run .* needs the arguments layers, width: give each of"),

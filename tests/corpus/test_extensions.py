@@ -80,7 +80,7 @@ def test_classify(name, languages, expected):
 def test_languages_by_name():
     assert resolve_languages(["Python", "cpp", "python"]) == ("c++", "python")
     assert len(resolve_languages(["all"])) == 88
-    with pytest.raises(ConfigError, match="did you mean 'python'"):
+    with pytest.raises(ConfigError, match="did you mean `python`"):
         resolve_languages(["pyhton"])
     with pytest.raises(ConfigError, match="choose among ada"):
         resolve_languages(["swift"])

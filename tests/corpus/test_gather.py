@@ -162,7 +162,7 @@ def test_trees_without_usable_code(tmp_path, kind, message):
         ({"held_out_fraction": -0.1}, "held_out_fraction is -0.1"),
         ({"held_out_fraction": float("nan")}, "held_out_fraction is nan"),
         ({"max_bytes": 0}, "max_bytes is 0"),
-        ({"languages": ["pyton"]}, "did you mean 'python'"),
+        ({"languages": ["pyton"]}, "did you mean `python`"),
     ],
 )
 def test_impossible_arguments(tmp_path, arguments, message):

@@ -73,7 +73,7 @@ def test_deep_trees(tmp_path):
         ("é".encode("latin-1"), ("", "not UTF-8")),
         (b"\xed\xa0\x80", ("", "not UTF-8")),
         (b"ab\0c", ("", "binary")),
-        (b"x" * ((4 << 20) + 1), ("", "larger than 4 MiB")),
+        (b"x" * ((4 << 20) + 1), ("", "larger than 4.0 MiB")),
     ],
 )
 def test_reading(tmp_path, content, expected):
