@@ -140,9 +140,10 @@ def abstract_batch(config, mesh):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxcoder.data.loader import Batch
+    from jaxcoder.train.inputs import BATCH
 
     shape = (config.global_batch_size, config.model.max_seq_len)
-    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH, None))
     ids, mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in (jnp.int32, jnp.float32))
     return Batch(inputs=ids, targets=ids, loss_mask=mask, positions=ids, segment_ids=None)
 

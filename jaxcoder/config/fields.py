@@ -34,20 +34,20 @@ def to_fp32(value: float) -> float:
 # --- Constraints -----------------------------------------------------------------------------------------------------
 
 
-def constrained(constraint: Constraint, default: Any = dataclasses.MISSING) -> Any:
+def constrained(constraint: Constraint, default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
     """A dataclass field with a constraint; a required field if `default` is left out."""
-    return dataclasses.field(default=default, metadata={"constraint": constraint})
+    return dataclasses.field(default=default, metadata={"constraint": constraint, **metadata})
 
 
-def positive(default: Any = dataclasses.MISSING) -> Any:
-    """A field above 0, in fp32 too if it is a float."""
+def positive(default: Any = dataclasses.MISSING, *, dim: str | None = None) -> Any:
+    """A field above 0, in fp32 too if it is a float. dim: it is the size of this logical dim, which the mesh shards."""
 
     def constraint(value: float) -> str | None:
         if value <= 0:
             return "larger than 0"
         return None if value >= SMALLEST_FP32 else f"at least {SMALLEST_FP32:.1e}, because it would be 0 in fp32"
 
-    return constrained(constraint, default)
+    return constrained(constraint, default, dim=dim)
 
 
 def non_negative(default: Any = dataclasses.MISSING) -> Any:
@@ -68,6 +68,11 @@ def below_one(default: Any = dataclasses.MISSING) -> Any:
 def non_empty(default: Any = dataclasses.MISSING) -> Any:
     """A string field that must be set."""
     return constrained(lambda value: None if value else "a non-empty string", default)
+
+
+def mesh_axis(default: int) -> Any:
+    """A field that is the size of a mesh axis; its constraints are checked together with those of the other axes."""
+    return dataclasses.field(default=default, metadata={"is_axis": True})
 
 
 # --- Walking ---------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jaxcoder.config.fields import below_one, between, non_empty, non_negative, positive
+from jaxcoder.config.mesh import MeshConfig
 
 Activation = Literal["gelu_tanh", "gelu"]
 AttentionBackend = Literal["reference", "blockwise", "flash_tpu", "cudnn"]
@@ -22,15 +23,15 @@ class ModelConfig:
     """The architecture, GPTBigCode: pre-norm decoder, learned absolute positions, tied embeddings, biases."""
 
     num_layers: int = positive()
-    embed_dim: int = positive()
-    num_heads: int = positive()
+    embed_dim: int = positive(dim="embed")
+    num_heads: int = positive(dim="heads")
     head_dim: int = positive()
     """Size of one head; num_heads * head_dim equals embed_dim in every published model of the family."""
-    mlp_dim: int = positive()
-    num_kv_heads: int = positive(1)
+    mlp_dim: int = positive(dim="mlp")
+    num_kv_heads: int = positive(1, dim="kv_heads")
     """1 is multi-query attention; num_heads is multi-head."""
-    vocab_size: int = positive(49152)
-    max_seq_len: int = positive(8192)
+    vocab_size: int = positive(49152, dim="vocab")
+    max_seq_len: int = positive(8192, dim="seq")
     """Rows of the position table, and the length of a training window."""
     activation: Activation = "gelu_tanh"
     """StarCoder was trained with the tanh approximation; some published configs name the exact form ("gelu")."""
@@ -85,7 +86,7 @@ class Stage:
     """Samples consumed before the stage; the first stage begins at 0. A stage takes effect at the next whole step."""
     weights: tuple[float, ...] = non_negative(())
     """A weight for each of data.corpora; () means the weights given there."""
-    global_batch_size: int | None = positive(None)
+    global_batch_size: int | None = positive(None, dim="batch")
     """Windows per optimizer step; None means the run's."""
 
 
@@ -119,21 +120,6 @@ class DataConfig:
     """As trained: the padding at the right end of a window counts in the loss."""
     document_mask: bool = False
     """Restrict attention and positions to one document. False, as StarCoder was trained: they span the window."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """Sizes of the mesh axes. At most one may be -1: the remaining devices."""
-
-    data: int = 1
-    """Replicas of the weights; a multiple of num_slices, because only this axis crosses the slow network."""
-    fsdp: int = -1
-    """Data parallelism with sharded weights, gradients and optimizer state."""
-    tensor: int = 1
-    """Shards heads, MLP and vocabulary, and the sequence between them; a single key/value head is replicated."""
-    num_slices: int | None = positive(None)
-    """Groups of devices with a slow network between them: the axis `data` runs across them. None means the number that
-    a TPU reports, and 1 elsewhere; on a GPU cluster, give the number of nodes to shard weights only within a node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +185,9 @@ class RunConfig:
     name: str = non_empty()
     model: ModelConfig
     num_steps: int = between(1, 2**31 - 1)
-    global_batch_size: int = positive()
+    global_batch_size: int = positive(dim="batch")
     """Windows per optimizer step, over all devices."""
-    microbatch_size: int | None = positive(None)
+    microbatch_size: int | None = positive(None, dim="batch")
     """Windows per forward and backward pass, over all devices; None means the global batch size."""
     seed: int = between(0, 2**63 - 1, 1234)
     output_dir: str = ""

@@ -1,17 +1,15 @@
 """Validation of a run before a device is used. All problems are reported at once.
 
 Each problem names the field, its value and the way out. Constraints on one field are in its metadata (schema.py,
-fields.py); this module has the constraints between fields. `resolve_mesh` fills in the mesh axis that is -1.
+fields.py); this module has the constraints between fields, and
+mesh.py those of the mesh.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator
 
-from jaxcoder.config import fields
-from jaxcoder.config.schema import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
+from jaxcoder.config import fields, mesh
+from jaxcoder.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.errors import ConfigError
-from jaxcoder.formatting import plural
 
 
 def validate(config: RunConfig, num_devices: int) -> None:
@@ -20,24 +18,14 @@ def validate(config: RunConfig, num_devices: int) -> None:
     if not problems:  # the other checks compare values
         problems = [*fields.value_problems(config), *_model(config.model), *_data(config.data)]
         problems += [*_optimizer(config.optimizer, config.num_steps), *_batch(config)]
-        mesh_problems = list(_mesh(config.mesh, num_devices))
-        problems += mesh_problems
+        mesh_problems = list(mesh.size_problems(config.mesh, num_devices))
         if not mesh_problems:
-            problems += _on_mesh(config, resolve_mesh(config.mesh, num_devices))
+            rules = mesh.DimRules.for_heads(config.model.num_kv_heads)
+            mesh_problems = list(mesh.shard_problems(config, mesh.resolve_mesh(config.mesh, num_devices), rules))
+        problems += mesh_problems
     if problems:
         separator = " " if len(problems) == 1 else "\n  - "
         raise ConfigError("the run configuration is invalid:" + "".join(separator + problem for problem in problems))
-
-
-def resolve_mesh(mesh: MeshConfig, num_devices: int) -> MeshConfig:
-    """The mesh with its -1 replaced by the number of devices that the other axes leave."""
-    problems = list(_mesh(mesh, num_devices))
-    if problems:
-        raise ConfigError(" ".join(problems))
-    sizes = _axes(mesh)
-    given = math.prod(size for size in sizes.values() if size != -1)
-    filled = {axis: num_devices // given if size == -1 else size for axis, size in sizes.items()}
-    return dataclasses.replace(mesh, **filled)
 
 
 def data_problems(data: DataConfig) -> list[str]:
@@ -116,59 +104,3 @@ def _batch(config: RunConfig) -> Iterator[str]:
     for name, size in batch_sizes(config).items():
         if micro is not None and micro > 0 and size % micro:
             yield f"microbatch_size {micro} does not divide {name} {size}: use a divisor."
-
-
-def _axes(mesh: MeshConfig) -> dict[str, int]:
-    return {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-
-
-def _mesh(mesh: MeshConfig, num_devices: int) -> Iterator[str]:
-    sizes = _axes(mesh)
-    for axis, size in sizes.items():
-        if size < 1 and size != -1:
-            yield f"mesh.{axis} is {size}: use 1 or more, or -1 for all the devices that the other axes leave."
-            return
-    said = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
-    free = [f"mesh.{axis}" for axis, size in sizes.items() if size == -1]
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1:
-        yield f"{' and '.join(free)} are both -1: at most one mesh axis can take the devices that are left."
-    elif free and num_devices % given:
-        yield (
-            f"the mesh {said} does not fit {plural(num_devices, 'device')}: {num_devices} is not a multiple of "
-            f"{given}, the product of the axes other than {free[0]}; change one of them to a divisor."
-        )
-    elif not free and given != num_devices:
-        yield (
-            f"the mesh {said} is {plural(given, 'device')}, but there {'is' if num_devices == 1 else 'are'} "
-            f"{num_devices:,}: set one axis to -1 to take what is left, or change the sizes."
-        )
-
-
-def _on_mesh(config: RunConfig, mesh: MeshConfig) -> Iterator[str]:
-    """Sizes that do not divide; `mesh` is resolved."""
-    slices = mesh.num_slices
-    if slices is not None and slices > 0 and mesh.data % slices:
-        nearest = max(1, round(mesh.data / slices)) * slices
-        yield (
-            f"mesh.data {mesh.data} is not a multiple of mesh.num_slices {slices}: fsdp and tensor do not cross slices, "
-            f"so use {nearest}."
-        )
-    model, batch_shards = config.model, mesh.data * mesh.fsdp
-    split = [
-        ("model.num_heads", model.num_heads, "mesh.tensor", mesh.tensor),
-        ("model.mlp_dim", model.mlp_dim, "mesh.tensor", mesh.tensor),
-        ("model.vocab_size", model.vocab_size, "mesh.tensor", mesh.tensor),
-        ("model.max_seq_len", model.max_seq_len, "mesh.tensor", mesh.tensor),
-        ("model.embed_dim", model.embed_dim, "mesh.fsdp", mesh.fsdp),
-        *((name, size, "mesh.data x mesh.fsdp", batch_shards) for name, size in batch_sizes(config).items()),
-    ]
-    if model.num_kv_heads not in (1, 0):  # a single one is replicated
-        split.append(("model.num_kv_heads", model.num_kv_heads, "mesh.tensor", mesh.tensor))
-    if config.microbatch_size is not None:
-        split.append(("microbatch_size", config.microbatch_size, "mesh.data x mesh.fsdp", batch_shards))
-    for name, size, axis, shards in split:
-        if size > 0 and size % shards:
-            nearest = max(1, round(size / shards)) * shards
-            devices = plural(shards, "device")
-            yield f"{name} {size} is not a multiple of {axis} ({devices}): use {nearest}, or another mesh."

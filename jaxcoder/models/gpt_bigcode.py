@@ -181,7 +181,7 @@ class GPTBigCode(nnx.Module):
         return drop(x, self.config.embed_dropout, dropout, Site.EMBED, rules=rules)
 
     def _with_cache(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        rules = self.rules.whole_sequences()
+        rules = self.rules.unsharded_sequences()
         ids, cache_spec = rules.spec("batch", None), KVCache.spec(rules)
 
         def local(model, tokens, positions, k, v):

@@ -319,6 +319,7 @@ def abstract_arguments(config: RunConfig, mesh):
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxcoder.data.loader import Batch
+    from jaxcoder.train.inputs import BATCH
     from jaxcoder.train.memory_estimate import abstract_state_on
 
     def on_mesh(leaf):
@@ -326,7 +327,7 @@ def abstract_arguments(config: RunConfig, mesh):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     state = jax.tree.map(on_mesh, abstract_state_on(config.mesh, config))
-    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    rows = NamedSharding(mesh, PartitionSpec(BATCH, None))
     shape = config.global_batch_size, config.model.max_seq_len
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
     counts = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from jaxcoder.config import MeshConfig, RunConfig
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.mesh import resolve_mesh
+from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention.blocks_tpu import has_kernels
 from jaxcoder.models.flops import num_parameters, training_flops_per_token

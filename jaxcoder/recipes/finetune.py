@@ -20,9 +20,10 @@ import jax
 
 from jaxcoder.config import Corpus, DataConfig, RunConfig
 from jaxcoder.config.load import load_run
+from jaxcoder.config.mesh import resolve_mesh
 from jaxcoder.config.overrides import apply_overrides
 from jaxcoder.config.serialize import fingerprint
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.validate import validate
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError
 from jaxcoder.io.atomic import write_text

@@ -37,8 +37,7 @@ def explain_out_of_memory(error: BaseException, config: "RunConfig | None") -> J
     knobs = [
         f"microbatch_size (now {whole}): a smaller divisor of global_batch_size; the result stays the same",
         f'compute.remat (now "{config.compute.remat}"): {remat[config.compute.remat]}; the result stays the same',
-        f"mesh.fsdp (now {config.mesh.fsdp}) and mesh.tensor (now {config.mesh.tensor}): "
-        "more devices, so that each holds less; the result stays the same",
+        f"mesh (now {config.mesh}): more devices, so that each holds less; the result stays the same",
         f"global_batch_size (now {config.global_batch_size}): smaller",
         f"model.max_seq_len (now {config.model.max_seq_len}): shorter",
     ]

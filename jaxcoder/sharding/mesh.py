@@ -7,16 +7,21 @@ processes are neighbours in the mesh, `tensor` first. Rows of the batch follow t
 """
 
 from collections.abc import Sequence
+from math import prod
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxcoder.config import MeshConfig
+from jaxcoder.config.mesh import MESH_AXES, DimRules, MeshConfig, slice_problem
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import plural
-from jaxcoder.sharding.rules import MESH_AXES
+
+EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
+
+BATCH_AXES = len(DimRules().of("batch"))
+"""The batch is sharded over the first axes of the mesh, in their order."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -25,25 +30,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises ConfigError where there are too few devices, or `data` cannot run across the slices.
     """
     devices = jax.devices() if devices is None else devices
-    size = config.data * config.fsdp * config.tensor
-    if min(config.data, config.fsdp, config.tensor) < 1 or size > len(devices):
-        described = f"data={config.data}, fsdp={config.fsdp}, tensor={config.tensor}"
+    size = config.num_devices
+    if min(config.sizes.values()) < 1 or size > len(devices):
         raise ConfigError(
-            f"a mesh of {described} needs {plural(size, 'device')} and {len(devices)} can be had: change `mesh`."
+            f"the mesh {config} needs {plural(size, 'device')} but there are {len(devices)}: change `mesh`."
         )
-    return Mesh(arrange(config, devices[:size]), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    return Mesh(arrange(config, devices[:size]), MESH_AXES, axis_types=EXPLICIT)
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The same mesh of devices that need not exist: for shapes and shardings by `jax.eval_shape`."""
+    return AbstractMesh(tuple(config.sizes.values()), MESH_AXES, axis_types=EXPLICIT)
 
 
 def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
-    """All of `devices` in the shape of the mesh (data, fsdp, tensor)."""
+    """All of `devices` in the shape of the mesh."""
     slices = split_into_slices(devices, config.num_slices)
-    if config.data % len(slices):
-        nearest = max(1, round(config.data / len(slices))) * len(slices)
-        raise ConfigError(
-            f"mesh.data {config.data} is not a multiple of the {len(slices)} slices that the devices are in, and fsdp "
-            f"and tensor do not cross slices: use --mesh.data {nearest}, and so many fewer of the others."
-        )
-    shape = (config.data // len(slices), config.fsdp, config.tensor)
+    problem = slice_problem(config, len(slices))
+    if problem is not None:
+        raise ConfigError(problem)
+    across, *within = config.sizes.values()  # the first axis crosses slices
+    shape = (across // len(slices), *within)
     return np.concatenate([_arrange_slice(shape, devices) for devices in slices])
 
 
@@ -79,17 +86,18 @@ def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> 
     return slices
 
 
-def _arrange_slice(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _arrange_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu" or len(devices) == 1:
         return np.array(devices).reshape(shape)
     mesh = _rows_by_process(_along_the_wires(shape, devices))
     if not _reads_contiguously(mesh):  # a process has parts of several replicas: replicas of whole processes instead
-        rows = _rows_by_process(_along_the_wires((1, shape[0] * shape[1], shape[2]), devices))
+        merged = (1, prod(shape[:BATCH_AXES])) + shape[BATCH_AXES:]
+        rows = _rows_by_process(_along_the_wires(merged, devices))
         mesh = rows.reshape(shape)
     return mesh
 
 
-def _along_the_wires(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+def _along_the_wires(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     """TPUs so that every axis of the mesh is an axis of the torus, or several; if that cannot be, parts of one."""
     for may_split in (False, True):
         try:
@@ -100,10 +108,10 @@ def _along_the_wires(shape: tuple[int, int, int], devices: Sequence[jax.Device])
 
 
 def _rows_by_process(mesh: np.ndarray) -> np.ndarray:
-    """The mesh with its `data` and `fsdp` rows sorted by the processes that hold them, so that a process reads one
-    contiguous part of the batch. Which devices are in a group stays, and with that how XLA lets them talk."""
+    """The mesh with the rows of its batch axes sorted by the processes that hold them, so that a process reads one
+    contiguous part of the batch. The groups of devices stay the same, and with them the collectives."""
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh)
-    for axis in (0, 1):
+    for axis in range(BATCH_AXES):
         rows = np.moveaxis(processes, axis, 0).reshape(mesh.shape[axis], -1)
         order = sorted(range(len(rows)), key=lambda row: sorted(rows[row].tolist()))
         mesh, processes = np.take(mesh, order, axis), np.take(processes, order, axis)
@@ -113,14 +121,14 @@ def _rows_by_process(mesh: np.ndarray) -> np.ndarray:
 def _reads_contiguously(mesh: np.ndarray) -> bool:
     """Whether the rows of the batch that a process holds are neighbours."""
     rows: dict[int, list[int]] = {}
-    for (data, fsdp, _), device in np.ndenumerate(mesh):
-        rows.setdefault(device.process_index, []).append(data * mesh.shape[1] + fsdp)
+    for (row, _), device in np.ndenumerate(mesh.reshape(prod(mesh.shape[:BATCH_AXES]), -1)):
+        rows.setdefault(device.process_index, []).append(row)
     return all(max(held) - min(held) < len(set(held)) for held in rows.values())
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
     """One device (default: the first) under the same axis names, so that one code path serves a laptop and a pod."""
-    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), [device or jax.devices()[0]])
+    return make_mesh(MeshConfig(**dict.fromkeys(MESH_AXES, 1)), [device or jax.devices()[0]])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

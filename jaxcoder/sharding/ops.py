@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxcoder.sharding.rules import Axes, axes_of
+from jaxcoder.config.mesh import Axes, axes_of
 
 
 def reshard(x: jax.Array, spec: PartitionSpec | None) -> jax.Array:

@@ -3,7 +3,6 @@
 Nothing is compiled, read at length or written, and no device of the mesh has to be there.
 """
 
-import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,8 +14,9 @@ from jaxcoder.checkpoint.discover import is_checkpoint, steps_in
 from jaxcoder.checkpoint.inspect import choose
 from jaxcoder.checkpoint.manifest import has_manifest, read_manifest
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.config.mesh import resolve_mesh
 from jaxcoder.config.serialize import to_dict
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.validate import validate
 from jaxcoder.data.open import SYNTHETIC, open_stream, store_paths
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.store import TokenStore
@@ -25,7 +25,7 @@ from jaxcoder.formatting import format_bytes, plural
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.devices import find_chip
 from jaxcoder.train.inputs import held_out_stores
-from jaxcoder.train.memory_estimate import estimate_memory
+from jaxcoder.train.memory_estimate import estimate_memory, shards_of
 from jaxcoder.train.restore import OpenWeights, check_model, open_own_weights
 from jaxcoder.train.run_directory import RunDirectory, changes, strangers_among
 
@@ -60,9 +60,8 @@ def dry_run(
 def planned_devices(mesh: MeshConfig, num_devices: int) -> int:
     """How many devices the mesh means: what it asks for; where an axis takes the rest, those that are here, or as many
     as its other axes need."""
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    given = math.prod(size for size in sizes if size > 0)
-    return num_devices if -1 in sizes and num_devices % given == 0 else given
+    given = mesh.num_devices
+    return num_devices if -1 in mesh.sizes.values() and num_devices % given == 0 else given
 
 
 def num_samples(config: RunConfig) -> int:
@@ -102,8 +101,7 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
 
 def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     mesh = config.mesh
-    axes = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
-    yield from row("mesh", f"{axes}: {plural(planned, 'device')} ({num_devices} here)")
+    yield from row("mesh", f"{mesh}: {plural(planned, 'device')} ({num_devices} here)")
     estimate = estimate_memory(config)
     chip = find_chip(jax.devices()[0].device_kind)
     available = f" of the {format_bytes(chip.memory)} of a {chip.name}" if chip and chip.memory else ""
@@ -131,7 +129,7 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
 
 def _smaller_microbatch(config: RunConfig) -> int | None:
     """One window on every device at a time, where that is less than now and divides every batch."""
-    smallest = config.mesh.data * config.mesh.fsdp
+    smallest = shards_of(config)("batch")
     sizes = BatchSchedule.of(config.global_batch_size, config.data).batch_sizes
     now = config.microbatch_size or config.global_batch_size
     return smallest if smallest < now and not any(size % smallest for size in sizes) else None

@@ -5,6 +5,7 @@ Shapes: B global batch, S sequence.
 
 import contextlib
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +16,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcoder.config import DataConfig, RunConfig
+from jaxcoder.config.mesh import DimRules
 from jaxcoder.data.loader import Batch, make_batch
 from jaxcoder.data.open import SYNTHETIC, open_stream
 from jaxcoder.data.store import TokenStore
 from jaxcoder.data.stream import SampleStream, WindowStream, synthetic_stream
 from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+BATCH = DimRules().of("batch")
+"""The mesh axes that shard the rows of a batch."""
 
 _HASHED_BYTES = 1 << 30  # a store of up to this size is read and compared before the first step: about a second
 
@@ -68,14 +73,15 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold the same rows (their devices differ in `tensor` alone) read the same part.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
     indices = _row_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
     rows = sorted({row for index in indices for row in range(*index[0].indices(shards))})
     count, rest = divmod(shards, len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise ConfigError(
             f"process {jax.process_index()} holds the rows {rows} of {shards} shards of the batch, which are no "
-            "contiguous equal part: order the mesh so that the devices of a process are neighbours in data x fsdp."
+            "contiguous equal part: order the mesh so that the devices of a process are neighbours in "
+            f"{' x '.join(BATCH)}."
         )
     return rows[0] // len(rows), count
 
@@ -88,14 +94,14 @@ def own_share(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A process's share of a global batch on its devices, rows split over `data` and `fsdp`; returns before the copy
+    """A process's share of a global batch on its devices, rows sharded over the batch axes; returns before the copy
     is done."""
     sharding = _row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def _row_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None))
+    return NamedSharding(mesh, PartitionSpec(BATCH, None))
 
 
 def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int) -> Iterator[tuple[list[int], Batch]]:

@@ -21,7 +21,8 @@ from jax.sharding import Mesh
 import jaxcoder
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import RunConfig
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.mesh import resolve_mesh
+from jaxcoder.config.validate import validate
 from jaxcoder.data.loader import Batch, batches
 from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream

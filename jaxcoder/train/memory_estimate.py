@@ -6,19 +6,20 @@ on CPUs (several sizes, meshes and policies), where the sum stays within a facto
 (tests/train/test_memory_estimate.py); with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
 
 Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
-(F, Q and, of several heads, U are divided by the mesh axis `tensor`), L layers, V vocabulary rows of a device.
+(F, Q and, of several heads, U are of one shard), L layers, V vocabulary rows of a device.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from jaxcoder.config import MeshConfig, RunConfig
 from jaxcoder.models.flops import num_parameters
-from jaxcoder.sharding.rules import MESH_AXES
+from jaxcoder.sharding.mesh import abstract_mesh
+from jaxcoder.sharding.rules import ShardingRules
 from jaxcoder.train.state import initial_state
 
 GRADIENT_COPIES = 1
@@ -57,24 +58,24 @@ class MemoryEstimate:
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
     """The estimate for a run whose mesh is filled in (`resolve_mesh`); it need not exist on this machine."""
-    model, mesh = config.model, config.mesh
+    model, shards = config.model, shards_of(config)
     itemsize = 2 if config.compute.dtype == "bfloat16" else 4
     for_tpu = itemsize == 2
     batch = config.microbatch_size or config.global_batch_size
-    tokens = -(-batch // (mesh.data * mesh.fsdp)) * model.max_seq_len
+    tokens = -(-batch // shards("batch")) * model.max_seq_len
     weights, block = weight_bytes(config)
     copies = GRADIENT_COPIES if batch == config.global_batch_size else GRADIENT_COPIES_ACCUMULATING
 
-    mlp = model.mlp_dim / mesh.tensor
+    mlp = model.mlp_dim / shards("mlp")
     # Before the update a TPU's program has the largest array of gradients twice.
-    largest = 4 * model.num_layers * model.embed_dim * mlp / mesh.fsdp if for_tpu else 0
+    largest = 4 * model.num_layers * model.embed_dim * mlp / shards("embed") if for_tpu else 0
     of_d, of_f = WORKING_UNITS_TPU if for_tpu else WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
     in_block += OFFLOADED_AT_ONCE * tokens * itemsize * offloaded_per_token(config)
-    rows = model.vocab_size // mesh.tensor
+    rows = model.vocab_size // shards("vocab")
     logits = LOGITS_COPIES * 4 * min(config.compute.loss_chunk_tokens, tokens) * rows
     in_loss = logits + tokens * model.embed_dim * 2 * itemsize
-    gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if mesh.fsdp > 1 else 0)
+    gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if shards("embed") > 1 else 0)
     return MemoryEstimate(
         weights=weights,
         moments=2 * weights,
@@ -85,13 +86,18 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     )
 
 
+def shards_of(config: RunConfig) -> Callable[[str], int]:
+    """Dim -> how many shards it has on the run's mesh."""
+    return partial(ShardingRules.for_model(config.model).shards, mesh=config.mesh)
+
+
 def kept_per_token(config: RunConfig) -> float:
     """Values that the forward pass keeps of one block for one token on one device, by the remat policy."""
-    model, tensor = config.model, config.mesh.tensor
-    queries = model.num_heads * model.head_dim / tensor
-    keys = model.num_kv_heads * model.head_dim / (tensor if model.num_kv_heads > 1 else 1)
-    mlp = model.mlp_dim / tensor
-    stream = model.embed_dim / tensor  # split along the sequence
+    model, shards = config.model, shards_of(config)
+    queries = model.num_heads * model.head_dim / shards("heads")
+    keys = model.num_kv_heads * model.head_dim / shards("kv_heads")
+    mlp = model.mlp_dim / shards("mlp")
+    stream = model.embed_dim / shards("seq")  # the residual stream is sharded along the sequence
     if config.compute.remat in ("block", "offload"):
         return stream
     if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
@@ -119,7 +125,7 @@ def _weight_bytes(config: RunConfig) -> tuple[int, int]:
     model = abstract_state_on(config.mesh, config).model
     on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
     block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
-    return on_one, block * config.mesh.fsdp
+    return on_one, block * shards_of(config)("embed")
 
 
 def saved_bytes(config: RunConfig) -> int:
@@ -129,9 +135,7 @@ def saved_bytes(config: RunConfig) -> int:
 
 def abstract_state_on(mesh: MeshConfig, config: RunConfig):
     """Shapes and shardings of the training state on a mesh of devices that need not be there."""
-    shape = (mesh.data, mesh.fsdp, mesh.tensor)
-    abstract = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Explicit,) * len(shape))
-    with jax.sharding.use_abstract_mesh(abstract):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         return jax.eval_shape(lambda: initial_state(config))
 
 

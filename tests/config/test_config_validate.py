@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from jaxcoder.config import Corpus, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, Stage
 from jaxcoder.config.fields import choices, hints, leaves, replace, walk
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.mesh import resolve_mesh
+from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError
 
 GOOD = RunConfig(
@@ -160,7 +161,7 @@ def test_sizes_that_do_not_divide_name_axis_and_sizes():
 
 def test_fsdp_and_tensor_stay_in_a_slice():
     said = problems(dataclasses.replace(GOOD, mesh=MeshConfig(data=2, fsdp=4, num_slices=4)), 8)
-    assert "mesh.data 2 is not a multiple of mesh.num_slices 4" in said and "use 4" in said
+    assert "mesh.data 2 is not a multiple of 4 slices" in said and "use --mesh.data 4" in said
     validate(dataclasses.replace(GOOD, mesh=MeshConfig(data=4, fsdp=2, num_slices=2)), 8)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcoder.config.validate import resolve_mesh
+from jaxcoder.config.mesh import resolve_mesh
 from jaxcoder.errors import JaxcoderError
 from jaxcoder.plan.compile import Compiled, check_compiler
 from jaxcoder.plan.make import make_plan

@@ -234,7 +234,7 @@ def test_out_of_memory_names_the_knobs_with_their_values():
     said = str(runtime.explain_out_of_memory(OUT_OF_MEMORY, config))
     for knob in (
         "microbatch_size (now 4)", 'compute.remat (now "minimal")', "global_batch_size (now 8)",
-        "model.max_seq_len (now 64)", "mesh.fsdp (now 2)", "mesh.tensor (now 3)", "64.0 TiB",
+        "model.max_seq_len (now 64)", "mesh (now data 1 x fsdp 2 x tensor 3)", "64.0 TiB",
     ):  # fmt: skip
         assert knob in said
     assert "the whole global batch" in str(runtime.explain_out_of_memory(MemoryError(), RUN))

@@ -100,7 +100,7 @@ def test_a_cluster_of_gpus():
 @pytest.mark.parametrize(
     ("mesh", "devices", "said"),
     [
-        (MeshConfig(data=1, fsdp=16, tensor=4), tpus((4, 4, 2), 2), "mesh.data 1 is not a multiple of the 2 slices"),
+        (MeshConfig(data=1, fsdp=16, tensor=4), tpus((4, 4, 2), 2), "mesh.data 1 is not a multiple of 2 slices"),
         (MeshConfig(data=3, fsdp=8, tensor=2), tpus((4, 4, 2), 2), "takes 32, 16 devices of the slices"),
         (MeshConfig(data=4, fsdp=16, num_slices=4), tpus((4, 4, 2), 2), "num_slices is 4, but the devices are in 2"),
         (MeshConfig(data=2, fsdp=16, num_slices=2), tpus((4, 4, 2)), "num_slices is 2, but the devices are in 1"),
@@ -114,7 +114,7 @@ def test_what_cannot_be_is_said(mesh, devices, said):
 
 
 def test_too_few_devices():
-    with pytest.raises(ConfigError, match=r"data=1, fsdp=16, tensor=1 needs 16 devices and 8 can be had"):
+    with pytest.raises(ConfigError, match=r"data 1 x fsdp 16 x tensor 1 needs 16 devices but there are 8"):
         make_mesh(MeshConfig(data=1, fsdp=16, tensor=1), jax.devices()[:8])
 
 
