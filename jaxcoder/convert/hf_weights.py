@@ -115,8 +115,8 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], config: ModelConfig) 
     for name, tensor in tensors.items():
         if name in allowed and tensor.shape != allowed[name]:
             problems.append(f"{name} is {list(tensor.shape)} where config.json means {list(allowed[name])}")
-        elif name in allowed and tensor.dtype.name not in ("float32", "float16", "bfloat16"):
-            problems.append(f"{name} is {tensor.dtype.name}, not float32, float16 or bfloat16")
+        elif name in allowed and tensor.dtype not in ("float32", "float16", "bfloat16"):
+            problems.append(f"{name} is {tensor.dtype}, not float32, float16 or bfloat16")
     if problems:
         raise ConversionError(f"the weights in {directory} do not fit its config.json: {listed(problems)}.")
 

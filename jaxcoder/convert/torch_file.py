@@ -131,7 +131,7 @@ def _checked(name: str, tensor: _Strided, archive: zipfile.ZipFile, path: Path) 
     needed = tensor.offset + reach if math.prod(tensor.shape) else 0
     if needed > held or math.prod(tensor.shape) > held:
         raise ConversionError(f"{path} gives {name} the shape {tensor.shape} and holds only {held:,} of its numbers.")
-    return Tensor(tensor.shape, dtype, _reader(tensor, path), path)
+    return Tensor(tensor.shape, dtype.name, _reader(tensor, path))
 
 
 def _reader(tensor: _Strided, path: Path) -> Callable[[], np.ndarray]:

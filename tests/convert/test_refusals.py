@@ -61,7 +61,7 @@ WRONG_TENSORS = {
         lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": t["transformer.h.0.mlp.c_fc.weight"].T.copy()}),
         "transformer.h.0.mlp.c_fc.weight is [24, 56] where config.json means [56, 24]",
     ),
-    "integers": (lambda t: t.update({LN: t[LN].astype(np.int32)}), f"{LN} is int32"),
+    "integers": (lambda t: t.update({LN: t[LN].astype(np.int32)}), f"{LN} is I32"),
     "another head": (lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}), "lm_head.weight"),
 }
 
@@ -139,6 +139,24 @@ def test_hostile_safetensors_header(directory):
         refused(directory)
     (directory / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + bytes(100))
     refused(directory)
+
+
+@pytest.mark.parametrize("name", ["double_key", "hole", "overlap"])
+def test_headers_that_do_not_cover_the_file(directory, name):
+    """Two tensors over the same bytes, bytes of no tensor, and one name twice."""
+    entry = '"dtype": "F32", "shape": [1], "data_offsets"'
+    header = {
+        "double_key": f'{{"x": {{{entry}: [0, 4]}}, "x": {{{entry}: [4, 8]}}}}',
+        "hole": f'{{"x": {{{entry}: [0, 4]}}, "y": {{{entry}: [8, 12]}}}}',
+        "overlap": f'{{"x": {{{entry}: [0, 4]}}, "y": {{{entry}: [0, 4]}}}}',
+    }[name].encode()
+    path = directory / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    assert "not a valid safetensors file" in refused(directory)
+    shared = Path(__file__).parents[2].parent / "shared/data/failing_inputs/weights" / f"{name}.safetensors"
+    if shared.exists():
+        path.write_bytes(shared.read_bytes())
+        assert "not a valid safetensors file" in refused(directory)
 
 
 def test_half_precision_is_upcast_exactly(directory):
