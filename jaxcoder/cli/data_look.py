@@ -139,9 +139,9 @@ def show(args: argparse.Namespace) -> None:
 
 
 def _print_plain(window, tokenizer, names: frozenset[str]) -> None:
-    from jaxcoder.data.show import printable, stretches
+    from jaxcoder.data.show import labeled_texts, printable
 
-    print("".join(printable(stretch, names) for stretch in stretches(window, tokenizer)) + "\n")
+    print("".join(printable(part, names) for part in labeled_texts(window, tokenizer)) + "\n")
 
 
 def _print_colored(window, tokenizer, names: frozenset[str]) -> None:
@@ -161,8 +161,8 @@ def _print_colored(window, tokenizer, names: frozenset[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text("  ").join(Text(kind, style=style) for kind, style in styles.items()))
     text = Text()
-    for stretch in kinds.stretches(window, tokenizer):
-        text.append(kinds.printable(stretch, names), style=styles[stretch.kind])
+    for part in kinds.labeled_texts(window, tokenizer):
+        text.append(kinds.printable(part, names), style=styles[part.kind])
     console.print(text, end="\n\n")
 
 

@@ -1,7 +1,7 @@
 """Which files of which language StarCoder read, and under which limits: its table of extensions, as data.
 
 People of the BigCode project looked at files of every extension and wrote one row per (language, extension). Here a
-language lists the extensions it keeps and drops, and a `Rule` only where an extension departs from the usual limits.
+language lists the extensions it keeps and drops, and a `ExtensionRule` only where an extension departs from the usual limits.
 "(none)" stands for files without an extension.
 
 Reference: bigcode-dataset, preprocessing/visual_inspection.csv.
@@ -15,7 +15,7 @@ from jaxcoder.formatting import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class ExtensionRule:
     """Limits for the files of one extension. A file exactly at a limit is kept; None turns a filter off."""
 
     longest_line: int | None = 1000
@@ -38,9 +38,9 @@ class Language:
 
     kept: str
     dropped: str = ""
-    departures: dict[str, Rule] = field(default_factory=dict)
+    departures: dict[str, ExtensionRule] = field(default_factory=dict)
 
-    def rule(self, extension: str) -> Rule | None:
+    def rule(self, extension: str) -> ExtensionRule | None:
         """Limits for an extension (lower case, no dot, "" for none); None if its files are not used."""
         extension = extension or "(none)"
         if extension not in self.kept.split():
@@ -48,26 +48,26 @@ class Language:
         for extensions, rule in self.departures.items():
             if extension in extensions.split():
                 return rule
-        return Rule()
+        return ExtensionRule()
 
 
 LANGUAGES: dict[str, Language] = {
-    "ada": Language("ada adb ads", departures={"ads": Rule(alphabetic=0.25)}),
+    "ada": Language("ada adb ads", departures={"ads": ExtensionRule(alphabetic=0.25)}),
     "agda": Language("agda"),
     "alloy": Language("als"),
     "antlr": Language("g4"),
     "applescript": Language("applescript scpt"),
-    "assembly": Language("a51 asm nasm", departures={"asm": Rule(longest_line=None)}),
-    "augeas": Language("aug", departures={"aug": Rule(alphabetic=0.25)}),
+    "assembly": Language("a51 asm nasm", departures={"asm": ExtensionRule(longest_line=None)}),
+    "augeas": Language("aug", departures={"aug": ExtensionRule(alphabetic=0.25)}),
     "awk": Language("auk awk gawk mawk nawk"),
     "batchfile": Language("bat cmd"),
     "bison": Language("", dropped="bison"),
-    "bluespec": Language("bsv", departures={"bsv": Rule(longest_line=None)}),
+    "bluespec": Language("bsv", departures={"bsv": ExtensionRule(longest_line=None)}),
     "c": Language("c h", dropped="cats w"),
     "c++": Language("c++ cc cp cpp cxx h++ hh hpp hxx inl ipp tcc tpp"),
     "c-sharp": Language("cake cs cshtml", dropped="csx"),
     "clojure": Language("boot clj cljc cljs cljx", dropped="cl2"),
-    "cmake": Language("cmake", departures={"cmake": Rule(longest_line=None)}),
+    "cmake": Language("cmake", departures={"cmake": ExtensionRule(longest_line=None)}),
     "coffeescript": Language("_coffee cjsx coffee cson iced"),
     "common-lisp": Language("asd lisp lsp ny", dropped="sexp"),
     "css": Language("css"),
@@ -83,7 +83,7 @@ LANGUAGES: dict[str, Language] = {
     "glsl": Language(
         "fp frag fsh fshader geom glsl glslv shader vert vsh vshader",
         dropped="frg geo vrx",
-        departures={"fp": Rule(alphabetic=0.25), "fsh": Rule(longest_line=500)},
+        departures={"fp": ExtensionRule(alphabetic=0.25), "fsh": ExtensionRule(longest_line=500)},
     ),
     "go": Language("go"),
     "groovy": Language("groovy gtpl gvy", dropped="grt"),
@@ -94,7 +94,7 @@ LANGUAGES: dict[str, Language] = {
     "java": Language("java"),
     "java-server-pages": Language("jsp"),
     "javascript": Language("es6 js jsm pac sjs xsjslib"),
-    "json": Language("json", departures={"json": Rule(longest_line=None, alphabetic=0.5)}),
+    "json": Language("json", departures={"json": ExtensionRule(longest_line=None, alphabetic=0.5)}),
     "julia": Language("jl"),
     "kotlin": Language("kt kts"),
     "lean": Language("hlean lean"),
@@ -103,38 +103,38 @@ LANGUAGES: dict[str, Language] = {
     "literate-haskell": Language("lhs"),
     "lua": Language("lua nse wlua"),
     "makefile": Language("cmake mak mk txt (none)"),
-    "maple": Language("mpl", departures={"mpl": Rule(alphabetic=0.25)}),
+    "maple": Language("mpl", departures={"mpl": ExtensionRule(alphabetic=0.25)}),
     "markdown": Language(
         "markdown md mkd mkdn ron",
-        departures={"markdown md mkd mkdn ron": Rule(longest_line=None)},
+        departures={"markdown md mkd mkdn ron": ExtensionRule(longest_line=None)},
     ),
     "mathematica": Language(
         "ma mathematica mt nb wl",
         dropped="cdf nbp wlt",
         departures={
-            "ma": Rule(longest_line=None, alphanumeric=None, alphabetic=0.25),
-            "nb": Rule(longest_line=None, alphanumeric=None, alphabetic=0.25, near_dedup="3-gram at 0.7"),
-            "wl": Rule(alphabetic=0.25),
+            "ma": ExtensionRule(longest_line=None, alphanumeric=None, alphabetic=0.25),
+            "nb": ExtensionRule(longest_line=None, alphanumeric=None, alphabetic=0.25, near_dedup="3-gram at 0.7"),
+            "wl": ExtensionRule(alphabetic=0.25),
         },
     ),
-    "matlab": Language("matlab", departures={"matlab": Rule(longest_line=None, alphabetic=0.25)}),
+    "matlab": Language("matlab", departures={"matlab": ExtensionRule(longest_line=None, alphabetic=0.25)}),
     "ocaml": Language("eliom eliomi ml ml4 mli mll mly"),
-    "pascal": Language("dfm lpr pas", dropped="dpr", departures={"dfm": Rule(near_dedup="skip")}),
+    "pascal": Language("dfm lpr pas", dropped="dpr", departures={"dfm": ExtensionRule(near_dedup="skip")}),
     "perl": Language("perl pl pm psgi t", dropped="al ph plx"),
     "php": Language("ctp php phpt"),
     "powershell": Language("ps1 psd1 psm1"),
     "prolog": Language("prolog yap"),
     "protocol-buffer": Language("proto"),
     "python": Language("bzl gyp py pyde pyw"),
-    "r": Language("r rd rsx", departures={"r": Rule(longest_line=None)}),
+    "r": Language("r rd rsx", departures={"r": ExtensionRule(longest_line=None)}),
     "racket": Language("scrbl", dropped="rkt rktd rktl"),
-    "restructuredtext": Language("rst", dropped="rest", departures={"rst": Rule(longest_line=None)}),
-    "rmarkdown": Language("rmd", departures={"rmd": Rule(longest_line=None)}),
+    "restructuredtext": Language("rst", dropped="rest", departures={"rst": ExtensionRule(longest_line=None)}),
+    "rmarkdown": Language("rmd", departures={"rmd": ExtensionRule(longest_line=None)}),
     "ruby": Language("builder gemspec jbuilder podspec rabl rake rb rbw ru ruby thor"),
     "rust": Language("rs"),
-    "sas": Language("sas", departures={"sas": Rule(alphanumeric=None, near_dedup="5-gram at 0.6")}),
+    "sas": Language("sas", departures={"sas": ExtensionRule(alphanumeric=None, near_dedup="5-gram at 0.6")}),
     "scala": Language("sbt scala"),
-    "scheme": Language("scm sld sps", departures={"scm sld sps": Rule(alphabetic=0.25)}),
+    "scheme": Language("scm sld sps", departures={"scm sld sps": ExtensionRule(alphabetic=0.25)}),
     "shell": Language("bash bats command ksh sh tmux tool zsh"),
     "smalltalk": Language("st"),
     "solidity": Language("sol"),
@@ -142,34 +142,36 @@ LANGUAGES: dict[str, Language] = {
     "sql": Language(
         "cql db2 ddl pkb pks plb plsql prc sql udf",
         dropped="pck pls tab",
-        departures={"prc": Rule(alphabetic=0.25), "sql": Rule(longest_line=None)},
+        departures={"prc": ExtensionRule(alphabetic=0.25), "sql": ExtensionRule(longest_line=None)},
     ),
     "stan": Language("stan"),
     "standard-ml": Language("fun sml", dropped="sig"),
-    "stata": Language("ado do doh mata matah", dropped="ihlp sthlp", departures={"ado do": Rule(longest_line=None)}),
-    "systemverilog": Language("sv svh vh", departures={"sv": Rule(alphabetic=0.25)}),
+    "stata": Language(
+        "ado do doh mata matah", dropped="ihlp sthlp", departures={"ado do": ExtensionRule(longest_line=None)}
+    ),
+    "systemverilog": Language("sv svh vh", departures={"sv": ExtensionRule(alphabetic=0.25)}),
     "tcl": Language("adp tcl tm"),
     "tcsh": Language("csh tcsh"),
     "tex": Language(
         "bbx bib cbx dtx ins lbx mkii mkiv mkvi sty tex",
         dropped="aux ltx toc",
-        departures={"bbx bib cbx dtx ins lbx mkii mkiv mkvi sty tex": Rule(longest_line=None)},
+        departures={"bbx bib cbx dtx ins lbx mkii mkiv mkvi sty tex": ExtensionRule(longest_line=None)},
     ),
     "thrift": Language("thrift"),
     "typescript": Language("ts tsx"),
     "verilog": Language("veo"),
-    "vhdl": Language("vhd vhdl vhi vho vhw", dropped="vhf vht", departures={"vhd": Rule(alphabetic=0.25)}),
+    "vhdl": Language("vhd vhdl vhi vho vhw", dropped="vhf vht", departures={"vhd": ExtensionRule(alphabetic=0.25)}),
     "visual-basic": Language(
         "bas frm vb vba vbhtml vbs",
         dropped="frx",
         departures={
-            "bas": Rule(alphabetic=0.25),
-            "frm": Rule(longest_line=None, alphanumeric=None, near_dedup="3-gram at 0.7"),
+            "bas": ExtensionRule(alphabetic=0.25),
+            "frm": ExtensionRule(longest_line=None, alphanumeric=None, near_dedup="3-gram at 0.7"),
         },
     ),
-    "xslt": Language("xsl xslt", departures={"xsl xslt": Rule(xml=False)}),
-    "yacc": Language("y yacc", dropped="yy", departures={"y": Rule(alphabetic=0.25)}),
-    "yaml": Language("yaml yml", departures={"yaml yml": Rule(alphabetic=0.5)}),
+    "xslt": Language("xsl xslt", departures={"xsl xslt": ExtensionRule(xml=False)}),
+    "yacc": Language("y yacc", dropped="yy", departures={"y": ExtensionRule(alphabetic=0.25)}),
+    "yaml": Language("yaml yml", departures={"yaml yml": ExtensionRule(alphabetic=0.5)}),
     "zig": Language("zig"),
 }
 
@@ -200,7 +202,7 @@ def resolve_languages(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(chosen))
 
 
-def classify(file_name: str, languages: Iterable[str]) -> tuple[str, Rule | None] | None:
+def classify(file_name: str, languages: Iterable[str]) -> tuple[str, ExtensionRule | None] | None:
     """The language of a file among `languages`, and its rule (None: the table drops the extension).
 
     None if the file belongs to none of them.

@@ -9,7 +9,7 @@ Reference: bigcode-dataset, preprocessing/filtering.py.
 import re
 from html.parser import HTMLParser
 
-from jaxcoder.corpus.extensions import Rule
+from jaxcoder.corpus.extensions import ExtensionRule
 
 DATA_FILE_CHARACTERS = {"json": (100, 5000), "yaml": (100, 5000)}
 """Least and most characters. The code says 100, the paper 50 for the least; the code made the data."""
@@ -19,7 +19,7 @@ _NOT_ALPHABETIC = bytes(byte for byte in range(128) if not chr(byte).isalpha())
 _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
-def why_dropped(text: str, language: str, rule: Rule) -> str | None:
+def why_dropped(text: str, language: str, rule: ExtensionRule) -> str | None:
     """The reason to drop a file's text, or None to keep it."""
     if not text.strip():
         return "empty"

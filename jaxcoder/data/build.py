@@ -46,7 +46,7 @@ _INPUTS = f"{WORK}/inputs.json"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class WorkSizes:
     """How the work is cut, in bytes of text; the store does not depend on it.
 
     A worker needs about 130 MB, with a vocabulary of 49,152, and 3 times the larger of the two. There are at most 8192
@@ -56,8 +56,8 @@ class Sizes:
     slice_bytes: int = 32 << 20
     bucket_bytes: int = 64 << 20
 
-    def for_corpus(self, total: int) -> "Sizes":
-        return Sizes(max(self.slice_bytes, total >> 13), max(self.bucket_bytes, total >> 13))
+    def for_corpus(self, total: int) -> "WorkSizes":
+        return WorkSizes(max(self.slice_bytes, total >> 13), max(self.bucket_bytes, total >> 13))
 
 
 def build_store(
@@ -70,7 +70,7 @@ def build_store(
     mapper: Mapper | None = None,
     shard_tokens: int = SHARD_TOKENS,
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
-    sizes: Sizes = Sizes(),
+    sizes: WorkSizes = WorkSizes(),
 ) -> TokenStore:
     """Build the token store of `documents` (parquet, jsonl, directories of them) in `output_dir`; return it, open.
 

@@ -62,9 +62,9 @@ def encode_slice(inputs: Sequence[str], output: Path, *, part: Slice, encoding: 
     index: list[tuple] = []
     text_bytes = offset = 0
     with open(output, "wb") as file:
-        for segment in _segments(read_slice(part, encoding.max_document_bytes), tokenizer, encoding):
-            table = segment.table(encoding.seed)
-            text_bytes += segment.text_bytes
+        for group in _encoded_groups(read_slice(part, encoding.max_document_bytes), tokenizer, encoding):
+            table = group.table(encoding.seed)
+            text_bytes += group.text_bytes
             for bucket, rows in _by_bucket(table, encoding.num_buckets):
                 content = _table_to_bytes(rows)
                 tokens = int(rows["length"].to_numpy().sum())
@@ -90,7 +90,7 @@ def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
     return tokenizer
 
 
-class _Segment:
+class _EncodedDocuments:
     """Encoded documents that are held in memory; their text is not."""
 
     def __init__(self):
@@ -134,19 +134,19 @@ class _Segment:
         )
 
 
-def _segments(
+def _encoded_groups(
     documents: Iterator[tuple[int, int, Document]], tokenizer: Tokenizer, encoding: Encoding
-) -> Iterator[_Segment]:
-    """Encode the documents; a segment ends at the first document that makes it full."""
-    end, segment = tokenizer.eos_id, _Segment()
+) -> Iterator[_EncodedDocuments]:
+    """Encode the documents; a group ends at the first document that makes it full."""
+    end, group = tokenizer.eos_id, _EncodedDocuments()
     for number, text_bytes, document in documents:
         ids = np.array([*tokenizer.encode_document(document), end], encoding.dtype)
-        segment.add(number, document, text_bytes, ids)
-        if segment.text_bytes >= encoding.segment_bytes:
-            yield segment
-            segment = _Segment()
-    if len(segment):
-        yield segment
+        group.add(number, document, text_bytes, ids)
+        if group.text_bytes >= encoding.segment_bytes:
+            yield group
+            group = _EncodedDocuments()
+    if len(group):
+        yield group
 
 
 def _by_bucket(table, num_buckets: int) -> Iterator[tuple[int, object]]:

@@ -1,8 +1,8 @@
 """Fill-in-the-middle on a finished window of tokens: the rules and the draws, as StarCoder trained it.
 
-A window is a stretch of the token stream; its *pieces* lie between its end-of-text tokens (the first and the last may
-be parts of documents). Each piece that is not empty is, with probability `fim_rate`, cut at two places drawn uniformly
-among its characters, and its prefix, middle and suffix are encoded apart:
+A window is a contiguous range of the token stream; its *pieces* lie between its end-of-text tokens (the first and the
+last may be parts of documents). Each piece that is not empty is, with probability `fim_rate`, cut at two places drawn
+uniformly among its characters, and its prefix, middle and suffix are encoded separately:
 
     PSM   <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
     SPM   <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle      (with probability `fim_spm_rate`)
@@ -74,16 +74,16 @@ class Fim:
             return window
         result = np.full(len(window), self._ids.pad, np.int32)
         written = 0
-        for stretch in self._stretches(window, draw_fim(seed, sample)):
-            size = min(len(stretch), len(window) - written)
-            result[written : written + size] = stretch[:size]
+        for ids in self._transformed(window, draw_fim(seed, sample)):
+            size = min(len(ids), len(window) - written)
+            result[written : written + size] = ids[:size]
             written += size
             if written == len(window):  # the rest would be cut off
                 break
         return result
 
-    def _stretches(self, window: np.ndarray, draw_of: Callable[[int], FimDraw]) -> Iterator[fim_text.Ids]:
-        """The transformed window, stretch by stretch, neither cut nor padded."""
+    def _transformed(self, window: np.ndarray, draw_of: Callable[[int], FimDraw]) -> Iterator[fim_text.Ids]:
+        """The transformed window, part by part, neither cut nor padded."""
         config = self._config
         start, ends = 0, np.flatnonzero(window == self._end_id).tolist()
         for number, stop in enumerate([*ends, len(window)]):
@@ -106,16 +106,16 @@ def _arrange(parts: fim_text.Parts, fim: FimIds, *, spm: bool) -> Iterator[fim_t
     """The parts between their sentinels; neighbouring lists are made one, because writing each has a price."""
     prefix, middle, suffix = parts
     if spm:
-        stretches = [[fim.prefix, fim.suffix], *suffix, [fim.middle], *prefix, *middle]
+        parts_in_order = [[fim.prefix, fim.suffix], *suffix, [fim.middle], *prefix, *middle]
     else:
-        stretches = [[fim.prefix], *prefix, [fim.suffix], *suffix, [fim.middle], *middle]
+        parts_in_order = [[fim.prefix], *prefix, [fim.suffix], *suffix, [fim.middle], *middle]
     pending: list[int] = []
-    for stretch in stretches:
-        if isinstance(stretch, list):
-            pending += stretch
-        elif len(stretch):
+    for ids in parts_in_order:
+        if isinstance(ids, list):
+            pending += ids
+        elif len(ids):
             yield pending
-            yield stretch
+            yield ids
             pending = []
     yield pending
 

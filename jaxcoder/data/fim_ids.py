@@ -12,7 +12,7 @@ part that it lies in gives. With StarCoder's pre-tokenizer (single digits, then 
 
 Each part is then: what is encoded again from its begin to its first safe boundary, ids as they are, what is encoded
 again from its last safe boundary to its end. Where the window itself cuts a document, the same is done at that end of
-the piece, because the text that is left may be encoded otherwise than the document was. Long stretches without an ASCII
+the piece, because the text that is left may be encoded otherwise than the document was. Long texts without an ASCII
 blank or digit (Chinese prose) make the encoded parts longer, never wrong. A byte that the tokenizer lacks is lost when
 the document is encoded; the ids beside that place stay as they are, too.
 """

@@ -15,14 +15,14 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 Ids = list[int] | np.ndarray
 Parts = tuple[list[Ids], list[Ids], list[Ids]]
-"""Prefix, middle and suffix, each as stretches of ids that follow one another."""
+"""Prefix, middle and suffix, each as lists of consecutive ids."""
 
 DrawCuts = Callable[[int], tuple[int, int]]
 """Number of characters -> the two places to cut at, sorted, each from 0 (before the first) to that number."""
 
 
 class Piece(NamedTuple):
-    """A stretch of a window between document ends.
+    """The ids of a window between two document ends.
 
     ids: int32. begins_whole, ends_whole: whether its first and last token are surely those of a document, and not where
     the window cuts one.
@@ -126,9 +126,9 @@ class TextCutter:
         if not self._sentinels_as_text:
             return self._tokenizer.encode(text)
         ids: list[int] = []
-        for stretch in self._sentinels.split(text):
-            known = self._ids_of_sentinels.get(stretch)
-            ids += self._tokenizer.encode(stretch) if known is None else [known]
+        for text_part in self._sentinels.split(text):
+            known = self._ids_of_sentinels.get(text_part)
+            ids += self._tokenizer.encode(text_part) if known is None else [known]
         return ids
 
 

@@ -106,7 +106,7 @@ class Batches:
     @property
     def samples_consumed(self) -> int:
         """Samples of all hosts up to the last batch returned, those before the start included: the whole state."""
-        return self._groups.schedule.span(self._num_batches)[0]
+        return self._groups.schedule.samples_of(self._num_batches)[0]
 
     def __iter__(self) -> "Batches":
         return self
@@ -169,8 +169,8 @@ class _Groups:
         self._stream = stream
         self.schedule = schedule
         self._index, self._count = process_index, process_count
-        self._first_groups = [0]  # of each stretch of equal batches
-        for one, following in zip(schedule.stretches, schedule.stretches[1:], strict=False):
+        self._first_groups = [0]  # of each run of equal batches
+        for one, following in zip(schedule.runs, schedule.runs[1:], strict=False):
             num_batches = following.first_batch - one.first_batch
             self._first_groups.append(self._first_groups[-1] + num_batches * self._in_batch_of(one.batch_size))
         self.most_per_batch = max(self._in_batch_of(size) for size in schedule.batch_sizes)
@@ -178,7 +178,7 @@ class _Groups:
 
     def in_batch(self, batch: int) -> int:
         """Groups that make this host's share of a batch."""
-        return self._in_batch_of(self.schedule.span(batch)[1])
+        return self._in_batch_of(self.schedule.samples_of(batch)[1])
 
     def _in_batch_of(self, size: int) -> int:
         return -(-(size // self._count) // _ROWS_TOGETHER)
@@ -191,9 +191,9 @@ class _Groups:
         self.threads.add(threading.current_thread())
         group = int(group)
         number = bisect_right(self._first_groups, group) - 1
-        stretch = self.schedule.stretches[number]
-        batches, group_of_batch = divmod(group - self._first_groups[number], self._in_batch_of(stretch.batch_size))
-        rows = stretch.batch_size // self._count
-        first = stretch.first_sample + batches * stretch.batch_size + self._index * rows
+        run = self.schedule.runs[number]
+        batches, group_of_batch = divmod(group - self._first_groups[number], self._in_batch_of(run.batch_size))
+        rows = run.batch_size // self._count
+        first = run.first_sample + batches * run.batch_size + self._index * rows
         start = group_of_batch * _ROWS_TOGETHER
         return np.stack(self._stream.samples(first + start, first + min(start + _ROWS_TOGETHER, rows)))

@@ -51,7 +51,7 @@ def make_mixture(data: DataConfig, windows_per_epoch: Sequence[int], num_tokens:
     return Mixture(phases, caps)
 
 
-class _Segment(NamedTuple):
+class _Interval(NamedTuple):
     """Samples [start, stop) share one tree; `given` is what each corpus gave before them. stop None: without end."""
 
     start: int
@@ -67,36 +67,36 @@ class Mixture:
     """
 
     def __init__(self, phases: Sequence[Phase], caps: Sequence[int | None]):
-        self._segments, self.num_samples = _segments(phases, caps)
-        self._starts = [segment.start for segment in self._segments]
+        self._intervals, self.num_samples = _intervals(phases, caps)
+        self._starts = [interval.start for interval in self._intervals]
         self.num_corpora = len(caps)
 
     def source(self, index: int) -> tuple[int, int]:
         """(corpus, number of the sample within it) of sample `index`. ConfigError beyond `num_samples`."""
-        segment = self._segments[bisect_right(self._starts, index) - 1]
-        if segment.stop is not None and index >= segment.stop:
+        interval = self._intervals[bisect_right(self._starts, index) - 1]
+        if interval.stop is not None and index >= interval.stop:
             raise ConfigError(
-                f"The mixture has {segment.stop} samples and sample {index} was asked for: raise max_epochs of a "
+                f"The mixture has {interval.stop} samples and sample {index} was asked for: raise max_epochs of a "
                 "corpus, or train for fewer steps."
             )
-        corpus, number = segment.tree.source(index - segment.start)
-        return corpus, segment.given[corpus] + number
+        corpus, number = interval.tree.source(index - interval.start)
+        return corpus, interval.given[corpus] + number
 
     def index_of(self, corpus: int, number: int) -> int | None:
         """The sample that is number `number` of `corpus`: the inverse of `source`; None if it never comes."""
-        for segment in reversed(self._segments):
-            if number >= segment.given[corpus]:
-                index = segment.tree.index_of(corpus, number - segment.given[corpus])
-                if index is None or (segment.stop is not None and segment.start + index >= segment.stop):
+        for interval in reversed(self._intervals):
+            if number >= interval.given[corpus]:
+                index = interval.tree.index_of(corpus, number - interval.given[corpus])
+                if index is None or (interval.stop is not None and interval.start + index >= interval.stop):
                     return None
-                return segment.start + index
+                return interval.start + index
         return None
 
     def counts(self, index: int) -> tuple[int, ...]:
         """How many of the first `index` samples each corpus gives."""
-        segment = self._segments[bisect_right(self._starts, index) - 1]
-        last = index if segment.stop is None else min(index, segment.stop)
-        return tuple(a + b for a, b in zip(segment.given, segment.tree.counts(last - segment.start), strict=True))
+        interval = self._intervals[bisect_right(self._starts, index) - 1]
+        last = index if interval.stop is None else min(index, interval.stop)
+        return tuple(a + b for a, b in zip(interval.given, interval.tree.counts(last - interval.start), strict=True))
 
 
 def exact(weight: float) -> Fraction:
@@ -104,8 +104,8 @@ def exact(weight: float) -> Fraction:
     return Fraction(repr(float(weight)))
 
 
-def _segments(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[list[_Segment], int | None]:
-    segments: list[_Segment] = []
+def _intervals(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[list[_Interval], int | None]:
+    intervals: list[_Interval] = []
     given = (0,) * len(caps)
     ends = [phase.from_sample for phase in phases[1:]]
     for phase, end in zip(phases, [*ends, None], strict=True):
@@ -116,14 +116,14 @@ def _segments(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[list
                 w if room is None or room > 0 else Fraction(0) for w, room in zip(phase.weights, left, strict=True)
             ]
             if not any(weights):
-                return segments, start
+                return intervals, start
             tree = _Tree(weights)
             stop = min((start + n for n in tree.exhausted(left)), default=None)
             if end is not None:
                 stop = end if stop is None else min(stop, end)
-            segments.append(_Segment(start, stop, tree, given))
+            intervals.append(_Interval(start, stop, tree, given))
             if stop is None:
-                return segments, None
+                return intervals, None
             given = tuple(a + b for a, b in zip(given, tree.counts(stop - start), strict=True))
             start = stop
     raise AssertionError("the last phase has no end")

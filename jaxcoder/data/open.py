@@ -28,7 +28,7 @@ def open_stream(config: RunConfig) -> SampleStream:
         store.check_vocabulary(config.model.vocab_size)
     tokenizer = stores[0].tokenizer()
     stream = SampleStream(stores, tokenizer, data, seq_len=config.model.max_seq_len, seed=config.seed)
-    needed, _ = BatchSchedule.of(config.global_batch_size, data).span(config.num_steps)
+    needed, _ = BatchSchedule.of(config.global_batch_size, data).samples_of(config.num_steps)
     there = stream.mixture.num_samples
     if there is not None and there < needed:
         raise ConfigError(

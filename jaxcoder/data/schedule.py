@@ -12,7 +12,7 @@ from typing import NamedTuple
 from jaxcoder.config.schema import DataConfig, Stage
 
 
-class Stretch(NamedTuple):
+class EqualBatches(NamedTuple):
     """Batches of one size: number `first_batch`, which begins at sample `first_sample`, and those that follow it."""
 
     first_batch: int
@@ -21,44 +21,44 @@ class Stretch(NamedTuple):
 
 
 class BatchSchedule:
-    """Batches from a position on. `stretches`: those of equal sizes, in order; the last has no end."""
+    """Batches from a position on. `runs`: those of equal sizes, in order; the last has no end."""
 
     def __init__(self, global_batch_size: int, stages: Sequence[Stage] = (), *, batch: int = 0, sample: int = 0):
-        self.stretches: list[Stretch] = list(_stretches(global_batch_size, stages, batch, sample))
-        self._batches = [stretch.first_batch for stretch in self.stretches]
-        self._samples = [stretch.first_sample for stretch in self.stretches]
+        self.runs: list[EqualBatches] = list(_equal_batches(global_batch_size, stages, batch, sample))
+        self._batches = [run.first_batch for run in self.runs]
+        self._samples = [run.first_sample for run in self.runs]
 
     @classmethod
     def of(cls, global_batch_size: int, data: DataConfig, *, batch: int = 0, sample: int = 0) -> "BatchSchedule":
         """The schedule of a run's config."""
         return cls(global_batch_size, data.stages, batch=batch, sample=sample)
 
-    def span(self, batch: int) -> tuple[int, int]:
+    def samples_of(self, batch: int) -> tuple[int, int]:
         """(first sample, size) of a batch, which is not before the position."""
-        stretch = self.stretches[max(bisect_right(self._batches, batch) - 1, 0)]
-        return stretch.first_sample + (batch - stretch.first_batch) * stretch.batch_size, stretch.batch_size
+        run = self.runs[max(bisect_right(self._batches, batch) - 1, 0)]
+        return run.first_sample + (batch - run.first_batch) * run.batch_size, run.batch_size
 
     def batch_of(self, sample: int) -> tuple[int, int]:
         """(batch, row) of a sample, which is not before the position."""
-        stretch = self.stretches[max(bisect_right(self._samples, sample) - 1, 0)]
-        batches, row = divmod(sample - stretch.first_sample, stretch.batch_size)
-        return stretch.first_batch + batches, row
+        run = self.runs[max(bisect_right(self._samples, sample) - 1, 0)]
+        batches, row = divmod(sample - run.first_sample, run.batch_size)
+        return run.first_batch + batches, row
 
     @property
     def batch_sizes(self) -> set[int]:
         """Every size that occurs."""
-        return {stretch.batch_size for stretch in self.stretches}
+        return {run.batch_size for run in self.runs}
 
 
-def _stretches(global_batch_size: int, stages: Sequence[Stage], batch: int, sample: int) -> Iterator[Stretch]:
+def _equal_batches(global_batch_size: int, stages: Sequence[Stage], batch: int, sample: int) -> Iterator[EqualBatches]:
     stages = stages or [Stage(from_sample=0)]
     for stage, end in zip(stages, [*(stage.from_sample for stage in stages[1:]), None], strict=True):
         size = stage.global_batch_size or global_batch_size
         if end is None:
-            yield Stretch(batch, sample, size)
+            yield EqualBatches(batch, sample, size)
         elif sample < end:
             count = -((sample - end) // size)
-            yield Stretch(batch, sample, size)
+            yield EqualBatches(batch, sample, size)
             batch, sample = batch + count, sample + count * size
 
 
@@ -80,10 +80,10 @@ class StepHistory:
         """The last step that the log has; 0 if it has none."""
         return self._steps[-1]
 
-    def span(self, step: int) -> tuple[int, int]:
+    def samples_of(self, step: int) -> tuple[int, int]:
         """(first sample, size) of a step's batch."""
         before = bisect_right(self._steps, step - 1) - 1
-        first, size = self._from(before).span(step - 1)
+        first, size = self._from(before).samples_of(step - 1)
         following = before + 1
         if following < len(self._steps) and self._steps[following] == step:
             size = self._samples[following] - first

@@ -147,23 +147,23 @@ def _common_tokenizer(examples: "Examples", tokenizer: Tokenizer | None) -> Toke
 
 def documents_of(example: "Example", tokenizer: Tokenizer, separator: str, number: int) -> list[Document]:
     """The documents of one example: one, or as many as end tokens separate; none if it is empty."""
-    stretches: list[list[Part]] = [[]]
+    documents_parts: list[list[Part]] = [[]]
     for k, value in enumerate(example.values):
         if k and separator:
-            stretches[-1].append(Part(separator))
+            documents_parts[-1].append(Part(separator))
         if isinstance(value, bytes):
-            stretches[-1].append(Part(well_formed(value.decode(errors="replace"))))
+            documents_parts[-1].append(Part(well_formed(value.decode(errors="replace"))))
             continue
         last = value.size
         while last and value[last - 1] == tokenizer.eos_id:  # an end token behind a feature is no end of the example
             last -= 1
         for k, ids in enumerate(np.split(value[:last], np.flatnonzero(value[:last] == tokenizer.eos_id))):
             if k:
-                stretches.append([])
+                documents_parts.append([])
                 ids = ids[1:]
-            stretches[-1] += _parts_of_ids(ids, tokenizer)
+            documents_parts[-1] += _parts_of_ids(ids, tokenizer)
     origin = {"repo_name": example.task, "path": str(number), "lang": ""} | example.origin
-    documents = [Document(tuple(parts), **origin) for parts in stretches]
+    documents = [Document(tuple(parts), **origin) for parts in documents_parts]
     empty = ("", separator)
     return [d for d in documents if any(part.special or part.text not in empty for part in d.parts)]
 

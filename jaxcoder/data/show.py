@@ -1,4 +1,4 @@
-"""A window as a person reads it: its ids as stretches of text and visible special tokens, FIM parts told apart."""
+"""A window as a person reads it: its ids as text and visible special tokens, FIM parts told apart."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -11,23 +11,23 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 TEXT, PREFIX, MIDDLE, SUFFIX, SPM_MIDDLE, SPECIAL = "text", "prefix", "middle", "suffix", "prefix and middle", "special"
 
 
-class Stretch(NamedTuple):
+class LabeledText(NamedTuple):
     """Text of one kind: TEXT outside of FIM, a part of a FIM piece, or the name of one SPECIAL token.
 
-    In SPM order nothing stands between prefix and middle, so they are one stretch, SPM_MIDDLE.
+    In SPM order nothing stands between prefix and middle, so they are one part, SPM_MIDDLE.
     """
 
     kind: str
     text: str
 
 
-def stretches(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[Stretch]:
+def labeled_texts(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[LabeledText]:
     """A window, int32 [length], in order. Bytes that are no whole character become U+FFFD."""
     fim = tokenizer.fim
     kind, last = TEXT, None
     for is_special, group in groupby(ids.tolist(), tokenizer.is_special):
         if not is_special:
-            yield Stretch(kind, tokenizer.decode(group))
+            yield LabeledText(kind, tokenizer.decode(group))
             last = None
             continue
         for id_, repeats in groupby(group):
@@ -40,15 +40,15 @@ def stretches(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[Stretch]:
                 kind, is_spm = SUFFIX, last == fim.prefix
             elif fim and id_ == fim.middle:
                 kind = SPM_MIDDLE if is_spm else MIDDLE
-            yield Stretch(SPECIAL, tokenizer.decode([id_]) + (f" x {times}" if times > 1 else ""))
+            yield LabeledText(SPECIAL, tokenizer.decode([id_]) + (f" x {times}" if times > 1 else ""))
             last = id_
 
 
-def printable(stretch: Stretch, special_names: frozenset[str]) -> str:
+def printable(part: LabeledText, special_names: frozenset[str]) -> str:
     """The text with control characters escaped, so that it cannot command a terminal; text that spells a special token
     gets a backslash, so that it differs from one."""
-    text = "".join(c if c in "\n\t" or c.isprintable() else _escaped(c) for c in stretch.text)
-    if stretch.kind != SPECIAL:
+    text = "".join(c if c in "\n\t" or c.isprintable() else _escaped(c) for c in part.text)
+    if part.kind != SPECIAL:
         for name in special_names:
             text = text.replace(name, "\\" + name)
     return text

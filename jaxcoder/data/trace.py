@@ -78,7 +78,7 @@ class Tracer:
     def _span(self, step: int) -> tuple[int, int]:
         if not 1 <= step <= self.num_steps:
             raise DataError(f"The run has the steps 1 to {self.num_steps:,}, and step {step:,} was asked for.")
-        return self.history.span(step)
+        return self.history.samples_of(step)
 
     def _row(self, row: int, sample: int) -> TracedRow:
         place = self.stream.locate(sample)
@@ -100,7 +100,7 @@ class Tracer:
 
     def readings(self, found: list[Documents]) -> list[Reading]:
         """Every row of every step up to the run's last that holds one of the documents, in the order of the run."""
-        total, _ = self.history.span(self.num_steps + 1)
+        total, _ = self.history.samples_of(self.num_steps + 1)
         counts = self.stream.mixture.counts(total)
         readings = []
         for corpus, rows in found:
@@ -180,7 +180,7 @@ def describe_row(stream: SampleStream, traced: TracedRow) -> list[str]:
 
 def describe_batch(tracer: Tracer, step: int, *, most_rows: int | None = None) -> Iterator[str]:
     """What `jaxcoder data trace --step` prints, and the training loop for a step whose loss has jumped."""
-    first, size = tracer.history.span(step)
+    first, size = tracer.history.samples_of(step)
     yield f"step {step:,}: samples {first:,} to {first + size - 1:,}"
     for traced in tracer.batch(step):
         if traced.row == most_rows:

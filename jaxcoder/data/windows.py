@@ -56,7 +56,7 @@ class Windows:
         return order.inverse(window) + epoch * self.windows_per_epoch
 
     def holding(self, starts: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
-        """The numbers of the windows of an epoch that hold a token of one of the stretches [start, stop), each once.
+        """The numbers of the windows of an epoch that hold a token of one of the ranges [start, stop), each once.
 
         starts, stops: int64 [n]. Returns uint64, in no order.
         """

@@ -35,7 +35,7 @@ class Completion:
     num_prompt_tokens: int
 
 
-class Piece(NamedTuple):
+class TextDelta(NamedTuple):
     """Text that follows the pieces before it; the last one (its text may be empty) has the whole answer too."""
 
     text: str
@@ -131,7 +131,7 @@ class TextGenerator:
         max_new_tokens: int = MAX_NEW_TOKENS,
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextDelta]:
         """The same for one prompt, piece by piece as the text comes into being.
 
         Errors about the prompt are raised by the call itself, before the first piece is asked for.
@@ -142,7 +142,7 @@ class TextGenerator:
 
     def _stream(
         self, prompt: list[int], text: TextAssembler, max_new_tokens: int, sampling: Sampling
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TextDelta]:
         decoding = Decoding(
             self._model,
             [prompt],
@@ -158,10 +158,10 @@ class TextGenerator:
             if decoding.finished:
                 break
             if piece := text.take():
-                yield Piece(piece)
+                yield TextDelta(piece)
             newest = decoding.advance(1)[0]
         completion = self._completion(prompt, text, decoding.result(0))
-        yield Piece(text.take(final=True), completion)
+        yield TextDelta(text.take(final=True), completion)
 
     def _texts(self, prompts, max_new_tokens, stop, sampling) -> list[str]:
         completions = self.generate(prompts, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling)

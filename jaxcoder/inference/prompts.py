@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxcoder.errors import DataError
+from jaxcoder.tokenizer.encoders import Encode
 from jaxcoder.tokenizer.tokenizer import FimIds, Tokenizer
-
-Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)

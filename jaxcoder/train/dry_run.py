@@ -66,7 +66,7 @@ def planned_devices(mesh: MeshConfig, num_devices: int) -> int:
 
 def num_samples(config: RunConfig) -> int:
     """Windows that the whole run reads."""
-    return BatchSchedule.of(config.global_batch_size, config.data).span(config.num_steps)[0]
+    return BatchSchedule.of(config.global_batch_size, config.data).samples_of(config.num_steps)[0]
 
 
 def _configuration(config: RunConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxcoder.corpus.extensions import LANGUAGES, Rule, classify, resolve_languages
+from jaxcoder.corpus.extensions import LANGUAGES, ExtensionRule, classify, resolve_languages
 from jaxcoder.errors import ConfigError
 
 FACTS = Path(__file__).resolve().parents[3] / "shared" / "starcoder-facts.md"
@@ -29,7 +29,7 @@ def test_table_is_the_one_of_the_facts():
         }, name
 
 
-def _departures(cell: str) -> dict[str, Rule]:
+def _departures(cell: str) -> dict[str, ExtensionRule]:
     fields: dict[str, dict] = {}
     extensions: list[str] = []
     for item in filter(None, map(str.strip, cell.split(";"))):
@@ -45,32 +45,32 @@ def _departures(cell: str) -> dict[str, Rule]:
         }[item.split()[0]](item.split()[1])
         for extension in extensions:
             fields.setdefault(extension, {})[key] = value
-    return {extension: Rule(**values) for extension, values in fields.items()}
+    return {extension: ExtensionRule(**values) for extension, values in fields.items()}
 
 
 @pytest.mark.parametrize(
     "name, languages, expected",
     [
-        ("a.py", ("python",), ("python", Rule())),
-        ("A.PY", ("python",), ("python", Rule())),
+        ("a.py", ("python",), ("python", ExtensionRule())),
+        ("A.PY", ("python",), ("python", ExtensionRule())),
         ("a.pyi", ("python",), None),
         ("py", ("python",), None),
         ("Makefile", ("python",), None),
         ("a.py", ("c", "java"), None),
-        ("a.tar.py", ("python",), ("python", Rule())),
+        ("a.tar.py", ("python",), ("python", ExtensionRule())),
         ("x.rkt", ("racket",), ("racket", None)),
-        ("x.scrbl", ("racket",), ("racket", Rule())),
-        ("x.fsh", ("glsl",), ("glsl", Rule(longest_line=500))),
-        ("Makefile", ("makefile", "dockerfile"), ("makefile", Rule())),
-        ("GNUmakefile", ("makefile",), ("makefile", Rule())),
-        ("Makefile.txt", ("makefile",), ("makefile", Rule())),
+        ("x.scrbl", ("racket",), ("racket", ExtensionRule())),
+        ("x.fsh", ("glsl",), ("glsl", ExtensionRule(longest_line=500))),
+        ("Makefile", ("makefile", "dockerfile"), ("makefile", ExtensionRule())),
+        ("GNUmakefile", ("makefile",), ("makefile", ExtensionRule())),
+        ("Makefile.txt", ("makefile",), ("makefile", ExtensionRule())),
         ("notes.txt", ("makefile",), None),
         ("LICENSE", ("makefile", "dockerfile"), None),
-        ("Dockerfile", ("dockerfile", "makefile"), ("dockerfile", Rule())),
-        ("Dockerfile.1", ("dockerfile",), ("dockerfile", Rule())),
+        ("Dockerfile", ("dockerfile", "makefile"), ("dockerfile", ExtensionRule())),
+        ("Dockerfile.1", ("dockerfile",), ("dockerfile", ExtensionRule())),
         ("page.1", ("dockerfile",), None),
-        ("x.cmake", ("cmake", "makefile"), ("cmake", Rule(longest_line=None))),
-        (".py", ("python",), ("python", Rule())),
+        ("x.cmake", ("cmake", "makefile"), ("cmake", ExtensionRule(longest_line=None))),
+        (".py", ("python",), ("python", ExtensionRule())),
     ],
 )
 def test_classify(name, languages, expected):

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcoder.corpus.extensions import LANGUAGES, Rule
+from jaxcoder.corpus.extensions import LANGUAGES, ExtensionRule
 from jaxcoder.corpus.filters import count_alphabetic, count_alphanumeric, has_visible_text, why_dropped
 
 
@@ -28,24 +28,24 @@ def test_counts_are_those_of_str(text):
     ],
 )
 def test_limits_are_strict(text, reason):
-    assert why_dropped(text, "python", Rule()) == reason
+    assert why_dropped(text, "python", ExtensionRule()) == reason
 
 
 def test_xml_within_the_first_hundred_characters():
     opening = "<?xml version="  # 14 characters
     inside = "y\n" * ((100 - len(opening)) // 2) + opening
     assert len(inside) == 100
-    assert why_dropped(inside + "abc", "python", Rule()) == "XML"
-    assert why_dropped("y" + inside + "abc", "python", Rule()) is None
+    assert why_dropped(inside + "abc", "python", ExtensionRule()) == "XML"
+    assert why_dropped("y" + inside + "abc", "python", ExtensionRule()) is None
     assert why_dropped(inside + "abc", "xslt", LANGUAGES["xslt"].rule("xsl")) is None
 
 
 def test_rules_switch_filters_off():
     long_line = "x" * 5000
-    assert why_dropped(long_line, "python", Rule(longest_line=None)) is None  # the mean goes with it
+    assert why_dropped(long_line, "python", ExtensionRule(longest_line=None)) is None  # the mean goes with it
     assert why_dropped("x" * 600, "glsl", LANGUAGES["glsl"].rule("fsh")) == "a line too long"
     assert why_dropped("+" * 50, "sas", LANGUAGES["sas"].rule("sas")) is None
-    rule = Rule(alphabetic=0.25)
+    rule = ExtensionRule(alphabetic=0.25)
     assert why_dropped("x123", "ada", rule) is None
     assert why_dropped("x1234", "ada", rule) == "too few letters"
 
@@ -67,4 +67,4 @@ def test_html_needs_visible_text():
     assert not has_visible_text("<div class='x'></div>" * 100 + "x" * 150)
     assert not has_visible_text("<![if x]><!DOCTYPE [<!")
     html = "<p>" + "word " * 5 + "</p>"
-    assert why_dropped(html, "html", Rule()) == "HTML with little visible text"
+    assert why_dropped(html, "html", ExtensionRule()) == "HTML with little visible text"

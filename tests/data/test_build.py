@@ -15,7 +15,7 @@ import pytest
 from hostile import hostile_documents
 
 import jaxcoder.data.build as build
-from jaxcoder.data.build import Sizes, build_store
+from jaxcoder.data.build import WorkSizes, build_store
 from jaxcoder.data.directory import Directory
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import ConfigError, DataError
@@ -25,7 +25,7 @@ from jaxcoder.tasks import ProcessPool
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 
-SMALL = {"shard_tokens": 8192, "sizes": Sizes(3000, 5000)}
+SMALL = {"shard_tokens": 8192, "sizes": WorkSizes(3000, 5000)}
 
 
 def content(path: Path) -> dict[str, bytes]:
@@ -100,7 +100,9 @@ def test_same_stream_for_any_size_of_slices_buckets_and_shards(tokenizer, docume
     whole = build_store(file, tokenizer, tmp_path / "whole", seed=11)
     for slice_bytes, bucket_bytes in ((3000, 5000), (1000, 1 << 30), (1 << 30, 2000)):
         output = tmp_path / f"{slice_bytes}-{bucket_bytes}"
-        small = build_store(file, tokenizer, output, seed=11, sizes=Sizes(slice_bytes, bucket_bytes), shard_tokens=8192)
+        small = build_store(
+            file, tokenizer, output, seed=11, sizes=WorkSizes(slice_bytes, bucket_bytes), shard_tokens=8192
+        )
         assert np.array_equal(small.read(0, small.num_tokens), whole.read(0, whole.num_tokens))
         assert small.documents.to_pylist() == whole.documents.to_pylist()
     assert sorted(documents_of(whole)) == sorted(

@@ -12,19 +12,19 @@ from pathlib import Path
 import pytest
 from hostile import hostile_documents
 
-from jaxcoder.data.build import Sizes, build_store
+from jaxcoder.data.build import WorkSizes, build_store
 from jaxcoder.io.document_files import write_documents
 
-SIZES = {"shard_tokens": 8192, "sizes": Sizes(5000, 20_000)}
+SIZES = {"shard_tokens": 8192, "sizes": WorkSizes(5000, 20_000)}
 SCRIPT = """
 import sys
-from jaxcoder.data.build import Sizes, build_store
+from jaxcoder.data.build import WorkSizes, build_store
 from jaxcoder.tasks import ProcessPool
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 if __name__ == "__main__":
     documents, tokenizer, output = sys.argv[1:]
-    sizes = {"shard_tokens": 8192, "sizes": Sizes(5000, 20_000)}
+    sizes = {"shard_tokens": 8192, "sizes": WorkSizes(5000, 20_000)}
     build_store(documents, Tokenizer.load(tokenizer), output, seed=1, mapper=ProcessPool(2), **sizes)
 """
 

@@ -6,14 +6,14 @@ import socket
 import numpy as np
 import pytest
 
-from jaxcoder.data.build import Sizes, build_store
+from jaxcoder.data.build import WorkSizes, build_store
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import DataError
 
 gcsfs = pytest.importorskip("gcsfs", reason="needs the extra `gcs`")
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator")
 
-SMALL = {"shard_tokens": 8192, "sizes": Sizes(50_000, 50_000)}
+SMALL = {"shard_tokens": 8192, "sizes": WorkSizes(50_000, 50_000)}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxcoder.data.build import Sizes, build_store
+from jaxcoder.data.build import WorkSizes, build_store
 from jaxcoder.data.store import TokenStore
 from jaxcoder.errors import DataError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ pytest.importorskip("s3fs", reason="needs the extra `s3`")
 pytest.importorskip("moto", reason="needs moto, a local S3-compatible server")
 pytest.importorskip("flask_cors", reason="moto's server needs flask-cors")
 
-SMALL = {"shard_tokens": 8192, "sizes": Sizes(50_000, 50_000)}
+SMALL = {"shard_tokens": 8192, "sizes": WorkSizes(50_000, 50_000)}
 names = (f"bucket-{number}" for number in itertools.count())
 
 
@@ -89,7 +89,7 @@ def test_the_same_bytes_as_on_a_disk(tokenizer, documents_file, tmp_path, creden
 
 
 def test_killed_and_resumed(tokenizer, documents_file, credentials, bucket, monkeypatch):
-    tiny = {"shard_tokens": 8192, "sizes": Sizes(10_000, 20_000)}
+    tiny = {"shard_tokens": 8192, "sizes": WorkSizes(10_000, 20_000)}
     build_store(documents_file, tokenizer, f"s3://{bucket}/undisturbed", seed=3, **tiny)
     real, count = credentials.pipe_file, 0
 

@@ -65,28 +65,28 @@ def assert_steps(shares, expected):
 
 def test_schedule():
     schedule = BatchSchedule(SIZE, STAGES)
-    assert [schedule.span(batch) for batch in range(len(SPANS))] == SPANS
+    assert [schedule.samples_of(batch) for batch in range(len(SPANS))] == SPANS
     assert schedule.batch_sizes == {8, 16, 24}
     for batch, (first, size) in enumerate(SPANS):
         assert [schedule.batch_of(first + row) for row in (0, size - 1)] == [(batch, 0), (batch, size - 1)]
         resumed = BatchSchedule(SIZE, STAGES, batch=batch, sample=first)
-        assert [resumed.span(later) for later in range(batch, len(SPANS))] == SPANS[batch:]
-    assert BatchSchedule(4).span(10) == (40, 4)
+        assert [resumed.samples_of(later) for later in range(batch, len(SPANS))] == SPANS[batch:]
+    assert BatchSchedule(4).samples_of(10) == (40, 4)
     skipped = BatchSchedule(64, (Stage(from_sample=0), Stage(from_sample=3, global_batch_size=2), Stage(from_sample=5)))
-    assert [skipped.span(batch) for batch in range(3)] == [(0, 64), (64, 64), (128, 64)]
+    assert [skipped.samples_of(batch) for batch in range(3)] == [(0, 64), (64, 64), (128, 64)]
 
 
 def test_history_follows_the_log_where_there_is_one():
     plain = StepHistory(SIZE, STAGES)
-    assert [plain.span(step) for step in range(1, len(SPANS) + 1)] == SPANS and plain.last_step == 0
+    assert [plain.samples_of(step) for step in range(1, len(SPANS) + 1)] == SPANS and plain.last_step == 0
     # Ten steps of 8 by another config, every one logged; then three by this one, only the last logged.
     logged = StepHistory(SIZE, (), [*((step, 8 * step) for step in range(1, 11)), (13, 128)])
     assert logged.last_step == 13
-    assert [logged.span(step) for step in (1, 10, 11, 12, 13, 14)] == [
+    assert [logged.samples_of(step) for step in (1, 10, 11, 12, 13, 14)] == [
         (0, 8), (72, 8), (80, 16), (96, 16), (112, 16), (128, 16),
     ]  # fmt: skip
     for step in range(1, 20):
-        first, size = logged.span(step)
+        first, size = logged.samples_of(step)
         assert [logged.step_of(first + row) for row in (0, size - 1)] == [(step, 0), (step, size - 1)]
 
 

@@ -10,7 +10,7 @@ from jaxcoder.cli import data as data_command
 from jaxcoder.cli import data_look
 from jaxcoder.config.schema import DataConfig
 from jaxcoder.data.lengths import by_language, length_bins
-from jaxcoder.data.show import MIDDLE, PREFIX, SPECIAL, SPM_MIDDLE, SUFFIX, TEXT, Stretch, printable, stretches
+from jaxcoder.data.show import MIDDLE, PREFIX, SPECIAL, SPM_MIDDLE, SUFFIX, TEXT, LabeledText, labeled_texts, printable
 from jaxcoder.data.stream import SampleStream
 
 
@@ -19,8 +19,8 @@ def test_fim_parts_are_told_apart(tokenizer):
     a, b, c, d = (tokenizer.encode(text) for text in ("alpha", "beta", "gamma", "delta"))
     ids = [*d, end, fim.prefix, *a, fim.suffix, *c, fim.middle, *b, end]
     ids += [fim.prefix, fim.suffix, *c, fim.middle, *a, *b, end, *d, fim.pad, fim.pad]
-    found = [stretch for stretch in stretches(np.array(ids, np.int32), tokenizer)]
-    assert [stretch for stretch in found if stretch.kind != SPECIAL] == [
+    found = [part for part in labeled_texts(np.array(ids, np.int32), tokenizer)]
+    assert [part for part in found if part.kind != SPECIAL] == [
         (TEXT, "delta"), (PREFIX, "alpha"), (SUFFIX, "gamma"), (MIDDLE, "beta"), (SUFFIX, "gamma"),
         (SPM_MIDDLE, "alphabeta"), (TEXT, "delta"),
     ]  # fmt: skip
@@ -31,7 +31,7 @@ def test_nothing_of_a_window_is_lost(store, tokenizer):
     stream = SampleStream(store, tokenizer, DataConfig(), seq_len=64, seed=1)
     for index in range(200):
         window, text = stream.sample(index), ""
-        for kind, part in stretches(window, tokenizer):
+        for kind, part in labeled_texts(window, tokenizer):
             name, _, times = part.partition(" x ") if kind == SPECIAL else (part, "", "")
             text += name * int(times or 1)
         assert text == tokenizer.decode(window.tolist()) or "\ufffd" in text  # a character of which FIM left a part
@@ -39,9 +39,9 @@ def test_nothing_of_a_window_is_lost(store, tokenizer):
 
 def test_text_cannot_command_the_terminal_or_pass_for_a_special_token():
     names = frozenset({"<fim_prefix>"})
-    assert printable(Stretch(TEXT, "a\x1b[31m\r\x00b\n\tc\u202e"), names) == "a\\x1b[31m\\r\\x00b\n\tc\\u202e"
-    assert printable(Stretch(TEXT, "x<fim_prefix>"), names) == "x\\<fim_prefix>"
-    assert printable(Stretch(SPECIAL, "<fim_prefix>"), names) == "<fim_prefix>"
+    assert printable(LabeledText(TEXT, "a\x1b[31m\r\x00b\n\tc\u202e"), names) == "a\\x1b[31m\\r\\x00b\n\tc\\u202e"
+    assert printable(LabeledText(TEXT, "x<fim_prefix>"), names) == "x\\<fim_prefix>"
+    assert printable(LabeledText(SPECIAL, "<fim_prefix>"), names) == "<fim_prefix>"
 
 
 def test_colours_on_a_terminal(tokenizer, monkeypatch):
