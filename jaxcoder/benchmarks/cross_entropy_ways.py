@@ -8,8 +8,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxcoder.models.loss import token_losses, weighted_loss
 from jaxcoder.sharding.ops import gather, gather_weight, on_each_device, shard_index
-from jaxcoder.train.loss import token_losses, weighted_loss
 
 
 def one_pass(hidden, wte, targets, weights, *, chunk_size, rules):

@@ -66,11 +66,10 @@ def run(args: argparse.Namespace) -> Reports:
 
 def _random_model(config: ModelConfig, dtype: str):
     import jax
-    from flax import nnx
 
-    from jaxcoder.models.gpt_bigcode import GPTBigCode
+    from jaxcoder.models.protocol import make_model
 
-    return jax.jit(lambda: GPTBigCode(config, ComputeConfig(dtype=dtype), rngs=nnx.Rngs(_SEED)))()
+    return jax.jit(lambda: make_model(config, ComputeConfig(dtype=dtype), seed=_SEED))()
 
 
 def _their_model(model, dtype: str, device: str):

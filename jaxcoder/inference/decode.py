@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxcoder.errors import ConfigError
 from jaxcoder.inference.sampling import GREEDY, RowSampling, Sampling, choose, stack
-from jaxcoder.models.gpt_bigcode import GPTBigCode, KVCache
+from jaxcoder.models.gpt_bigcode import KVCache
+from jaxcoder.models.protocol import Decoder
 from jaxcoder.sharding.ops import reshard
 
 STEPS_PER_CALL = 16
@@ -63,7 +64,7 @@ class NewTokens:
 
 
 def generate_tokens(
-    model: GPTBigCode,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -115,7 +116,7 @@ def generate_tokens(
     return results
 
 
-def check_prompts(model: GPTBigCode, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """ConfigError for what cannot be generated."""
     limit = model.config.max_seq_len
     if max_new_tokens < 1:
@@ -135,7 +136,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: GPTBigCode,
+        model: Decoder,
         prompts: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
@@ -221,7 +222,7 @@ class Decoding:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
-def in_compute_dtype(model: GPTBigCode) -> GPTBigCode:
+def in_compute_dtype(model: Decoder) -> Decoder:
     """The model with matrices, embeddings and biases stored in its compute dtype, the norms as they are.
 
     The results do not change: every use casts to that type anyway. A step then reads half the bytes in bfloat16.
@@ -235,7 +236,7 @@ def in_compute_dtype(model: GPTBigCode) -> GPTBigCode:
     return jax.tree_util.tree_map_with_path(cast, model)
 
 
-def mesh_of(model: GPTBigCode) -> jax.sharding.Mesh | None:
+def mesh_of(model: Decoder) -> jax.sharding.Mesh | None:
     """The mesh that the weights are laid out on, None for plain arrays."""
     sharding = model.wte[...].sharding
     return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
@@ -246,7 +247,7 @@ def padded(size: int, smallest: int, largest: int) -> int:
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
-def padded_batch(rows: int, model: GPTBigCode, mesh: jax.sharding.Mesh | None) -> int:
+def padded_batch(rows: int, model: Decoder, mesh: jax.sharding.Mesh | None) -> int:
     """A power of two of rows for each of the devices that the batch is split over."""
     shards = 1
     if mesh is not None:
@@ -273,7 +274,7 @@ def _batches(lengths: Sequence[int], max_batch_size: int, limit: int) -> list[li
 
 @jax.jit
 def _prefill(
-    model: GPTBigCode,
+    model: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
     left: jax.Array,
@@ -281,7 +282,7 @@ def _prefill(
     vocabulary: Vocabulary,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
     """Reads tokens (B, S) and chooses one more for each row with left > 0. The cache has S slots."""
-    cache = KVCache.empty(model.config, *tokens.shape, jnp.dtype(model.compute.dtype), model.rules)
+    cache = model.empty_cache(*tokens.shape)
     hidden, cache = model.prefill(_by_row(model, tokens), lengths, cache)
     hidden = reshard(hidden, model.rules.spec(None, None, None))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -291,7 +292,7 @@ def _prefill(
 
 @partial(jax.jit, donate_argnames="state")
 def _steps(
-    model: GPTBigCode,
+    model: Decoder,
     state: DecodeState,
     live: jax.Array,
     num_steps: jax.Array,
@@ -340,6 +341,6 @@ def _grow(cache: KVCache, slots: int) -> KVCache:
     return replace(cache, k=jnp.pad(cache.k, more), v=jnp.pad(cache.v, more))
 
 
-def _by_row(model: GPTBigCode, x: jax.Array) -> jax.Array:
+def _by_row(model: Decoder, x: jax.Array) -> jax.Array:
     """x (B, ...) laid out over the devices as the model takes its batch."""
     return reshard(x, model.rules.spec("batch", *[None] * (x.ndim - 1)))

@@ -17,7 +17,7 @@ from jaxcoder.inference.decode import (
 from jaxcoder.inference.prompts import Prompt, encode_prompt
 from jaxcoder.inference.sampling import GREEDY, Sampling
 from jaxcoder.inference.text import TextAssembler
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Decoder
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -51,7 +51,7 @@ class TextGenerator:
 
     def __init__(
         self,
-        model: GPTBigCode,
+        model: Decoder,
         tokenizer: Tokenizer | None,
         *,
         spm: bool = False,

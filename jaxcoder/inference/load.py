@@ -4,7 +4,6 @@ import contextlib
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxcoder.checkpoint import arrays as array_files
@@ -14,7 +13,7 @@ from jaxcoder.checkpoint.names import assemble_model, check_arrays, flatten_mode
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.convert.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from jaxcoder.errors import CheckpointError
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Decoder, abstract_model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
@@ -24,7 +23,7 @@ def load_model(
     compute: ComputeConfig | None = None,
     mesh: Mesh | None = None,
     step: int | None = None,
-) -> tuple[GPTBigCode, ModelConfig, Tokenizer | None]:
+) -> tuple[Decoder, ModelConfig, Tokenizer | None]:
     """The model at `path`, its config, and its tokenizer where one lies beside the weights.
 
     Args:
@@ -52,12 +51,7 @@ def load_model(
     )
 
 
-def abstract_model(config: ModelConfig, compute: ComputeConfig) -> GPTBigCode:
-    """The model as shapes; made under the mesh in scope, they carry its shardings."""
-    return jax.eval_shape(lambda: GPTBigCode(config, compute, rngs=nnx.Rngs(0)))
-
-
-def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> GPTBigCode:
+def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
     owner = {name: entry for entry in weights.entries() for name in entry.ours}
     with _scope(mesh):
         return assemble_model(
@@ -65,7 +59,7 @@ def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> G
         )
 
 
-def _from_checkpoint(directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None) -> GPTBigCode:
+def _from_checkpoint(directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
     saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
     with _scope(mesh):
         model = abstract_model(manifest.model, compute)

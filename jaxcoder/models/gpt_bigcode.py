@@ -22,6 +22,8 @@ from jax.sharding import PartitionSpec
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.kernels.attention.api import attention
 from jaxcoder.kernels.dropout.api import Site, fold_in, keep_mask
+from jaxcoder.models.loss import token_losses, weighted_loss
+from jaxcoder.models.protocol import Batch, Dropout
 from jaxcoder.sharding.ops import (
     gather,
     gather_weight,
@@ -53,30 +55,12 @@ kept, no matmul is computed twice and no sum over devices made twice; norms, the
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
-class Dropout:
-    """Randomness of one training step: key, uint32 (2,); rows, int32 (B,), the samples' indices in the global batch."""
-
-    key: jax.Array
-    rows: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys and values so far: k, v (L, B, T, G, K); lengths int32 (B,), how many slots of a row are filled."""
 
     k: jax.Array
     v: jax.Array
     lengths: jax.Array
-
-    @classmethod
-    def empty(
-        cls, config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, rules: ShardingRules | None = None
-    ) -> "KVCache":
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
-        rules = rules or ShardingRules.for_model(config)
-        k, v = (reshard(jnp.zeros(shape, dtype), cls.spec(rules)) for _ in range(2))
-        return cls(k=k, v=v, lengths=reshard(jnp.zeros(batch, jnp.int32), rules.spec("batch")))
 
     @staticmethod
     def spec(rules: ShardingRules) -> PartitionSpec | None:
@@ -139,6 +123,36 @@ class GPTBigCode(nnx.Module):
             in_specs=(specs_of(self), ids, ids, ids, randomness),
             out_specs=rules.spec("batch", "seq", None),
         )(self, tokens, positions, segment_ids, dropout)
+
+    @property
+    def has_dropout(self) -> bool:
+        return max(self.config.embed_dropout, self.config.residual_dropout, self.config.attention_dropout) > 0
+
+    def loss(self, batch: Batch, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
+        """Loss of the next token, summed over the targets that count, in nats, and their number: fp32 scalars."""
+        hidden, chunk = self._hidden_of(batch, dropout), self.compute.loss_chunk_tokens
+        total = weighted_loss(
+            hidden, self.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=self.rules
+        )
+        return total, batch.loss_mask.sum()
+
+    def token_losses(self, batch: Batch) -> jax.Array:
+        """Loss of every target in nats, without dropout, also of those that do not count: fp32 (B, S)."""
+        hidden, chunk = self._hidden_of(batch, None), self.compute.loss_chunk_tokens
+        return token_losses(hidden, self.wte[...], batch.targets, chunk_size=chunk, rules=self.rules)
+
+    def _hidden_of(self, batch: Batch, dropout: Dropout | None) -> jax.Array:
+        # With the default positions the position table is sliced, which is cheaper than a lookup.
+        positions = None if batch.segment_ids is None else batch.positions
+        return self(batch.inputs, positions=positions, segment_ids=batch.segment_ids, dropout=dropout)
+
+    def empty_cache(self, batch: int, slots: int) -> KVCache:
+        """A cache of `slots` positions per row, in the compute dtype."""
+        config = self.config
+        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        dtype = jnp.dtype(self.compute.dtype)
+        k, v = (reshard(jnp.zeros(shape, dtype), KVCache.spec(self.rules)) for _ in range(2))
+        return KVCache(k=k, v=v, lengths=reshard(jnp.zeros(batch, jnp.int32), self.rules.spec("batch")))
 
     def prefill(self, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts, tokens (B, S) of which row b has lengths[b], into an empty cache.

@@ -12,7 +12,7 @@ from jaxcoder.errors import ConfigError
 from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
 from jaxcoder.inference.generate import TextGenerator
 from jaxcoder.io.document import Document, Part
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Decoder
 from jaxcoder.recipes.start import open_weights
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.inputs import held_out_stores
@@ -70,7 +70,7 @@ class HeldOutInfilling:
         ]
         self._gaps = single_line_gaps(documents, count=count, seed=_SEED)
 
-    def __call__(self, model: GPTBigCode) -> Mapping[str, float]:
+    def __call__(self, model: Decoder) -> Mapping[str, float]:
         """eval/infill/{exact_match, edit_similarity, count}; call with the model's mesh in scope."""
         generator = TextGenerator(model, self._tokenizer, spm=True, truncate=True)
         scores = infill_scores(generator, self._gaps)

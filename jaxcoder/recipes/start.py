@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jaxcoder.checkpoint.names import assemble_model
 from jaxcoder.convert.hf_weights import is_hf_directory, open_hf_weights
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.restore import StartingWeights, open_own_weights
 
@@ -19,7 +19,7 @@ def open_weights(path: str) -> StartingWeights:
     weights = open_hf_weights(Path(path))
     owner = {name: entry for entry in weights.entries() for name in entry.ours}
 
-    def load(abstract: GPTBigCode) -> GPTBigCode:
+    def load(abstract: Model) -> Model:
         return assemble_model(abstract, lambda name, target: weights.read(owner[name])[name], "params/")
 
     has_tokenizer = (Path(path) / "tokenizer.json").is_file()

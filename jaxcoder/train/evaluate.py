@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Model
 from jaxcoder.record.alarms import LANGUAGE_PREFIX
 from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, place
 from jaxcoder.train.step import make_eval_step
@@ -49,7 +49,7 @@ class HeldOut:
         self._languages = [_Languages(held_out.stream) for held_out in streams]
         self._step = make_eval_step()
 
-    def __call__(self, model: GPTBigCode) -> dict[str, float]:
+    def __call__(self, model: Model) -> dict[str, float]:
         """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME, eval/position/FIRST-LAST and, with
         several held-out stores, eval/corpus/NAME. Call with the mesh in scope."""
         everything, by_language, by_corpus = Sums(), {}, {}
@@ -71,7 +71,7 @@ class HeldOut:
         return metrics
 
     def _evaluate(
-        self, model: GPTBigCode, stream: SampleStream, languages: "_Languages", by_position: list[Sums]
+        self, model: Model, stream: SampleStream, languages: "_Languages", by_position: list[Sums]
     ) -> Iterator[tuple[str, float, int, int]]:
         """(language, nats, tokens, bytes of text) of every batch and language that it holds; adds to `by_position`."""
         lasts = [last for _, last in position_stretches(self._config.model.max_seq_len)]

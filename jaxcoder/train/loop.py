@@ -29,7 +29,7 @@ from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError, Interrupted
 from jaxcoder.formatting import plural
 from jaxcoder.models.flops import num_parameters
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Model
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.record.console import TrainingProgress, clear_live_line
 from jaxcoder.record.event_log import EventLog, Spent, new_attempt
@@ -63,7 +63,7 @@ from jaxcoder.train.state import TrainState, flatten_state
 from jaxcoder.train.step import make_train_step
 from jaxcoder.train.step_log import StepLog
 
-Evaluation = Callable[[GPTBigCode], Mapping[str, float]]
+Evaluation = Callable[[Model], Mapping[str, float]]
 """Something else to measure on the weights at the cadence of the held-out loss, such as infilling; its metrics by name
 ("eval/..."). Called in every process, with the mesh in scope."""
 

@@ -20,7 +20,7 @@ from jaxcoder.checkpoint.manifest import TOKENIZER
 from jaxcoder.checkpoint.names import check_arrays, flatten_model, unflatten_model
 from jaxcoder.config import ModelConfig, RunConfig
 from jaxcoder.errors import CheckpointError
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.optimizer import adam
 from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
@@ -40,7 +40,7 @@ class StartingWeights:
     model: ModelConfig
     tokenizer: Tokenizer | None
     """The one that lies beside the weights."""
-    load: Callable[[GPTBigCode], GPTBigCode]
+    load: Callable[[Model], Model]
     """The weights in the shapes, dtypes and shardings of an abstract model, whose mesh is in scope."""
 
 
@@ -57,7 +57,7 @@ def open_own_weights(path: str) -> StartingWeights:
         )
     directory, manifest = open_checkpoint(path)
 
-    def load(abstract: GPTBigCode) -> GPTBigCode:
+    def load(abstract: Model) -> Model:
         saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
         targets = flatten_model(abstract, "params/")
         check_arrays(targets, saved, f"the checkpoint {directory}")

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from jaxcoder.checkpoint.names import flatten_model, unflatten_model
 from jaxcoder.config import RunConfig
-from jaxcoder.models.gpt_bigcode import GPTBigCode
+from jaxcoder.models.protocol import Model, make_model
 from jaxcoder.train.optimizer import adam
 
 
@@ -20,13 +19,13 @@ class TrainState:
     """step: int32 scalar, completed optimizer steps; model: fp32; moments: fp32, shaped and sharded like the model."""
 
     step: jax.Array
-    model: GPTBigCode
+    model: Model
     moments: optax.ScaleByAdamState
 
 
 def initial_state(config: RunConfig) -> TrainState:
     """Fresh weights from `config.seed`, the same on every mesh. Call under jit and a mesh."""
-    model = GPTBigCode(config.model, config.compute, rngs=nnx.Rngs(config.seed))
+    model = make_model(config.model, config.compute, seed=config.seed)
     return TrainState(step=jnp.int32(0), model=model, moments=adam(config.optimizer).init(model))
 
 
@@ -51,5 +50,5 @@ def unflatten_state(abstract: TrainState, arrays: dict[str, jax.Array]) -> Train
     return TrainState(step=step, model=model, moments=optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
 
 
-def _trees(state: TrainState) -> dict[str, GPTBigCode]:
+def _trees(state: TrainState) -> dict[str, Model]:
     return {"params/": state.model, "optimizer/mu/": state.moments.mu, "optimizer/nu/": state.moments.nu}

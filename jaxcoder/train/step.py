@@ -16,9 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxcoder.config import RunConfig
 from jaxcoder.data.loader import Batch
 from jaxcoder.kernels.dropout.api import make_key
-from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode
+from jaxcoder.models.protocol import Dropout, Model
 from jaxcoder.sharding.ops import reshard
-from jaxcoder.train.loss import token_losses, weighted_loss
 from jaxcoder.train.optimizer import apply_adamw, learning_rate
 from jaxcoder.train.state import TrainState
 from jaxcoder.train.xla_options import Value, accepted, options_for
@@ -32,16 +31,17 @@ def make_train_step(
     Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
     weights as they were, else 0), skipped_steps (of the whole run), batch_hash (`batch_hash`).
     """
-    has_dropout = max(config.model.embed_dropout, config.model.residual_dropout, config.model.attention_dropout) > 0
+    grad_of_loss = jax.value_and_grad(lambda model, *args: model.loss(*args), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = reshard(jnp.arange(batch.inputs.shape[0]), state.model.rules.spec("batch"))
+        has_dropout = state.model.has_dropout
         key = make_key(config.seed, state.step) if has_dropout else None
 
         def microbatch_gradients(totals, batch_and_rows):
             batch, rows = batch_and_rows
             dropout = Dropout(key=key, rows=rows) if has_dropout else None
-            losses, gradients = jax.value_and_grad(summed_loss, has_aux=True)(state.model, batch, dropout)
+            losses, gradients = grad_of_loss(state.model, batch, dropout)
             return jax.tree.map(jnp.add, totals, (losses, gradients)), None
 
         zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.model)
@@ -98,30 +98,6 @@ def keep_if(is_good: jax.Array, new, old):
     return jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
 
 
-def summed_loss(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> tuple[jax.Array, jax.Array]:
-    """Summed loss of a batch in nats and the number of tokens it counts, fp32 scalars."""
-    hidden = hidden_of(model, batch, dropout)
-    chunk = model.compute.loss_chunk_tokens
-    total = weighted_loss(hidden, model.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=model.rules)
-    return total, batch.loss_mask.sum()
-
-
-def hidden_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
-    """The model's hidden states (B, S, D) of a batch."""
-    return model(
-        batch.inputs,
-        positions=None if batch.segment_ids is None else batch.positions,
-        segment_ids=batch.segment_ids,
-        dropout=dropout,
-    )
-
-
-def losses_of(model: GPTBigCode, batch: Batch, dropout: Dropout | None) -> jax.Array:
-    """Loss of every target in nats, fp32 (B, S), the masked ones too."""
-    hidden, chunk = hidden_of(model, batch, dropout), model.compute.loss_chunk_tokens
-    return token_losses(hidden, model.wte[...], batch.targets, chunk_size=chunk, rules=model.rules)
-
-
 def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None):
     """Arrays (B, ...) as (B / M, M, ...), each device cutting up its own rows: no data moves."""
     pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
@@ -136,10 +112,10 @@ def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None
     return jax.shard_map(lambda tree: jax.tree.map(cut, tree), in_specs=(in_specs,), out_specs=out_specs)(tree)
 
 
-def make_eval_step() -> Callable[[GPTBigCode, Batch], jax.Array]:
+def make_eval_step() -> Callable[[Model, Batch], jax.Array]:
     """The jitted loss of every target, without dropout: fp32 (B, S), whole on every device."""
 
-    def eval_step(model: GPTBigCode, batch: Batch) -> jax.Array:
-        return reshard(losses_of(model, batch, None), model.rules.spec(None, None))
+    def eval_step(model: Model, batch: Batch) -> jax.Array:
+        return reshard(model.token_losses(batch), model.rules.spec(None, None))
 
     return jax.jit(eval_step)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
 from jaxcoder.kernels.dropout.api import make_key
-from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode, KVCache
+from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.sharding.ops import lookup, on_each_device, specs_of
 from jaxcoder.sharding.rules import ShardingRules
@@ -54,7 +54,7 @@ def test_causal_and_cached_decoding_agrees(kv_heads):
     expected = scores(model, TOKENS)
     lengths = np.array([20, 13, 1, 5, 6, 7, 8, 20])
     prompts = np.where(np.arange(20) < lengths[:, None], TOKENS[:, :20], 0)
-    cache = KVCache.empty(config, 8, 40, jnp.float32)
+    cache = model.empty_cache(8, 40)
     hidden, cache = jax.jit(GPTBigCode.prefill)(model, prompts, jnp.asarray(lengths), cache)
     rows = np.arange(8)
     np.testing.assert_allclose(model.logits(hidden)[rows, lengths - 1], expected[rows, lengths - 1], atol=1e-5)

@@ -18,7 +18,6 @@ from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.evaluate import HeldOut, position_stretches
 from jaxcoder.train.inputs import open_streams
 from jaxcoder.train.state import initial_state
-from jaxcoder.train.step import losses_of
 
 LANGUAGES = ("python", "c", "", "java")
 
@@ -65,7 +64,7 @@ def one_by_one(run: RunConfig) -> dict[str, list[float]]:
         for sample in range(min(run.eval.num_windows, stream.windows_per_epoch)):
             window = stream.sample(sample)[None]
             batch = make_batch(window, end_id=stream.end_id, pad_id=stream.pad_id, document_mask=False)
-            losses = np.asarray(losses_of(model, jax.tree.map(np.asarray, batch), None))[0]
+            losses = np.asarray(model.token_losses(jax.tree.map(np.asarray, batch)))[0]
             start = stream.locate(sample).start + 1
             for place, loss in enumerate(losses, start):
                 first, last = next(s for s in STRETCHES if s[0] <= place - start <= s[1])

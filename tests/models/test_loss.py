@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcoder.config import MeshConfig
+from jaxcoder.models.loss import token_losses, weighted_loss
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.sharding.rules import ShardingRules
-from jaxcoder.train.loss import token_losses, weighted_loss
 
 RULES = ShardingRules()
 
