@@ -131,9 +131,7 @@ class GPTBigCode(nnx.Module):
     def loss(self, batch: Batch, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
         """Loss of the next token, summed over the targets that count, in nats, and their number: fp32 scalars."""
         hidden, chunk = self._hidden_of(batch, dropout), self.compute.loss_chunk_tokens
-        total = weighted_loss(
-            hidden, self.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=self.rules
-        )
+        total = weighted_loss(hidden, self.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=self.rules)
         return total, batch.loss_mask.sum()
 
     def token_losses(self, batch: Batch) -> jax.Array:
