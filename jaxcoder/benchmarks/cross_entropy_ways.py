@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcoder.models.loss import token_losses, weighted_loss
-from jaxcoder.sharding.ops import gather, gather_weight, on_each_device, shard_index
+from jaxcoder.sharding.ops import all_gather, all_gather_weight, shard_index, shard_map
 
 
 def one_pass(hidden, wte, targets, weights, *, chunk_size, rules):
@@ -26,8 +26,8 @@ def vocabulary_twice(hidden, wte, targets, weights, *, chunk_size, rules):
     axes = rules.axes("vocab")
 
     def local(hidden, wte, targets):
-        x = gather(hidden, rules.axes("seq"), dim=1).reshape(-1, hidden.shape[-1])
-        table = gather_weight(wte.astype(hidden.dtype), rules.axes("embed"), dim=1)
+        x = all_gather(hidden, rules.axes("seq"), dim=1).reshape(-1, hidden.shape[-1])
+        table = all_gather_weight(wte.astype(hidden.dtype), rules.axes("embed"), dim=1)
         own = targets.reshape(-1) - shard_index(axes) * table.shape[0]
         log_sum_exp, target_logit = _statistics(chunk_size, x, table, own)
         if axes:
@@ -38,7 +38,7 @@ def vocabulary_twice(hidden, wte, targets, weights, *, chunk_size, rules):
 
     ids = rules.spec("batch", None)
     in_specs = (rules.spec("batch", "seq", None), rules.spec("vocab", "embed"), ids)
-    return (on_each_device(local, in_specs=in_specs, out_specs=ids)(hidden, wte, targets) * weights).sum()
+    return (shard_map(local, in_specs=in_specs, out_specs=ids)(hidden, wte, targets) * weights).sum()
 
 
 def whole(hidden, wte, targets, weights, *, chunk_size, rules):

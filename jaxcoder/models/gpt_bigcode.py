@@ -3,9 +3,9 @@
 Shapes: B batch, S query length, T cache slots, D embed, H heads, G key/value heads, K head_dim, F mlp, V vocab,
 P positions, L layers. Weights are fp32 with kernels [in, out]; the layers are one Block whose arrays have a leading L.
 
-Blocks, linear maps and norms see the shards of one device (sharding/ops.py). The residual stream x is whole in D and,
-in training, split along S over the devices that share the heads and the MLP ("seq" of the rules): every half of a block
-gathers its normed input once, and sums its output back into shards. Weights are gathered over "embed" where used.
+Blocks, linear layers and norms see the shards of one device (sharding/ops.py). The residual stream x is unsharded in D
+and, in training, sharded along S over the axis that shards heads and MLP ("seq" of the rules). Attention and MLP each
+all-gather their normed input along S and reduce-scatter their output. Weights are all-gathered over "embed" before use.
 Reference: Allal et al. 2023 (arXiv 2301.03988), Li et al. 2023 (arXiv 2305.06161).
 """
 
@@ -25,38 +25,38 @@ from jaxcoder.kernels.dropout.api import Site, fold_in, keep_mask
 from jaxcoder.models.loss import token_losses, weighted_loss
 from jaxcoder.models.protocol import Batch, Dropout
 from jaxcoder.sharding.ops import (
-    gather,
-    gather_weight,
-    lookup,
-    on_each_device,
-    own_part,
+    all_gather,
+    all_gather_weight,
+    embedding_lookup,
+    local_shard,
     reshard,
     shard_index,
+    shard_map,
     specs_of,
-    sum_shards,
+    sum_over,
 )
 from jaxcoder.sharding.rules import ShardingRules
 
-DEAR = ("q", "kv", "attention", "middle", "mlp_up")
+SAVED_ACTIVATIONS = ("q", "kv", "attention", "residual", "mlp_up")  # "attention": also the kernels' own residuals
 REMAT_POLICIES = {
-    "minimal": jax.checkpoint_policies.save_only_these_names(*DEAR),
+    "minimal": jax.checkpoint_policies.save_only_these_names(*SAVED_ACTIVATIONS),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(DEAR),
+        names_which_can_be_offloaded=list(SAVED_ACTIVATIONS),
         offload_src="device",
         offload_dst="pinned_host",
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds of a block beside its input x: of q, attention and mlp_up a device keeps its own heads
-and columns of whole sequences, of x and of middle, the stream between the halves, its part of the sequence. With middle
-kept, no matmul is computed twice and no sum over devices made twice; norms, their gathered outputs and gelu are."""
+"""What the backward pass finds saved of a block, apart from its input x. q, attention and mlp_up are sharded by heads and
+columns; x and residual, the stream between attention and MLP, along the sequence. With these saved, the backward pass
+repeats no matmul and no reduction over devices: only norms, their all-gathers and GELU."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values so far: k, v (L, B, T, G, K); lengths int32 (B,), how many slots of a row are filled."""
+    """Cached keys and values: k, v (L, B, T, G, K); lengths int32 (B,), the number of filled slots per row."""
 
     k: jax.Array
     v: jax.Array
@@ -64,12 +64,12 @@ class KVCache:
 
     @staticmethod
     def spec(rules: ShardingRules) -> PartitionSpec | None:
-        """Of k and v: split by row, and by head where there are several."""
+        """The sharding of k and v: by row, and by head if there are several."""
         return rules.spec(None, "batch", None, "kv_heads", None)
 
 
 class GPTBigCode(nnx.Module):
-    """The whole decoder. `self(tokens)` gives final hidden states, `self.logits(hidden)` scores over the vocabulary."""
+    """The decoder: `self(tokens)` gives hidden states after the last norm, `self.logits(hidden)` scores over the vocabulary."""
 
     def __init__(
         self,
@@ -95,12 +95,12 @@ class GPTBigCode(nnx.Module):
         segment_ids: jax.Array | None = None,
         dropout: Dropout | None = None,
     ) -> jax.Array:
-        """Hidden states (B, S, D) after the last norm, in the compute dtype, split along S as the rules' "seq" says.
+        """Hidden states (B, S, D) after the last norm, in the compute dtype, sharded along S as the rules' "seq" says.
 
         Args:
             tokens: int32 (B, S). positions: int32 (B, S), default 0 .. S-1.
             segment_ids: int32 (B, S), one id per document, 0 for pads; None lets attention run across documents.
-            dropout: randomness of training; None turns dropout off.
+            dropout: randomness of training; None disables dropout.
         """
         rules = self.rules.for_length(tokens.shape[1])
         ids = rules.spec("batch", None)
@@ -118,7 +118,7 @@ class GPTBigCode(nnx.Module):
             x, _ = jax.lax.scan(block, x, (model.h, jnp.arange(self.config.num_layers)))
             return model.ln_f(x)
 
-        return on_each_device(
+        return shard_map(
             local,
             in_specs=(specs_of(self), ids, ids, ids, randomness),
             out_specs=rules.spec("batch", "seq", None),
@@ -155,14 +155,14 @@ class GPTBigCode(nnx.Module):
     def prefill(self, tokens: jax.Array, lengths: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Reads right-padded prompts, tokens (B, S) of which row b has lengths[b], into an empty cache.
 
-        Returns the hidden states (B, S, D), those of pads meaningless, and the filled cache.
+        Returns the hidden states (B, S, D), undefined for pads, and the filled cache.
         """
         positions = jnp.arange(tokens.shape[1])[None] + jnp.zeros_like(tokens)
         hidden, cache = self._with_cache(tokens, positions, cache)
         return hidden, KVCache(k=cache.k, v=cache.v, lengths=lengths)
 
     def decode(self, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """One more token per row, tokens (B, 1), at position cache.lengths. Returns hidden (B, 1, D) and the cache."""
+        """Reads one token per row, (B, 1), at position cache.lengths. Returns hidden states (B, 1, D) and the cache."""
         hidden, cache = self._with_cache(tokens, cache.lengths[:, None], cache)
         return hidden, KVCache(k=cache.k, v=cache.v, lengths=cache.lengths + 1)
 
@@ -183,21 +183,21 @@ class GPTBigCode(nnx.Module):
         self, tokens: jax.Array, positions: jax.Array | None, dropout: Dropout | None, rules: ShardingRules
     ) -> jax.Array:
         dtype, embed, seq = jnp.dtype(self.compute.dtype), rules.axes("embed"), rules.axes("seq")
-        wte = gather_weight(self.wte[...].astype(dtype), embed, dim=1)
-        x = sum_shards(lookup(wte, tokens, rules.axes("vocab")), rules.axes("vocab"), into=seq, dim=1)
+        wte = all_gather_weight(self.wte[...].astype(dtype), embed, dim=1)
+        x = sum_over(embedding_lookup(wte, tokens, rules.axes("vocab")), rules.axes("vocab"), into=seq, dim=1)
         wpe = self.wpe[...].astype(dtype)
         if positions is None:
-            x = x + gather_weight(own_part(wpe[: tokens.shape[1]], seq, dim=0), embed, dim=1)
+            x = x + all_gather_weight(local_shard(wpe[: tokens.shape[1]], seq, dim=0), embed, dim=1)
         else:
-            x = x + lookup(gather_weight(wpe, embed, dim=1), own_part(positions, seq, dim=1), None)
-        return drop(x, self.config.embed_dropout, dropout, Site.EMBED, rules=rules)
+            x = x + embedding_lookup(all_gather_weight(wpe, embed, dim=1), local_shard(positions, seq, dim=1), None)
+        return apply_dropout(x, self.config.embed_dropout, dropout, Site.EMBED, rules=rules)
 
     def _with_cache(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         rules = self.rules.unsharded_sequences()
         ids, cache_spec = rules.spec("batch", None), KVCache.spec(rules)
 
         def local(model, tokens, positions, k, v):
-            # The cache is carried, not scanned over: XLA then updates it in place.
+            # The cache is a carry and not a scanned array, so that XLA updates it in place.
             def block(carry, layer_and_index):
                 x, k, v = carry
                 layer, index = layer_and_index
@@ -207,7 +207,7 @@ class GPTBigCode(nnx.Module):
             (x, k, v), _ = jax.lax.scan(block, (x, k, v), (model.h, jnp.arange(self.config.num_layers)))
             return model.ln_f(x), k, v
 
-        hidden, k, v = on_each_device(
+        hidden, k, v = shard_map(
             local,
             in_specs=(specs_of(self), ids, ids, cache_spec, cache_spec),
             out_specs=(rules.spec("batch", None, None), cache_spec, cache_spec),
@@ -233,23 +233,23 @@ class Block(nnx.Module):
         dropout: Dropout | None,
         rules: ShardingRules,
     ) -> jax.Array:
-        shed = partial(drop, rate=self.config.residual_dropout, dropout=dropout, layer=layer, rules=rules)
+        drop = partial(apply_dropout, rate=self.config.residual_dropout, dropout=dropout, layer=layer, rules=rules)
         attended = self.attn(self.ln_1(x), layer, segment_ids, dropout, rules)
-        x = checkpoint_name(x + shed(attended, site=Site.ATTENTION_RESIDUAL), "middle")
-        return x + shed(self.mlp(self.ln_2(x), rules), site=Site.MLP_RESIDUAL)
+        x = checkpoint_name(x + drop(attended, site=Site.ATTENTION_RESIDUAL), "residual")
+        return x + drop(self.mlp(self.ln_2(x), rules), site=Site.MLP_RESIDUAL)
 
     def with_cache(
         self, x: jax.Array, layer: jax.Array, positions: jax.Array, k: jax.Array, v: jax.Array, rules: ShardingRules
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The same with the caches k, v (L, B, T, G, K), which get this layer's keys and values of the positions."""
+        """The block with the caches k, v (L, B, T, G, K), in which it stores its keys and values at `positions`."""
         attended, k, v = self.attn.with_cache(self.ln_1(x), layer, positions, k, v, rules)
         x = x + attended
         return x + self.mlp(self.ln_2(x), rules), k, v
 
 
 class Attention(nnx.Module):
-    """Causal self-attention; with G = 1 all query heads share one key and one value head, which every device has. Its
-    gradient is then a sum over them: of activations within the input's, of weights once for all layers of a pass."""
+    """Causal self-attention. With G = 1 all query heads share one key and one value head, replicated over the devices
+    that shard the query heads; its gradient is then a sum over those devices."""
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rules: ShardingRules, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
@@ -278,7 +278,7 @@ class Attention(nnx.Module):
         slots = (layer, jnp.arange(q.shape[0])[:, None], positions)
         k = k.at[slots].set(new_k.astype(k.dtype), mode="drop")
         v = v.at[slots].set(new_v.astype(v.dtype), mode="drop")
-        if x.shape[1] > 1:  # A prompt attends to itself; its pads come last, where no token of it looks.
+        if x.shape[1] > 1:  # A prompt attends to itself; causality hides the pads, which come last.
             attended = attention(q, new_k, new_v, implementation=self.compute.attention)
         else:
             attended = attention(
@@ -292,13 +292,13 @@ class Attention(nnx.Module):
         return self.out("bshk,hkd->bsd", attended, rules), k, v
 
     def _qkv(self, x: jax.Array, rules: ShardingRules) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x = gather(x, rules.axes("seq"), dim=1)
+        x = all_gather(x, rules.axes("seq"), dim=1)
         q, kv = self.q("bsd,dhk->bshk", x, rules), self.kv("bsd,dcgk->bscgk", x, rules)
         q, kv = checkpoint_name(q, "q"), checkpoint_name(kv, "kv")
         return q, kv[:, :, 0], kv[:, :, 1]
 
     def _attend(self, q, k, v, layer, segment_ids, dropout: Dropout | None, rules: ShardingRules) -> jax.Array:
-        """The attention operation on a device's own rows and heads, whose global numbers the dropout bits depend on."""
+        """Attention on the rows and heads of this device; dropout bits depend on their global indices."""
         use_dropout = dropout is not None and self.config.attention_dropout > 0.0
         return attention(
             q,
@@ -314,7 +314,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down(gelu(up(x))), four times as wide inside."""
+    """down(gelu(up(x)))."""
 
     def __init__(self, config: ModelConfig, *, rules: ShardingRules, rngs: nnx.Rngs):
         self.approximate = config.activation == "gelu_tanh"
@@ -323,16 +323,16 @@ class MLP(nnx.Module):
         self.down = Linear((F, D), ("mlp", "embed"), _residual_std(config), rules=rules, rngs=rngs)
 
     def __call__(self, x: jax.Array, rules: ShardingRules) -> jax.Array:
-        x = self.up("bsd,df->bsf", gather(x, rules.axes("seq"), dim=1), rules)
+        x = self.up("bsd,df->bsf", all_gather(x, rules.axes("seq"), dim=1), rules)
         x = jax.nn.gelu(checkpoint_name(x, "mlp_up"), approximate=self.approximate)
         return self.down("bsf,fd->bsd", x, rules)
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias; kernel (in..., out...) with `num_in` in dims, bias (out...).
+    """x @ kernel + bias; kernel (in..., out...) with `num_in` input dims, bias (out...).
 
-    x (B, S, in...) has whole sequences and a device's own part of the in dims. Out dims that are split stay so; where
-    in dims are, the output is the sum over the devices, in parts of the sequence.
+    x (B, S, in...) has full sequences and this device's shard of the input dims. Sharded output dims stay sharded. With
+    sharded input dims the output is reduce-scattered along the sequence.
     """
 
     def __init__(
@@ -347,21 +347,21 @@ class Linear(nnx.Module):
     ):
         self.dims, self.num_in = dims, num_in
         self.kernel = _normal(rngs, std, shape, rules.spec(*dims))
-        # A bias is added to activations, whose embed dim is whole.
+        # A bias is added to activations, whose embed dim is unsharded.
         bias_dims = (None if dim == "embed" else dim for dim in dims[num_in:])
         self.bias = nnx.Param(reshard(jnp.zeros(shape[num_in:], jnp.float32), rules.spec(*bias_dims)))
 
     def __call__(self, equation: str, x: jax.Array, rules: ShardingRules) -> jax.Array:
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
         embed = self.dims.index("embed")
-        y = jnp.einsum(equation, x, gather_weight(kernel, rules.axes("embed"), dim=embed))
+        y = jnp.einsum(equation, x, all_gather_weight(kernel, rules.axes("embed"), dim=embed))
         if embed >= self.num_in:
-            y = sum_shards(y, rules.axes(self.dims[0]), into=rules.axes("seq"), dim=1)
+            y = sum_over(y, rules.axes(self.dims[0]), into=rules.axes("seq"), dim=1)
         return y + bias
 
 
 class LayerNorm(nnx.Module):
-    """Over the last dim, in fp32 whatever comes in; the output has the input's dtype."""
+    """Layer norm over the last dim, computed in fp32; the output has the input's dtype."""
 
     def __init__(self, config: ModelConfig):
         self.epsilon = config.layer_norm_epsilon
@@ -370,12 +370,12 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + self.epsilon)
+        centered = x32 - x32.mean(-1, keepdims=True)
+        normed = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + self.epsilon)
         return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
-def drop(
+def apply_dropout(
     x: jax.Array,
     rate: float,
     dropout: Dropout | None,
@@ -384,7 +384,7 @@ def drop(
     *,
     rules: ShardingRules,
 ) -> jax.Array:
-    """Dropout of a device's activations (B, S, D); each element's bit depends on its global coordinates only."""
+    """Dropout of a device's activations (B, S, D); the bit of an element depends only on its global coordinates."""
     if dropout is None or rate == 0.0:
         return x
     key = fold_in(dropout.key, site, layer)
@@ -398,5 +398,5 @@ def _normal(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], spec: PartitionS
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """Of matrices that write to the residual stream: 2 L of them add up there."""
+    """Initial std of the 2 L matrices that write to the residual stream, so that their sum keeps its scale."""
     return config.init_std / sqrt(2 * config.num_layers)

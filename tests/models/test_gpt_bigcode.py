@@ -14,7 +14,7 @@ from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
 from jaxcoder.kernels.dropout.api import make_key
 from jaxcoder.models.gpt_bigcode import Dropout, GPTBigCode
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.sharding.ops import lookup, on_each_device, specs_of
+from jaxcoder.sharding.ops import embedding_lookup, shard_map, specs_of
 from jaxcoder.sharding.rules import ShardingRules
 
 CONFIG = ModelConfig(
@@ -153,7 +153,7 @@ def collectives_of_the_embedding(length, config):
         rules = model.rules.for_length(length)
 
         def gradients(model, tokens):
-            embed = on_each_device(
+            embed = shard_map(
                 lambda model, tokens: model._embed(tokens, None, None, rules),
                 in_specs=(specs_of(model), rules.spec("batch", None)),
                 out_specs=rules.spec("batch", "seq", None),
@@ -184,7 +184,7 @@ def test_frequent_tokens_lose_nothing_of_their_gradient():
     """In bfloat16 one by one, a sum of ones would end at 256."""
     ids = jnp.asarray([0] * 5000 + [1])
     table = jnp.zeros((2, 4), jnp.bfloat16)
-    gradient = jax.jit(jax.grad(lambda table: lookup(table, ids, None).astype(jnp.float32).sum()))(table)
+    gradient = jax.jit(jax.grad(lambda table: embedding_lookup(table, ids, None).astype(jnp.float32).sum()))(table)
     assert float(gradient[0, 0]) == pytest.approx(5000, rel=0.005) and gradient[1, 0] == 1
 
 

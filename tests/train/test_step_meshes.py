@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding
 from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.data.loader import make_batch
 from jaxcoder.kernels.dropout.api import Site, make_key
-from jaxcoder.models.gpt_bigcode import Dropout, drop
+from jaxcoder.models.gpt_bigcode import Dropout, apply_dropout
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.sharding.ops import on_each_device
+from jaxcoder.sharding.ops import shard_map
 from jaxcoder.train.inputs import place
 from jaxcoder.train.state import initial_state
 from jaxcoder.train.step import make_train_step
@@ -146,10 +146,10 @@ def masks(shape: tuple[int, int, int], kv_heads: int) -> tuple[np.ndarray, np.nd
             """Every value is the unit vector of its key, and all queries are alike: what comes out are the masks."""
             dropout = Dropout(key=make_key(5, 3), rows=rows)
             attended = model.h.attn._attend(q, k, v, jnp.int32(1), None, dropout, rules)  # weights play no part
-            return attended, drop(x, 0.4, dropout, Site.MLP_RESIDUAL, 1, rules=rules)
+            return attended, apply_dropout(x, 0.4, dropout, Site.MLP_RESIDUAL, 1, rules=rules)
 
         specs = tuple(spec for _, spec in arrays)
-        reveal = on_each_device(reveal, in_specs=specs, out_specs=(q_spec, specs[3]))
+        reveal = shard_map(reveal, in_specs=specs, out_specs=(q_spec, specs[3]))
         arguments = [jax.device_put(array, NamedSharding(mesh, spec)) for array, spec in arrays]
         attended, features = jax.jit(reveal)(*arguments)
         return np.asarray(attended) != 0, np.asarray(features) != 0
