@@ -33,7 +33,7 @@ from jaxcoder.io.os_errors import describe_os_error, is_disk_full
 from jaxcoder.protocols import SILENT, Progress
 
 MAX_RETRIES = 3
-_MOST_FAILURES = 8  # a stage with this many poison inputs is given up: the trouble is elsewhere
+_MOST_FAILURES = 8  # with this many failed inputs a stage is given up: the inputs are not the cause
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run_stage(
     `what`, `unit` and what `summarize` makes of the summaries are for the progress.
 
     A task that fails, or whose worker dies, is tried again up to `max_retries` times while the others go on. Raises
-    DataError, naming the inputs, if some still failed; at once for an error that is the user's to mend.
+    DataError, naming the inputs, if some still failed; at once for an error that is the user's to fix.
     """
     progress.start(what, sum(task.size for task in tasks), unit)
     stage = _Stage(tasks, max_retries)
@@ -99,7 +99,7 @@ def run_stage(
     while groups and len(stage.poison) < _MOST_FAILURES:
         group = groups.pop(0)
         suspects, rest, retries = stage.run(group, mapper, progress)
-        # When a worker dies, all that was under way is lost with it. Whose fault it was shows when each runs alone.
+        # When a worker dies, all running tasks are lost with it. Running each alone shows which one is the cause.
         groups = [[index] for index in suspects] + [rest] * bool(rest) + groups + [[index] for index in retries]
     if stage.unfinished():
         raise stage.error(what)
@@ -109,7 +109,7 @@ def run_stage(
 
 
 class _Stage:
-    """What became of the tasks so far. Tasks are known by their index."""
+    """The state of the tasks so far, by index."""
 
     def __init__(self, tasks: Sequence[Task], max_retries: int):
         self._tasks, self._max_retries = tasks, max_retries
@@ -124,8 +124,8 @@ class _Stage:
         """Map the tasks of the group; returns those to try alone, those that were not reached, those to try again."""
         failed: dict[int, Failure] = {}
         with contextlib.closing(mapper.map([self._tasks[index] for index in group])) as outcomes:
-            for place, outcome in outcomes:
-                index = group[place]
+            for position, outcome in outcomes:
+                index = group[position]
                 if not isinstance(outcome, Failure):
                     self.summaries[index] = outcome
                     progress.advance(self._tasks[index].size)
@@ -148,7 +148,7 @@ class _Stage:
         named = "; ".join(f"{_last(self._tasks[index])}: {failure.reason}" for index, failure in failures[:3])
         more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
         error = DataError(
-            f"{what} failed after {self._max_retries} retries on {named}{more}. What was finished is kept: mend or "
+            f"{what} failed after {self._max_retries} retries on {named}{more}. Finished tasks are kept: fix or "
             "remove that input (or give it more memory) and run again."
         )
         error.__cause__ = _Details("\n".join(failure.details for _, failure in failures[:3]))
@@ -156,7 +156,7 @@ class _Stage:
 
 
 def _last(task: Task) -> str:
-    """The input that tells tasks apart: what they share comes first."""
+    """The input that identifies a task: inputs that all tasks share come first."""
     return (*task.inputs, task.output)[max(0, len(task.inputs) - 1)]
 
 
@@ -165,7 +165,7 @@ class _Details(Exception):
 
 
 def _finished(tasks: Sequence[Task]) -> dict[int, dict]:
-    """Summaries of the tasks that are done: the marker is there, and the output as long as it says."""
+    """Summaries of the tasks that are done: the marker exists and the output has the size it records."""
     if not tasks:
         return {}
     fs, _ = open_address(tasks[0].marker)
@@ -279,7 +279,7 @@ class ProcessPool:
                         return
                     yield running.pop(future), outcome
         finally:
-            if running:  # the stage was given up: nobody waits for what is under way
+            if running:  # the stage was given up with tasks running
                 self.close()
 
     def _submit(self, task: Task) -> Future:
@@ -306,7 +306,7 @@ class ProcessPool:
 
 
 def _start_worker(watched) -> None:
-    """Make a worker end with its owner: nothing else tells it that the owner was killed, and it would wait for ever."""
+    """End a worker when its owner dies: otherwise it would wait forever."""
     import signal
     import threading
 
@@ -320,7 +320,7 @@ def _start_worker(watched) -> None:
 
 
 class RayCluster:
-    """A Ray cluster as mapper: Ray places the tasks, retries those of lost nodes and scales; paths travel, never data.
+    """A Ray cluster as mapper: Ray schedules the tasks and retries those of lost nodes; paths are sent, never data.
 
     `address` joins a running cluster (default: RAY_ADDRESS, else a cluster of this machine alone). Every node needs the
     same versions of Python and jaxcoder, and a file system or object store that all of them see. DataError if there is

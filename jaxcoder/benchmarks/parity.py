@@ -136,11 +136,11 @@ def their_tensors(model) -> dict[str, Any]:
     import numpy as np
 
     from jaxcoder.checkpoint.names import flatten_model
-    from jaxcoder.convert.hf_names import entries, to_theirs
+    from jaxcoder.convert.hf_names import entries, to_hf_tensor
 
     flat = {name: np.asarray(array) for name, array in flatten_model(model, "params/").items()}
     config = model.config
-    return {e.theirs: to_theirs(e, [flat[name] for name in e.ours], config) for e in entries(config)}
+    return {e.hf_name: to_hf_tensor(e, [flat[name] for name in e.jax_dims], config) for e in entries(config)}
 
 
 def _report(args: argparse.Namespace, config: RunConfig, ours: Curve, theirs: Curve) -> Report:

@@ -1,4 +1,4 @@
-"""A directory (or hub id) in Hugging Face's format -> a checkpoint of ours, piece by piece, without torch.
+"""A directory (or hub id) in Hugging Face's format -> a checkpoint, array by array, without torch.
 
 The result is one checkpoint directory (jaxcoder/checkpoint/manifest.py) of step 0 without optimizer state.
 """
@@ -13,7 +13,7 @@ from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
 from jaxcoder.convert.hf_names import shape
 from jaxcoder.convert.hf_weights import HFWeights, open_hf_weights
 from jaxcoder.convert.hub import fetch, is_hub_id
-from jaxcoder.convert.output import whole_directory
+from jaxcoder.convert.output import output_directory
 from jaxcoder.convert.to_hf import Summary
 from jaxcoder.errors import ConversionError
 from jaxcoder.protocols import SILENT, Progress
@@ -31,11 +31,11 @@ def from_hf(
     weights = open_hf_weights(_local(source))
     if Path(directory).resolve() == weights.directory.resolve():
         raise ConversionError(f"the output directory {directory} is the source itself: choose another one.")
-    # Before the weights, which take longer.
+    # The tokenizer is checked first: the weights take longer.
     has_tokenizer = (weights.directory / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(weights.directory) if has_tokenizer else None
-    num_parameters = sum(math.prod(shape(entry.their_dims, weights.config)) for entry in weights.entries())
-    with whole_directory(Path(directory), overwrite=overwrite) as output:
+    num_parameters = sum(math.prod(shape(entry.hf_dims, weights.config)) for entry in weights.entries())
+    with output_directory(Path(directory), overwrite=overwrite) as output:
         progress.start("converting", num_parameters, "parameters")
         manifest = Manifest(
             step=0,

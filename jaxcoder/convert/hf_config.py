@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's GPTBigCode <-> our ModelConfig.
+"""config.json of Hugging Face's GPTBigCode <-> ModelConfig.
 
 A key that is absent has the default of transformers' `GPTBigCodeConfig`; keys that change nothing in the computation
 are passed over. Reference: transformers, configuration_gpt_bigcode.py.
@@ -20,7 +20,7 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
 }
-_THEIR_ACTIVATION = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
+_HF_ACTIVATION = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu"}
 
 _ONLY = {
     "scale_attn_weights": True,
@@ -29,11 +29,11 @@ _ONLY = {
     "scale_attn_by_inverse_layer_idx": False,
     "quantization_config": None,
 }
-"""Keys that we support with one value; absence means that value too."""
+"""Keys with one supported value, which is also the default."""
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
-    """The ModelConfig that `directory/config.json` describes; ConversionError where we cannot compute that model."""
+    """The ModelConfig that `directory/config.json` describes; ConversionError for a model that is not supported."""
     path = directory / "config.json"
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
@@ -100,13 +100,13 @@ def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
         embed_dropout=number("embd_pdrop", 0.1),
         residual_dropout=number("resid_pdrop", 0.1),
         attention_dropout=number("attn_pdrop", 0.1),
-        # What the original's config says here is the library's default and not how it was trained.
+        # The original's config has the library's default here, not the value used in training.
         init_std=number("initializer_range", 0.02),
     )
 
 
 def hf_config(config: ModelConfig, *, end_of_text: int) -> dict[str, Any]:
-    """The keys of config.json for fp32 weights; `end_of_text` is the token id that begins and ends documents.
+    """The keys of config.json for fp32 weights; `end_of_text` is the token id at the begin and end of documents.
 
     Raises ConversionError for a model that transformers has no form for.
     """
@@ -130,7 +130,7 @@ def hf_config(config: ModelConfig, *, end_of_text: int) -> dict[str, Any]:
         "n_head": config.num_heads,
         "n_inner": config.mlp_dim,
         "multi_query": config.num_kv_heads == 1,
-        "activation_function": _THEIR_ACTIVATION[config.activation],
+        "activation_function": _HF_ACTIVATION[config.activation],
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "embd_pdrop": config.embed_dropout,
         "resid_pdrop": config.residual_dropout,

@@ -1,6 +1,6 @@
-"""The one table between our arrays and those of Hugging Face's GPTBigCode; both directions derive from it.
+"""The table of array names between jaxcoder and Hugging Face's GPTBigCode; both directions derive from it.
 
-Ours are kernels [in, out] with heads apart; theirs are `torch.nn.Linear` weights [out, in] with q, k and v fused.
+jaxcoder: kernels [in, out] with separate heads. hf: `torch.nn.Linear` weights [out, in] with q, k and v fused.
 Dims: V vocab, P positions, D embed, F mlp, H heads, G key/value heads, K head_dim, A = H K, C = (H + 2 G) K.
 
 c_attn's rows go group by group: the query heads of a group, its key, its value. With G = 1 that is all queries, then
@@ -23,11 +23,11 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs and the arrays of ours that it is made of; dims are letters of the module docstring."""
+    """One hf tensor and the jax arrays that it holds, name -> dims; dims are letters of the module docstring."""
 
-    theirs: str
-    their_dims: str
-    ours: Mapping[str, str]
+    hf_name: str
+    hf_dims: str
+    jax_dims: Mapping[str, str]
 
 
 _BLOCK = (
@@ -55,13 +55,13 @@ _AFTER = (
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """The whole table with full names, in the order of the layers."""
+    """The complete table with full names, in the order of the layers."""
     digits = layer_digits(config.num_layers)
     blocks = [
         Entry(
-            f"transformer.h.{i}.{entry.theirs}",
-            entry.their_dims,
-            {f"params/h/{i:0{digits}d}/{name}": dims for name, dims in entry.ours.items()},
+            f"transformer.h.{i}.{entry.hf_name}",
+            entry.hf_dims,
+            {f"params/h/{i:0{digits}d}/{name}": dims for name, dims in entry.jax_dims.items()},
         )
         for i in range(config.num_layers)
         for entry in _BLOCK
@@ -79,27 +79,28 @@ def shape(dims: str, config: ModelConfig) -> tuple[int, ...]:
     return tuple(sizes[dim] for dim in dims.split())
 
 
-def to_theirs(entry: Entry, ours: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-    """Their tensor out of our arrays (in the order of `entry.ours`); values are moved, never computed with."""
-    if len(ours) == 2:
-        fused = _fuse(*ours, config)
+def to_hf_tensor(entry: Entry, arrays: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+    """The hf tensor of jax arrays (in the order of `entry.jax_dims`): values are moved, never changed."""
+    if len(arrays) == 2:
+        fused = _fuse(*arrays, config)
     else:
-        (fused,) = ours
-    their_shape = shape(entry.their_dims, config)
-    return fused.reshape(their_shape[::-1]).T if _is_kernel(entry) else fused.reshape(their_shape)
+        (fused,) = arrays
+    hf_shape = shape(entry.hf_dims, config)
+    return fused.reshape(hf_shape[::-1]).T if _is_kernel(entry) else fused.reshape(hf_shape)
 
 
-def to_ours(entry: Entry, tensor: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
-    """Our arrays out of their tensor: the inverse of `to_theirs`."""
+def to_jax_arrays(entry: Entry, tensor: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The jax arrays of an hf tensor: the inverse of `to_hf_tensor`."""
     tensor = tensor.T if _is_kernel(entry) else tensor
-    parts = _split(tensor, config) if len(entry.ours) == 2 else (tensor,)
+    parts = _split(tensor, config) if len(entry.jax_dims) == 2 else (tensor,)
     return {
-        name: part.reshape(shape(dims, config)) for (name, dims), part in zip(entry.ours.items(), parts, strict=True)
+        name: part.reshape(shape(dims, config))
+        for (name, dims), part in zip(entry.jax_dims.items(), parts, strict=True)
     }
 
 
 def _is_kernel(entry: Entry) -> bool:
-    return all(name.endswith("/kernel") for name in entry.ours)
+    return all(name.endswith("/kernel") for name in entry.jax_dims)
 
 
 def _fuse(q: np.ndarray, kv: np.ndarray, config: ModelConfig) -> np.ndarray:

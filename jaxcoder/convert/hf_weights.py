@@ -13,14 +13,14 @@ import numpy as np
 from jaxcoder.checkpoint.names import listed
 from jaxcoder.config import ModelConfig
 from jaxcoder.convert.hf_config import read_hf_config
-from jaxcoder.convert.hf_names import EMBEDDING, LM_HEAD, Entry, entries, shape, to_ours
+from jaxcoder.convert.hf_names import EMBEDDING, LM_HEAD, Entry, entries, shape, to_jax_arrays
 from jaxcoder.convert.safetensors import Tensor, read_safetensors
 from jaxcoder.convert.torch_file import read_torch_file
 from jaxcoder.errors import ConversionError
 
 _FORMS = (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch_file))
 _BUFFERS = ("attn.bias", "attn.masked_bias")
-"""Causal masks that early files carry beside the weights; `transformer.bias` is the later one."""
+"""Causal masks that early files contain; `transformer.bias` is the later one."""
 _ROWS_AT_ONCE = 4096
 
 
@@ -36,18 +36,18 @@ class HFWeights:
         return entries(self.config)
 
     def read(self, entry: Entry) -> dict[str, np.ndarray]:
-        """Our fp32 arrays that come of one of their tensors."""
-        tensor = self.tensors[entry.theirs].read().astype(np.float32, copy=False)
-        return to_ours(entry, tensor, self.config)
+        """The fp32 jax arrays of one hf tensor."""
+        tensor = self.tensors[entry.hf_name].read().astype(np.float32, copy=False)
+        return to_jax_arrays(entry, tensor, self.config)
 
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        """All our arrays, one after the other."""
+        """All jax arrays, one at a time."""
         for entry in self.entries():
             yield from self.read(entry).items()
 
 
 def is_hf_directory(directory: Path) -> bool:
-    """Whether there are weights in a form of the PyTorch world."""
+    """Whether the directory has weights in a PyTorch format."""
     return any((directory / name).is_file() for form, _ in _FORMS for name in (form, f"{form}.index.json"))
 
 
@@ -56,7 +56,7 @@ def open_hf_weights(directory: Path) -> HFWeights:
     config = read_hf_config(directory)
     tensors = _without_buffers(_with_prefix(_find(directory)))
     if EMBEDDING not in tensors and LM_HEAD in tensors:
-        tensors[EMBEDDING] = tensors[LM_HEAD]  # tied: either name will do
+        tensors[EMBEDDING] = tensors[LM_HEAD]  # tied: either name is valid
     _check(directory, tensors, config)
     head = tensors.pop(LM_HEAD, None)
     if head is not None and head is not tensors[EMBEDDING]:
@@ -94,7 +94,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as of the whole model; the bare decoder is saved without their first part."""
+    """Names with the prefix of the full model; a bare decoder is saved without it."""
     if any(name.startswith("transformer.") for name in tensors):
         return tensors
     return {name if name == LM_HEAD else f"transformer.{name}": tensor for name, tensor in tensors.items()}
@@ -108,7 +108,7 @@ def _without_buffers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check(directory: Path, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
-    expected = {entry.theirs: shape(entry.their_dims, config) for entry in entries(config)}
+    expected = {entry.hf_name: shape(entry.hf_dims, config) for entry in entries(config)}
     allowed = expected | {LM_HEAD: expected[EMBEDDING]}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is left over" for name in tensors if name not in allowed]

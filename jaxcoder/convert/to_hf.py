@@ -1,4 +1,4 @@
-"""Our checkpoint -> a directory that transformers (and vLLM, llama.cpp, ...) opens.
+"""A checkpoint -> a directory that transformers (and vLLM, llama.cpp, ...) opens.
 
 Tensor by tensor: memory is bounded by the largest one. Files: config.json, model.safetensors (or shards with an
 index), generation_config.json, and the tokenizer's.
@@ -18,8 +18,8 @@ from jaxcoder.checkpoint.manifest import TOKENIZER, ArrayInfo, Manifest
 from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import ModelConfig
 from jaxcoder.convert.hf_config import hf_config
-from jaxcoder.convert.hf_names import Entry, entries, shape, to_theirs
-from jaxcoder.convert.output import whole_directory
+from jaxcoder.convert.hf_names import Entry, entries, shape, to_hf_tensor
+from jaxcoder.convert.output import output_directory
 from jaxcoder.convert.safetensors import write_safetensors
 from jaxcoder.errors import ConversionError
 from jaxcoder.protocols import SILENT, Progress
@@ -63,11 +63,11 @@ def to_hf(
     end_of_text = 0 if tokenizer is None else tokenizer.eos_id
     keys = hf_config(config, end_of_text=end_of_text)
     shards = _shards(entries(config), config, max_shard_bytes)
-    num_parameters = sum(math.prod(shape(entry.their_dims, config)) for entry in entries(config))
-    with whole_directory(Path(directory), overwrite=overwrite) as output:
+    num_parameters = sum(math.prod(shape(entry.hf_dims, config)) for entry in entries(config))
+    with output_directory(Path(directory), overwrite=overwrite) as output:
         progress.start("converting", num_parameters, "parameters")
         for name, shard in shards.items():
-            shapes = {entry.theirs: shape(entry.their_dims, config) for entry in shard}
+            shapes = {entry.hf_name: shape(entry.hf_dims, config) for entry in shard}
             write_safetensors(output / name, shapes, _tensors(checkpoint, shard, manifest, progress))
         if len(shards) > 1:
             _write_json(output / "model.safetensors.index.json", _index(shards, num_parameters))
@@ -81,12 +81,12 @@ def to_hf(
 
 
 def _check(checkpoint: Path, manifest: Manifest) -> None:
-    """The table below must find every weight of the checkpoint, and leave none over."""
+    """CheckpointError unless the table covers exactly the weights of the checkpoint."""
     config = manifest.model
     expected = {
         name: ArrayInfo(shape(dims, config), "float32")
         for entry in entries(config)
-        for name, dims in entry.ours.items()
+        for name, dims in entry.jax_dims.items()
     }
     saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
     check_arrays(expected, saved, f"the checkpoint {checkpoint}")
@@ -97,7 +97,7 @@ def _shards(table: list[Entry], config: ModelConfig, max_bytes: int) -> dict[str
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in table:
-        size = 4 * math.prod(shape(entry.their_dims, config))
+        size = 4 * math.prod(shape(entry.hf_dims, config))
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -112,14 +112,14 @@ def _tensors(
     checkpoint: Path, shard: list[Entry], manifest: Manifest, progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
     for entry in shard:
-        ours = load_numpy(checkpoint, {name: manifest.arrays[name] for name in entry.ours})
-        tensor = to_theirs(entry, [ours[name] for name in entry.ours], manifest.model)
-        yield entry.theirs, tensor
+        arrays = load_numpy(checkpoint, {name: manifest.arrays[name] for name in entry.jax_dims})
+        tensor = to_hf_tensor(entry, [arrays[name] for name in entry.jax_dims], manifest.model)
+        yield entry.hf_name, tensor
         progress.advance(tensor.size)
 
 
 def _index(shards: dict[str, list[Entry]], num_parameters: int) -> dict[str, object]:
-    weight_map = {entry.theirs: name for name, shard in shards.items() for entry in shard}
+    weight_map = {entry.hf_name: name for name, shard in shards.items() for entry in shard}
     return {"metadata": {"total_size": 4 * num_parameters}, "weight_map": dict(sorted(weight_map.items()))}
 
 

@@ -1,8 +1,8 @@
 """`pytorch_model.bin` without torch, and without running anything that the file brings along.
 
 A .bin file is a zip archive: a pickle that describes the tensors, and one member per storage with their raw bytes. A
-pickle may call any function of any module; ours resolves the handful of names that a dictionary of tensors needs, to
-stand-ins of ours, and refuses every other one.
+pickle may call any function of any module; this unpickler resolves only the names that a dictionary of tensors needs,
+to local stand-ins, and refuses every other one.
 """
 
 import collections
@@ -81,7 +81,7 @@ class _TensorsOnly(pickle.Unpickler):
         self.path, self.root = path, root
 
     def find_class(self, module: str, name: str) -> Any:
-        # Stand-ins are made anew for every mention, so that a pickle cannot alter one that the next file will use.
+        # New stand-ins for every use: a pickle cannot alter one that the next file uses.
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -91,7 +91,7 @@ class _TensorsOnly(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return name
         raise ConversionError(
-            f"{self.path} wants to use `{module}.{name}`, which no file of weights needs: it was not run. "
+            f"{self.path} refers to `{module}.{name}`, which no file of weights needs: nothing was executed. "
             "Do not trust this file; ask for safetensors."
         )
 
@@ -121,16 +121,18 @@ def _dictionary_of_tensors(contents: Any, path: Path) -> dict[str, _Strided]:
 
 
 def _checked(name: str, tensor: _Strided, archive: zipfile.ZipFile, path: Path) -> Tensor:
-    """The tensor for our readers, after it is certain that it lies within its storage."""
+    """The tensor, checked to lie within its storage."""
     dtype = tensor.storage.dtype
     try:
-        held = archive.getinfo(tensor.storage.member).file_size // dtype.itemsize
+        available = archive.getinfo(tensor.storage.member).file_size // dtype.itemsize
     except KeyError:
         raise ConversionError(f"{path} lacks the bytes of {name}: fetch it again.") from None
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)) + 1
     needed = tensor.offset + reach if math.prod(tensor.shape) else 0
-    if needed > held or math.prod(tensor.shape) > held:
-        raise ConversionError(f"{path} gives {name} the shape {tensor.shape} and holds only {held:,} of its numbers.")
+    if needed > available or math.prod(tensor.shape) > available:
+        raise ConversionError(
+            f"{path} gives {name} the shape {tensor.shape} and holds only {available:,} of its numbers."
+        )
     return Tensor(tensor.shape, dtype.name, _reader(tensor, path))
 
 

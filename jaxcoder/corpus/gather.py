@@ -2,7 +2,7 @@
 
 StarCoder's basic filters, exact deduplication, and a held-out set of whole packages. The result depends on the files
 and the arguments alone. Texts are read twice (judged, then written), so memory holds names and digests only. Each file
-is written atomically and the manifest last: an output directory with a manifest is whole, any other is made anew.
+is written atomically and the manifest last: an output directory with a manifest is complete, any other is made again.
 
 Columns: content, repo_name ("<source>/<package>"), path (inside the source), lang.
 """
@@ -56,7 +56,7 @@ class CorpusSummary:
     held_out_bytes: int = 0
     held_out_packages: list[str] = field(default_factory=list)
     reused: bool = False
-    """The same corpus was there already, whole, and nothing was done."""
+    """The same corpus was there already, complete, and nothing was done."""
 
     def lines(self) -> list[str]:
         """The summary for a terminal."""
@@ -248,16 +248,16 @@ def _documents(files: Iterable[KeptFile], progress: Progress) -> Iterator[Docume
 
 
 def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
-    """The summary of the same corpus if it is there and whole; None if there is room for it. DataError otherwise."""
+    """The summary of the same corpus if it is there and complete; None if the directory may be written. DataError otherwise."""
     if not output_dir.exists():
         return None
-    ours = {TRAIN_FILE, HELD_OUT_FILE, MANIFEST_FILE}
+    own_files = {TRAIN_FILE, HELD_OUT_FILE, MANIFEST_FILE}
     with access_errors(output_dir, "write"):
         names = {entry.name for entry in output_dir.iterdir()}
         for name in names:
-            if any(name.startswith(f".{file}.tmp") for file in ours):  # of a run that was killed
+            if any(name.startswith(f".{file}.tmp") for file in own_files):  # of a run that was killed
                 (output_dir / name).unlink(missing_ok=True)
-    strange = sorted(name for name in names - ours if not name.startswith("."))
+    strange = sorted(name for name in names - own_files if not name.startswith("."))
     if strange:
         raise DataError(
             f"The output directory {output_dir} holds something else ({strange[0]}): choose another or a new one."
@@ -267,7 +267,7 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
         if manifest["format"] != FORMAT:
             raise DataError(f"The corpus in {output_dir} is of another format: choose another output directory.")
         summary = CorpusSummary(output_dir, reused=True, **manifest["summary"])
-        whole = all(
+        is_complete = all(
             fingerprint_file(output_dir / name)["sha256"] == digest for name, digest in manifest["sha256"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
@@ -281,4 +281,4 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
             f"The corpus in {output_dir} was gathered otherwise ({'; '.join(changed)}): choose another output "
             "directory, or delete that one."
         )
-    return summary if whole else None
+    return summary if is_complete else None

@@ -1,4 +1,4 @@
-"""Choosing the held-out documents: whole top-level packages, so that the model never saw their neighbours.
+"""Choosing the held-out documents: complete top-level packages, so that the model never saw their neighbours.
 
 Packages that share a file (one vendors the other, wholly or with changes here and there) are linked, and linked
 packages stay on one side. If links leave no choice (everything hangs together), single packages are held out and a

@@ -176,17 +176,17 @@ def _claim(directory: Directory, present: dict[str, int], build: dict) -> bool:
     return True
 
 
-def _refuse_other(directory: Directory, theirs: dict, ours: dict) -> None:
-    if theirs == ours:
+def _refuse_other(directory: Directory, existing: dict, requested: dict) -> None:
+    if existing == requested:
         return
     words = {
-        "format_version": f"format version {theirs.get('format_version')}",
+        "format_version": f"format version {existing.get('format_version')}",
         "inputs": "other documents",
         "tokenizer_fingerprint": "another tokenizer",
-        "seed": f"seed {theirs.get('seed')}",
-        "shard_tokens": f"shard_tokens {theirs.get('shard_tokens')}",
+        "seed": f"seed {existing.get('seed')}",
+        "shard_tokens": f"shard_tokens {existing.get('shard_tokens')}",
     }
-    differs = [text for key, text in words.items() if theirs.get(key) != ours[key]] or ["other settings"]
+    differs = [text for key, text in words.items() if existing.get(key) != requested[key]] or ["other settings"]
     raise DataError(
         f"{directory.path} holds a token store of another build (made with {' and '.join(differs)}): choose another "
         "output directory, or delete that one."
@@ -286,7 +286,7 @@ def _encoded(summaries: list[dict]) -> str:
     return f"{documents:,} documents of {size:,} bytes, {tokens:,} tokens ({each}), by {summaries[0]['encoder']}"
 
 
-# What lies beside the array -------------------------------------------------------------------------------------------
+# The small files -------------------------------------------------------------------------------------------------------
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:

@@ -43,7 +43,7 @@ INDEX = np.dtype(
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encoding depends on, beside the documents."""
+    """What encoding depends on, besides the documents."""
 
     seed: int
     dtype: str
@@ -86,12 +86,12 @@ def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
     """Loaded once in each worker."""
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path} was altered during the build: delete the unfinished store and build it anew.")
+        raise DataError(f"{path} was altered during the build: delete the unfinished store and build it again.")
     return tokenizer
 
 
 class _EncodedDocuments:
-    """Encoded documents that are held in memory; their text is not."""
+    """Encoded documents in memory, without their text."""
 
     def __init__(self):
         self.text_bytes = 0
@@ -199,7 +199,7 @@ def _lists(array) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A sorted bucket: `first` is the place of its first token in the stream, `bytes` the size of its file."""
+    """A sorted bucket: `first` is the position of its first token in the stream, `bytes` the size of its file."""
 
     first: int
     tokens: int

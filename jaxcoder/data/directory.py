@@ -1,7 +1,7 @@
 """A directory of files, local or on an object store, behind one small interface.
 
-Files go through fsspec; arrays go through tensorstore, which is told where by `kvstore`. Writing a file replaces it
-whole or not at all (object stores do so by themselves). Names are relative, with forward slashes.
+Files go through fsspec; arrays go through tensorstore, at the address that `kvstore` gives. Writing a file is
+atomic (object stores are so by themselves). Names are relative, with forward slashes.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ class Directory:
             return self / f"{name}/"
         bucket, _, inside = f"{self._root}/{name}/".partition("/")
         store = {"driver": "s3", "bucket": bucket, "path": inside}
-        if not client.meta.endpoint_url.endswith(".amazonaws.com"):  # an S3-compatible server, which fsspec was told of
+        if not client.meta.endpoint_url.endswith(".amazonaws.com"):  # an S3-compatible server, configured in fsspec
             store |= {"endpoint": client.meta.endpoint_url, "aws_region": client.meta.region_name or "us-east-1"}
         return store
 
@@ -76,7 +76,7 @@ class Directory:
         return fingerprint_file(self / name)["sha256"]
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a file there, whole or not at all. DataError if that fails."""
+        """Write a file atomically. DataError if that fails."""
         write_bytes(self / name, content)
 
     def remove(self, name: str) -> None:

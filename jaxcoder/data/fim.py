@@ -10,7 +10,7 @@ uniformly among its characters, and its prefix, middle and suffix are encoded se
 Then the window is cut, or padded with <fim_pad>, at its right end to the length it had.
 
 The draws are in `draw_fim`, the cuts in `FimDraw.cuts`. How a piece is cut at two characters and encoded again is in
-`fim_ids.py` (from the ids it has, re-encoding a few bytes) and `fim_text.py` (as text, whole): both give the same ids.
+`fim_ids.py` (from the ids it has, re-encoding a few bytes) and `fim_text.py` (as complete text): both give the same ids.
 
 Where this differs from the original (Megatron-LM fork of the BigCode project, `gpt_dataset.py`): draws belong to
 (seed, sample, piece) instead of to the order of access. Text is decoded exactly, without a clean-up of blanks; special
@@ -40,7 +40,7 @@ class FimDraw(NamedTuple):
     cut_b: int
 
     def cuts(self, num_characters: int) -> tuple[int, int]:
-        """Two places in 0..num_characters, both ends included, drawn independently and sorted."""
+        """Two positions in 0..num_characters, both ends included, drawn independently and sorted."""
         a, b = scaled(self.cut_a, num_characters + 1), scaled(self.cut_b, num_characters + 1)
         return (a, b) if a <= b else (b, a)
 
@@ -121,14 +121,14 @@ def _arrange(parts: fim_text.Parts, fim: FimIds, *, spm: bool) -> Iterator[fim_t
 
 
 def _make_cutter(tokenizer: Tokenizer, config: DataConfig) -> fim_text.Cut:
-    whole = fim_text.TextCutter(
+    text_cutter = fim_text.TextCutter(
         tokenizer,
         clean_up=config.fim_clean_up,
         sentinels_as_text=config.fim_sentinels_as_text,
         replace_incomplete=config.fim_replace_incomplete,
     )
     keeps_text = not (config.fim_clean_up or config.fim_sentinels_as_text or config.fim_replace_incomplete)
-    return fim_ids.IdsCutter(tokenizer, whole) if keeps_text and fim_ids.serves(tokenizer) else whole
+    return fim_ids.IdsCutter(tokenizer, text_cutter) if keeps_text and fim_ids.serves(tokenizer) else text_cutter
 
 
 def require_fim(tokenizer: Tokenizer) -> FimIds:

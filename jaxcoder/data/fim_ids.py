@@ -7,14 +7,14 @@ part that it lies in gives. With StarCoder's pre-tokenizer (single digits, then 
     R1  between a byte 0x21..0x7e and an ASCII whitespace: nothing matches whitespace behind something else, and the two
         look-aheads, which stand behind whitespace, never look from the left side to the right one (the reverse order is
         not safe: ` ?\p{L}+` takes the blank before it, and `\s+(?!\S)` gives back the last one only if a text follows);
-    R2  beside an ASCII digit, which is a pre-token of its own;
-    R3  at the begin and end of a document, and on both sides of a special token: encoding starts anew there.
+    R2  next to an ASCII digit, which is a pre-token of its own;
+    R3  at the begin and end of a document, and on both sides of a special token: encoding starts again there.
 
 Each part is then: what is encoded again from its begin to its first safe boundary, ids as they are, what is encoded
 again from its last safe boundary to its end. Where the window itself cuts a document, the same is done at that end of
 the piece, because the text that is left may be encoded otherwise than the document was. Long texts without an ASCII
 blank or digit (Chinese prose) make the encoded parts longer, never wrong. A byte that the tokenizer lacks is lost when
-the document is encoded; the ids beside that place stay as they are, too.
+the document is encoded; the ids next to that position are unchanged, too.
 """
 
 from typing import NamedTuple
@@ -29,7 +29,7 @@ _WHITESPACE = frozenset(b"\t\n\v\f\r ")
 _PRINTABLE = frozenset(range(0x21, 0x7F))
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
 
-# What a token says about its two boundaries, in one byte. A boundary is safe if the low half of the token before it
+# What a token determines about its two boundaries, in one byte. A boundary is safe if the low half of the token before it
 # and the high half of the one behind it have a bit in common.
 _ENDS_PRINTABLE, _BEGINS_WHITESPACE = 0x01, 0x10  # R1
 _ENDS_WITH_DIGIT, _BEGINS_ANYHOW = 0x02, 0x20  # R2, the digit before
@@ -44,7 +44,7 @@ def serves(tokenizer: Tokenizer) -> bool:
 
 
 class Position(NamedTuple):
-    """A place in a piece: `offset` bytes into token number `token`; offset 0 is the boundary before it."""
+    """A position in a piece: `offset` bytes into token number `token`; offset 0 is the boundary before it."""
 
     token: int
     offset: int
@@ -53,13 +53,13 @@ class Position(NamedTuple):
 class IdsCutter:
     """Cuts pieces by their cached ids, with tables made once: one entry per id.
 
-    `whole` takes over for pieces whose bytes are no text even between their edges.
+    text_cutter: cuts pieces whose bytes are not valid UTF-8 between their edges.
     """
 
-    def __init__(self, tokenizer: Tokenizer, whole: TextCutter):
+    def __init__(self, tokenizer: Tokenizer, text_cutter: TextCutter):
         self._encode = tokenizer.encode
         self._tokenizer = tokenizer
-        self._whole = whole
+        self._text_cutter = text_cutter
         is_used = tokenizer.valid_ids(tokenizer.vocab_size)
         self._bytes = [tokenizer.decode_bytes([id_]) if used else b"" for id_, used in enumerate(is_used.tolist())]
         self._kinds = np.full(len(self._bytes), _NOT_WHOLE, np.uint8)
@@ -76,12 +76,12 @@ class IdsCutter:
         try:
             kinds = self._kinds.take(piece.ids)
         except IndexError:
-            return self._whole(piece, draw_cuts)  # raises DataError: the id is not in the vocabulary
+            return self._text_cutter(piece, draw_cuts)  # raises DataError: the id is not in the vocabulary
         head, tail = 0, len(kinds)
         if (kinds & _NOT_WHOLE).any():
             edges = self._edges(piece.ids, kinds)
             if edges is None:
-                return self._whole(piece, draw_cuts)
+                return self._text_cutter(piece, draw_cuts)
             head, tail = edges
         begins_whole, ends_whole = piece.begins_whole and head == 0, piece.ends_whole and tail == len(kinds)
         ids = piece.ids[head:tail]

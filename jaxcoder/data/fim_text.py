@@ -1,4 +1,4 @@
-"""Cutting a piece as text: decode it, cut between characters, encode the three parts, each whole.
+"""Cutting a piece as text: decode it, cut between characters, encode each of the three parts.
 
 This defines what FIM gives; `fim_ids.py` gives the same from cached ids where it can. It also serves tokenizers for
 which that shortcut is not proven, and the behaviours of the original that change the text (facts on BigCode's
@@ -18,7 +18,7 @@ Parts = tuple[list[Ids], list[Ids], list[Ids]]
 """Prefix, middle and suffix, each as lists of consecutive ids."""
 
 DrawCuts = Callable[[int], tuple[int, int]]
-"""Number of characters -> the two places to cut at, sorted, each from 0 (before the first) to that number."""
+"""Number of characters -> the two positions to cut at, sorted, each from 0 (before the first) to that number."""
 
 
 class Piece(NamedTuple):
@@ -84,10 +84,10 @@ class TextCutter:
             segments = self._text_segments(ids)
         else:
             segments, start = [], 0
-            for place, token in enumerate(ids):
+            for position, token in enumerate(ids):
                 if token in specials:
-                    segments += [*self._text_segments(ids[start:place]), [token]]
-                    start = place + 1
+                    segments += [*self._text_segments(ids[start:position]), [token]]
+                    start = position + 1
             segments += self._text_segments(ids[start:])
         # What stands last is never before a cut, so an incomplete last character must leave the segments here;
         # an incomplete first one is never after a cut and may stay.
@@ -110,16 +110,16 @@ class TextCutter:
     def _cut(self, segments: list[Segment], first: int, second: int) -> tuple[list[int], list[int], list[int]]:
         """Prefix, middle and suffix ids for cuts before the characters number `first` and `second`."""
         prefix, middle, suffix = [], [], []
-        place = 0  # characters before this segment
+        position = 0  # characters before this segment
         for segment in segments:
             if isinstance(segment, list):
-                (prefix if place <= first else middle if place <= second else suffix).extend(segment)
+                (prefix if position <= first else middle if position <= second else suffix).extend(segment)
                 continue
-            a, b = max(first - place, 0), max(second - place, 0)
+            a, b = max(first - position, 0), max(second - position, 0)
             for ids, text in ((prefix, segment[:a]), (middle, segment[a:b]), (suffix, segment[b:])):
                 if text:
                     ids.extend(self._encode(text))
-            place += len(segment)
+            position += len(segment)
         return prefix, middle, suffix
 
     def _encode(self, text: str) -> list[int]:
@@ -133,7 +133,7 @@ class TextCutter:
 
 
 def separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Text and untouchable ids in turn: ids that share a character stay together, text if they spell it whole."""
+    """Text and uncuttable ids in turn: ids that share a character stay together, as text if they spell it completely."""
     clusters: list[tuple[bytes, list[int]]] = []
     for token in ids:
         content = tokenizer.decode_bytes([token])

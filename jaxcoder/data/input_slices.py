@@ -1,8 +1,8 @@
-"""The documents of a build, cut into slices that can be read apart from each other.
+"""The documents of a build, cut into slices that are read independently.
 
 A slice is a run of row groups of a parquet file, or a range of bytes of a JSON lines file (the lines that begin in it);
 a compressed JSON lines file is one slice. Slices depend on the files alone, and every document has a number that
-depends on its file's place among the inputs and its place in the file: its row, or the byte at which its line begins.
+depends on the index of its file and its position in the file: its row, or the byte offset of its line.
 """
 
 import json
@@ -49,7 +49,7 @@ def file_layout(path: str) -> dict:
         with access_errors(path), fs.open(root, "rb") as stream:
             metadata = pq.ParquetFile(stream).metadata
     except pa.ArrowException as error:
-        raise DataError(f"{path} is not a readable parquet file ({error}): write it anew.") from error
+        raise DataError(f"{path} is not a readable parquet file ({error}): write it again.") from error
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     return {
         "size": sum(group.total_byte_size for group in groups),
@@ -136,7 +136,7 @@ def _parquet_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
                     yield row, f"row {row}", values
                     row += 1
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{part.file} is not a readable parquet file ({error}): write it anew.") from error
+        raise DataError(f"{part.file} is not a readable parquet file ({error}): write it again.") from error
 
 
 def _json_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
@@ -156,7 +156,7 @@ def _json_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
                     yield position, where, _parsed(line, part, position)
                 position += len(line)
     except EOFError as error:
-        raise DataError(f"{part.file} cannot be read ({error}): write it anew.") from error
+        raise DataError(f"{part.file} cannot be read ({error}): write it again.") from error
 
 
 def _skip_line(stream) -> int:
@@ -174,7 +174,7 @@ def _parsed(line: bytes, part: Slice, position: int) -> object:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         number = _line_number(part.file, position)
-        raise DataError(f"{part.file}, line {number} is not JSON ({error}): mend or delete that line.") from None
+        raise DataError(f"{part.file}, line {number} is not JSON ({error}): fix or delete that line.") from None
 
 
 def _line_number(file: str, position: int) -> int:

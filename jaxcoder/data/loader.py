@@ -21,7 +21,9 @@ from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError
 
-_NUM_THREADS = 1  # tensorstore has threads of its own; two of ours fight over the interpreter's lock and are slower
+_NUM_THREADS = (
+    1  # tensorstore has threads of its own; two grain threads contend for the interpreter lock and are slower
+)
 _BATCHES_AHEAD = 2
 _ROWS_TOGETHER = 8  # read from the store at once, by one thread: half the cost of one after another
 _ENDLESS = 1 << 62
@@ -54,10 +56,10 @@ def make_batch(
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
     filled = _filled(windows, pad_id)[:, None]
-    places = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
-    loss_mask = ((places < filled - 1) | pad_in_loss).astype(np.float32)
+    positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape)
+    loss_mask = ((positions < filled - 1) | pad_in_loss).astype(np.float32)
     if not document_mask:
-        return Batch(inputs, targets, loss_mask, places, None)
+        return Batch(inputs, targets, loss_mask, positions, None)
     segment_ids, positions = _segments(inputs, end_id)
     for row in np.flatnonzero(filled[:, 0] < inputs.shape[1]):
         segment_ids[row, filled[row, 0] :] = positions[row, filled[row, 0] :] = 0
@@ -75,8 +77,8 @@ def _segments(inputs: np.ndarray, end_id: int | None) -> tuple[np.ndarray, np.nd
     first_of_row = np.repeat(np.cumsum(per_row) - per_row, per_row)
     numbers = (np.arange(len(stops)) - first_of_row + 1).astype(np.int32)
     lengths = stops - starts
-    places = np.arange(inputs.size, dtype=np.int32) - np.repeat(starts, lengths)
-    return np.repeat(numbers, lengths).reshape(inputs.shape), places.reshape(inputs.shape)
+    positions = np.arange(inputs.size, dtype=np.int32) - np.repeat(starts, lengths)
+    return np.repeat(numbers, lengths).reshape(inputs.shape), positions.reshape(inputs.shape)
 
 
 def _filled(windows: np.ndarray, pad_id: int | None) -> np.ndarray:

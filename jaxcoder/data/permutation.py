@@ -2,7 +2,7 @@
 
 A Feistel network permutes the smallest square of a power of two that holds the range; what falls outside the range is
 permuted again until it falls inside (cycle walking), fewer than four times on average. Memory is the round keys
-alone, whatever the size, so an epoch of any corpus has an order; the inverse answers where in it a given item comes.
+alone, whatever the size, so an epoch of any corpus has one; the inverse gives the index of an item.
 Reference: Black and Rogaway, Ciphers with arbitrary finite domains (CT-RSA 2002).
 """
 
@@ -20,7 +20,7 @@ Index = TypeVar("Index", int, np.ndarray)
 
 
 class Permutation:
-    """`permutation(i)` is the i-th item of the order, `permutation.inverse(item)` its place; both are one-to-one.
+    """`permutation(i)` is the i-th item, `permutation.inverse(item)` its index; both are one-to-one.
 
     Both take a Python int or a uint64 array of any shape, with values in [0, size), and return the same kind.
     """

@@ -320,12 +320,12 @@ class Example:
 class Examples:
     """The examples of a registered Mixture or Task, always the same in the same order, off the network.
 
-    Without `num_examples` every Task is read once, whole, one after the other: rates are left to whoever mixes. With
+    Without `num_examples` every Task is read once, completely, one after the other: rates are left to whoever mixes. With
     it, so many examples are taken at the Mixture's rates, Tasks starting again where they end.
 
     features: the names asked for, or those of inputs and targets that there are.
     vocabularies: of the features that are ids, by feature and Task.
-    num_examples: how many there are, None where nobody knows.
+    num_examples: how many there are, None where unknown.
     """
 
     def __init__(
@@ -375,7 +375,7 @@ class Examples:
             yield from self._read_once() if self._drawn is None else self._draw()
         except tf.errors.OpError as error:
             reason = error.message.splitlines()[0] if error.message else type(error).__name__
-            raise DataError(f"seqio cannot read {self.name} ({reason}): mend the Task, then run again.") from error
+            raise DataError(f"seqio cannot read {self.name} ({reason}): fix the Task, then run again.") from error
 
     def _read_once(self) -> Iterator[Example]:
         for task in self.tasks:

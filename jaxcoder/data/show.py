@@ -1,4 +1,4 @@
-"""A window as a person reads it: its ids as text and visible special tokens, FIM parts told apart."""
+"""A window as a person reads it: its ids as text and visible special tokens, FIM parts labelled."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -14,7 +14,7 @@ TEXT, PREFIX, MIDDLE, SUFFIX, SPM_MIDDLE, SPECIAL = "text", "prefix", "middle", 
 class LabeledText(NamedTuple):
     """Text of one kind: TEXT outside of FIM, a part of a FIM piece, or the name of one SPECIAL token.
 
-    In SPM order nothing stands between prefix and middle, so they are one part, SPM_MIDDLE.
+    In SPM order nothing separates prefix and middle, so they are one part, SPM_MIDDLE.
     """
 
     kind: str

@@ -82,7 +82,7 @@ class TokenStore:
         return cls(directory, manifest)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids at places [start, stop) of the stream, int32 [stop - start]. DataError if a checksum fails."""
+        """The ids at positions [start, stop) of the stream, int32 [stop - start]. DataError if a checksum fails."""
         return self.start_reading(start, stop)()
 
     def start_reading(self, start: int, stop: int) -> Callable[[], np.ndarray]:
@@ -135,7 +135,7 @@ class TokenStore:
                 f"The token store {self.path} was written with another tokenizer (fingerprint "
                 f"{self.tokenizer_fingerprint[:12]}, {self.vocab_size} ids) than the one given "
                 f"({tokenizer.fingerprint[:12]}, {tokenizer.vocab_size} ids): use the copy in "
-                f"{self.directory / 'tokenizer'}, or build the store anew."
+                f"{self.directory / 'tokenizer'}, or build the store again."
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -147,7 +147,7 @@ class TokenStore:
             )
 
     def verify(self, *, at_most: int | None = None) -> None:
-        """Compare every file with its hash (reads the whole store). DataError names the first that differs.
+        """Compare every file with its hash (reads all of the store). DataError names the first that differs.
 
         With `at_most`, a store of more bytes, or on an object store, is left alone: it is checked as it is read.
         """
@@ -204,12 +204,12 @@ def parse_manifest(content: bytes, origin: str) -> dict:
     if version != FORMAT_VERSION:
         raise DataError(
             f"{origin} has format version {version}, but this release reads version {FORMAT_VERSION}: build the store "
-            "anew, or use the release of jaxcoder that wrote it."
+            "again, or use the release of jaxcoder that wrote it."
         )
     missing = [name for name in ("files", *_COUNTS) if name not in manifest]
     missing += [f"settings.{name}" for name in _NEEDED_SETTINGS if name not in settings]
     if missing:
-        raise DataError(f"{origin} is damaged: it does not say {', '.join(missing)}; {_ANEW}.")
+        raise DataError(f"{origin} is damaged: it has no {', '.join(missing)}; {_ANEW}.")
     return manifest
 
 

@@ -5,7 +5,7 @@
 
 Every arrow but the last can be followed backwards, so a file can be traced to the steps that read it (`trace.py`).
 
-The original shuffles the documents anew in every epoch; here their order is fixed when the store is built.
+The original shuffles the documents again in every epoch; here the build of the store fixes their permutation.
 Reference: what StarCoder does is in the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.
 """
 
@@ -48,7 +48,7 @@ class WindowStream(Protocol):
 class SampleStream:
     """The stream over one store, or over the stores of `config.corpora` in their order. Safe to use from threads.
 
-    stores, windows: for each corpus, its store and the order of its windows.
+    stores, windows: for each corpus, its store and its windows.
     mixture: which corpus gives sample i.
     windows_per_epoch: windows of one pass over every corpus.
 
@@ -119,7 +119,7 @@ def check_stores(stores: Sequence[TokenStore], tokenizer: Tokenizer, seq_len: in
             raise DataError(
                 f"The token stores {stores[0].path} and {store.path} were written with different tokenizers "
                 f"(fingerprints {stores[0].tokenizer_fingerprint[:12]} and {store.tokenizer_fingerprint[:12]}), so one "
-                "model cannot read both: build one of them anew."
+                "model cannot read both: build one of them again."
             )
     for store in stores:
         store.check_tokenizer(tokenizer)

@@ -4,7 +4,7 @@ Nothing is recorded for this during training. A step's samples follow from the s
 from the mixture and the permutation, the documents there from the store's table; and each arrow can be followed
 backwards. So a query costs reading the table of documents and a few microseconds for each window that it finds.
 
-What is said of a batch is what its windows held. FIM then inserts sentinels and cuts as many tokens off the right end,
+A batch is described by its windows before FIM. FIM then inserts sentinels and cuts as many tokens off the right end,
 so a document of which only the last few tokens of a window are listed may have been cut off.
 """
 

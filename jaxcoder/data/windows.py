@@ -1,8 +1,8 @@
-"""The windows of one token store, epoch after epoch: a grid over its tokens, shifted and permuted anew in each epoch.
+"""The windows of one token store, epoch after epoch: a grid over its tokens, with a new shift and permutation in each epoch.
 
 Each window holds seq_len + 1 tokens and begins seq_len after the one before, so that it shares one token with it and
 every token is a target once an epoch. Every epoch but the first shifts the grid, so that documents are cut elsewhere.
-Both directions are arithmetic: where a window comes from, and when a place of the store is read.
+Both directions are arithmetic: where a window comes from, and when a position of the store is read.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class Windows:
     tokens at [s + 1, s + W * seq_len] of the store are targets once each; the others, which lie at its two ends, are
     fewer than 2 * seq_len and are not.
 
-    corpus: number of the store in a mixture; each has an order of its own.
+    corpus: number of the store in a mixture; each has a permutation of its own.
     """
 
     def __init__(self, num_tokens: int, *, seq_len: int, seed: int, corpus: int = 0):
@@ -46,19 +46,19 @@ class Windows:
     def locate(self, number: int) -> Place:
         """Where window `number` lies."""
         epoch, turn = divmod(number, self.windows_per_epoch)
-        order, shift = self._epoch(epoch)
-        window = order(turn)
+        permutation, shift = self._epoch(epoch)
+        window = permutation(turn)
         return Place(self.corpus, epoch, window, shift + window * self.seq_len)
 
     def number_of(self, epoch: int, window: Index) -> Index:
         """The number of window `window` (an int, or a uint64 array) of the grid of `epoch`: the inverse of `locate`."""
-        order, _ = self._epoch(epoch)
-        return order.inverse(window) + epoch * self.windows_per_epoch
+        permutation, _ = self._epoch(epoch)
+        return permutation.inverse(window) + epoch * self.windows_per_epoch
 
     def holding(self, starts: np.ndarray, stops: np.ndarray, epoch: int) -> np.ndarray:
         """The numbers of the windows of an epoch that hold a token of one of the ranges [start, stop), each once.
 
-        starts, stops: int64 [n]. Returns uint64, in no order.
+        starts, stops: int64 [n]. Returns uint64, unsorted.
         """
         _, shift = self._epoch(epoch)
         first = np.maximum(-((shift + self.seq_len - starts) // self.seq_len), 0)
@@ -72,10 +72,10 @@ class Windows:
         """Order and shift of an epoch; the shift of the first is 0, so that a short run misses the least."""
         known = self._epochs.get(epoch)
         if known is None:
-            order = Permutation.from_seed(
+            permutation = Permutation.from_seed(
                 self.windows_per_epoch, self.seed, Purpose.WINDOW_ORDER, epoch, part=self.corpus
             )
             word = random_words(self.seed, Purpose.GRID_SHIFT, epoch, part=self.corpus)[0]
-            known = (order, scaled(word, self._num_shifts) if epoch else 0)
+            known = (permutation, scaled(word, self._num_shifts) if epoch else 0)
             self._epochs = {epoch: known}  # one is enough: windows are asked for in order
         return known

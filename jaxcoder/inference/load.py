@@ -30,7 +30,7 @@ def load_model(
         path: a run's directory, its `checkpoints`, one checkpoint, or a directory in Hugging Face's format.
         compute: how to compute; default `ComputeConfig()`. Weights are fp32 in any case.
         mesh: where given, every array lands in its shards on this mesh; else everything is on the first device.
-        step: which checkpoint of a run; default the newest that is whole.
+        step: which checkpoint of a run; default the newest complete one.
 
     Raises CheckpointError or ConversionError, in one sentence, for anything that is no such directory or is damaged.
     """
@@ -52,7 +52,7 @@ def load_model(
 
 
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
-    owner = {name: entry for entry in weights.entries() for name in entry.ours}
+    owner = {name: entry for entry in weights.entries() for name in entry.jax_dims}
     with _scope(mesh):
         return assemble_model(
             abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name], "params/"

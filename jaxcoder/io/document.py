@@ -51,7 +51,7 @@ class Document:
 
 
 def well_formed(text: str) -> str:
-    """`text` with surrogates mended: a pair becomes its character, a lone one U+FFFD (UTF-8 cannot hold either).
+    """`text` with surrogates replaced: a pair becomes its character, a lone one U+FFFD (UTF-8 cannot hold either).
 
     Such strings come from JSON escapes and from file names; everything else passes unchanged.
     """

@@ -74,7 +74,7 @@ def _files_of(path: str) -> list[str]:
     held_out = [file for file in files if os.path.basename(file).startswith("held_out.")]
     if held_out and len(files) > len(held_out):
         raise DataError(
-            f"The directory {path} holds {os.path.basename(held_out[0])} beside other documents, and reading both "
+            f"The directory {path} holds {os.path.basename(held_out[0])} next to other documents, and reading both "
             "would mix held-out documents with the rest: name the files that are meant, such as its train.parquet."
         )
     return [fs.unstrip_protocol(file) if "://" in path else file for file in files]
@@ -102,7 +102,7 @@ def _parquet_rows(file: str) -> Iterator[tuple[str, dict]]:
                     yield f"row {row}", values
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} is not a readable parquet file ({error}): write it anew.") from error
+        raise DataError(f"{file} is not a readable parquet file ({error}): write it again.") from error
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
@@ -116,10 +116,10 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"{file}, line {number} is not JSON ({error}): mend or delete that line.") from None
+                    raise DataError(f"{file}, line {number} is not JSON ({error}): fix or delete that line.") from None
                 yield f"line {number}", row
     except (OSError, EOFError) as error:
-        raise DataError(f"{file} cannot be read ({error}): write it anew.") from error
+        raise DataError(f"{file} cannot be read ({error}): write it again.") from error
 
 
 def document_of_row(row: object, where: str) -> Document:

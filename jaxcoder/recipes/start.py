@@ -17,7 +17,7 @@ def open_weights(path: str) -> StartingWeights:
     if not is_hf_directory(Path(path)):
         return open_own_weights(path)
     weights = open_hf_weights(Path(path))
-    owner = {name: entry for entry in weights.entries() for name in entry.ours}
+    owner = {name: entry for entry in weights.entries() for name in entry.jax_dims}
 
     def load(abstract: Model) -> Model:
         return assemble_model(abstract, lambda name, target: weights.read(owner[name])[name], "params/")

@@ -3,7 +3,7 @@
 `tokenizers` defines the ids; tiktoken is about seven times as fast. It is built from the same tokenizer.json: the
 vocabulary without specials as ranks, and one regular expression equal to "individual digits, then the GPT-2 split".
 That is the same tokenizer only if ids follow the order of the merges and the pre-tokenizer is exactly that one, so
-both are checked here, and then both encoders are run on texts made to tell them apart.
+both are checked here, and then both encoders are run on texts chosen to show a difference.
 
 Reference: https://github.com/openai/tiktoken (a merge is allowed whenever the joined bytes have a rank).
 """

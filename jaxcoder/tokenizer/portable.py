@@ -1,8 +1,8 @@
-"""The files of a tokenizer directory that other people's loaders want.
+"""The files of a tokenizer directory that other loaders need.
 
 tokenizer.json is the truth. Beside it transformers 4 and 5 agree on few settings (tried with 4.57 and 5.23, with and
 without a config.json beside):
-- `tokenizer_class: GPT2Tokenizer`, StarCoder's own: transformers 5 puts GPT-2's pre-tokenizer in place of ours unless a
+- `tokenizer_class: GPT2Tokenizer`, StarCoder's own: transformers 5 replaces the pre-tokenizer by GPT-2's unless a
   config.json says gpt_bigcode, and a blank before a digit then gets another id;
 - `PreTrainedTokenizerFast`, taken here, keeps tokenizer.json as it is; but without `model_input_names` transformers 4
   returns token_type_ids, which GPTBigCode adds to its input;

@@ -22,7 +22,7 @@ from jaxcoder.cli.main import main
 from jaxcoder.config import CheckpointConfig, ComputeConfig, ModelConfig, RunConfig
 from jaxcoder.convert import hub
 from jaxcoder.convert.from_hf import from_hf
-from jaxcoder.convert.hf_names import entries, shape, to_ours, to_theirs
+from jaxcoder.convert.hf_names import entries, shape, to_hf_tensor, to_jax_arrays
 from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.errors import CheckpointError, ConversionError
 from jaxcoder.inference.load import load_model
@@ -84,18 +84,18 @@ def test_the_table_is_its_own_inverse(num_heads, num_kv_heads):
     config = config_with(num_heads=num_heads, head_dim=24 // num_heads, num_kv_heads=num_kv_heads)
     rng = np.random.default_rng(0)
     for entry in entries(config):
-        theirs = rng.normal(size=shape(entry.their_dims, config)).astype(np.float32)
-        ours = to_ours(entry, theirs, config)
+        theirs = rng.normal(size=shape(entry.hf_dims, config)).astype(np.float32)
+        ours = to_jax_arrays(entry, theirs, config)
         assert {name: array.shape for name, array in ours.items()} == {
-            name: shape(dims, config) for name, dims in entry.ours.items()
+            name: shape(dims, config) for name, dims in entry.jax_dims.items()
         }
-        np.testing.assert_array_equal(to_theirs(entry, list(ours.values()), config), theirs)
+        np.testing.assert_array_equal(to_hf_tensor(entry, list(ours.values()), config), theirs)
 
 
 def test_the_table_names_every_array_of_the_model():
     for config in (MODEL, config_with(num_layers=101), config_with(num_kv_heads=4)):
         model = flatten_model(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
-        table = {name: shape(dims, config) for entry in entries(config) for name, dims in entry.ours.items()}
+        table = {name: shape(dims, config) for entry in entries(config) for name, dims in entry.jax_dims.items()}
         assert table == {name: leaf.shape for name, leaf in model.items()}
 
 
@@ -329,7 +329,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
             config = ModelConfig(num_layers=num_layers, embed_dim=512, num_heads=8, head_dim=64, mlp_dim=2048,
                                  vocab_size=1024, max_seq_len=64)
             directory.mkdir(parents=True)
-            shapes = {e.theirs: hf_names.shape(e.their_dims, config) for e in hf_names.entries(config)}
+            shapes = {e.hf_name: hf_names.shape(e.hf_dims, config) for e in hf_names.entries(config)}
             rng = np.random.default_rng(0)
             tensors = ((name, rng.random(size, np.float32)) for name, size in shapes.items())
             safetensors.write_safetensors(directory / "model.safetensors", shapes, tensors)

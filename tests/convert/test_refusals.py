@@ -274,7 +274,7 @@ def test_malicious_pickle_is_refused_and_not_run(directory, tmp_path, protocol):
         assert trap.exists()
         trap.unlink()
         write_bin(directory / "pytorch_model.bin", pickled)
-        assert "was not run" in refused(directory)
+        assert "nothing was executed" in refused(directory)
         assert not trap.exists()
 
 
@@ -286,7 +286,7 @@ def test_only_exact_names_are_resolved(tmp_path, asked):
     module, name = asked.split()
     pickled = b"\x80\x04" + b"".join(b"\x8c" + bytes([len(word)]) + word.encode() for word in (module, name)) + b"\x93."
     write_bin(tmp_path / "x.bin", pickled)
-    with pytest.raises(ConversionError, match="was not run"):
+    with pytest.raises(ConversionError, match="nothing was executed"):
         read_torch_file(tmp_path / "x.bin")
 
 

@@ -46,7 +46,7 @@ def test_a_manifest_that_lacks_something(store, tmp_path, name):
     within = manifest["settings"] if name.startswith("settings.") else manifest
     del within[name.removeprefix("settings.")]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=f"is damaged: it does not say {name}; copy it again"):
+    with pytest.raises(DataError, match=f"is damaged: it has no {name}; copy it again"):
         TokenStore.open(copy)
 
 

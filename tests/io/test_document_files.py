@@ -71,7 +71,7 @@ def test_lone_surrogate_in_json_becomes_a_replacement(tmp_path):
 def test_held_out_is_not_mixed_in(tmp_path):
     write_documents(PLAIN, tmp_path / "train.parquet")
     write_documents(PLAIN, tmp_path / "held_out.parquet")
-    with pytest.raises(DataError, match="held_out.parquet beside other documents"):
+    with pytest.raises(DataError, match="held_out.parquet next to other documents"):
         list(read_documents(tmp_path))
     assert len(list(read_documents([tmp_path / "train.parquet", tmp_path / "held_out.parquet"]))) == 6
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from jaxcoder.checkpoint.names import flatten_model
 from jaxcoder.config import ComputeConfig, MeshConfig
 from jaxcoder.convert.from_hf import from_hf
-from jaxcoder.convert.hf_names import entries, to_theirs
+from jaxcoder.convert.hf_names import entries, to_hf_tensor
 from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.errors import CheckpointError
 from jaxcoder.inference.load import load_model
@@ -138,10 +138,10 @@ def test_loss_and_gradients(case):
     # The tied embedding appears in their list once, with the gradient of both uses.
     norms = dict(zip(map(str, outputs["grad_names"]), outputs["grad_l2"], strict=True))
     for entry in entries(model.config):
-        theirs = to_theirs(entry, [flat[name] for name in entry.ours], model.config)
-        np.testing.assert_allclose(np.linalg.norm(theirs), norms[entry.theirs], rtol=1e-4, err_msg=entry.theirs)
-        if f"grad/{entry.theirs}" in outputs:
-            np.testing.assert_allclose(theirs, outputs[f"grad/{entry.theirs}"], atol=1e-6, rtol=1e-4)
+        theirs = to_hf_tensor(entry, [flat[name] for name in entry.jax_dims], model.config)
+        np.testing.assert_allclose(np.linalg.norm(theirs), norms[entry.hf_name], rtol=1e-4, err_msg=entry.hf_name)
+        if f"grad/{entry.hf_name}" in outputs:
+            np.testing.assert_allclose(theirs, outputs[f"grad/{entry.hf_name}"], atol=1e-6, rtol=1e-4)
 
 
 def test_exact_gelu(tmp_path):
