@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from jaxcoder.errors import DataError
 from jaxcoder.io.addresses import open_address
 from jaxcoder.io.document import Document
-from jaxcoder.io.document_files import ORIGIN_FIELDS, document_of_row
+from jaxcoder.io.document_files import document_columns, document_of_row
 from jaxcoder.io.os_errors import access_errors
 
 POSITION_BITS = 42  # documents are numbered in [0, 2**62): 2**20 files of 2**42 rows or bytes
@@ -114,17 +114,10 @@ def _parquet_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
     try:
         with access_errors(part.file), fs.open(root, "rb") as stream:
             table = pq.ParquetFile(stream)
-            names = table.schema_arrow.names
-            body = next((name for name in ("parts", "content") if name in names), None)
-            if body is None:
-                raise DataError(
-                    f"{part.file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the "
-                    "one that holds the text to `content`."
-                )
+            columns = document_columns(table.schema_arrow.names, part.file)
             groups = range(part.start, part.stop)
             num_rows = sum(table.metadata.row_group(group).num_rows for group in groups)
             batch_size = max(1, min(1000, _BATCH_BYTES * num_rows // max(1, part.size)))
-            columns = [body, *(field for field in ORIGIN_FIELDS if field in names)]
             row = part.first
             for batch in table.iter_batches(batch_size, row_groups=groups, columns=columns, use_threads=False):
                 if batch.nbytes > most:

@@ -5,7 +5,7 @@ to 100 characters without their indentation and trailing blanks, two of them let
 an order that a hash of (seed, document, line) gives: first one of every document, documents in the order of the hash
 too, then a second one of every document, and so on. Around the line, the prefix reaches to its first character (the
 indentation is given) and begins at a line start, the suffix begins at its line end and ends at one; both are limited in
-characters. The same documents, count and seed give the same gaps for ever.
+characters. The same documents, count and seed always give the same gaps.
 
 Exact match compares after stripping both sides. Edit similarity is 1 - distance / max(length), where distance is
 Levenshtein's (insertions, deletions, substitutions of characters) after the same stripping: 1 equal, 0 nothing shared.
@@ -33,7 +33,7 @@ class Gap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class InfillScores:
-    """Means over `count` gaps, in [0, 1], and the answers that they are of."""
+    """Means over `count` gaps, in [0, 1], and the answers."""
 
     count: int
     exact_match: float

@@ -36,7 +36,7 @@ class Completion:
 
 
 class TextDelta(NamedTuple):
-    """Text that follows the pieces before it; the last one (its text may be empty) has the whole answer too."""
+    """New text of an answer; the last one (its text may be empty) has the complete answer too."""
 
     text: str
     completion: Completion | None = None
@@ -65,7 +65,7 @@ class TextGenerator:
         """
         if tokenizer is None:
             raise DataError(
-                "The model has no tokenizer beside it, and text cannot be completed without: put its tokenizer.json "
+                "The model has no tokenizer, which text completion needs: put its tokenizer.json "
                 "into the model's directory, or name it (on the command line, --tokenizer PATH)."
             )
         self._valid_ids = tokenizer.valid_ids(model.config.vocab_size)
@@ -132,9 +132,9 @@ class TextGenerator:
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
     ) -> Iterator[TextDelta]:
-        """The same for one prompt, piece by piece as the text comes into being.
+        """The same for one prompt, as the text is generated.
 
-        Errors about the prompt are raised by the call itself, before the first piece is asked for.
+        Errors about the prompt are raised by the call itself, before the first text is requested.
         """
         encoded = self._encode(prompt, max_new_tokens)
         check_prompts(self._model, [encoded], max_new_tokens)
@@ -157,8 +157,8 @@ class TextGenerator:
                 decoding.stop(0)
             if decoding.finished:
                 break
-            if piece := text.take():
-                yield TextDelta(piece)
+            if new := text.take():
+                yield TextDelta(new)
             newest = decoding.advance(1)[0]
         completion = self._completion(prompt, text, decoding.result(0))
         yield TextDelta(text.take(final=True), completion)
@@ -169,7 +169,7 @@ class TextGenerator:
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         limit = self._model.config.max_seq_len
-        # A cut leaves room for the whole answer, but never takes more than half of the context for that.
+        # Truncation leaves room for the complete answer, but at most half of the context.
         most = limit - min(max_new_tokens, limit // 2) if self._truncate else None
         return encode_prompt(self._tokenizer, prompt, spm=self._spm, most=most)
 

@@ -27,7 +27,7 @@ class Prompt:
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, *, spm: bool = False, most: int | None = None) -> list[int]:
     """Token ids of a prompt, at least one; cut to `most` tokens, if given.
 
-    An empty text to complete becomes the end-of-text token, behind which a document begins.
+    An empty text to complete becomes the end-of-text token, which starts a document.
     Raises DataError for an infill if the tokenizer has no FIM tokens.
     """
     if prompt.suffix is None:
@@ -57,7 +57,7 @@ def require_fim(tokenizer: Tokenizer) -> FimIds:
 
 
 def keep_end(text: str, most: int, encode: Encode) -> list[int]:
-    """The last `most` tokens of a text at the most, beginning at a line start if a whole line fits."""
+    """The last tokens of a text, at most `most`, from a line start if a complete line fits."""
     ids = encode(text)
     if len(ids) <= most:
         return ids
@@ -67,7 +67,7 @@ def keep_end(text: str, most: int, encode: Encode) -> list[int]:
 
 
 def keep_start(text: str, most: int, encode: Encode) -> list[int]:
-    """The first `most` tokens of a text at the most, ending behind a line if a whole line fits."""
+    """The first tokens of a text, at most `most`, to a line end if a complete line fits."""
     ids = encode(text)
     if len(ids) <= most:
         return ids
@@ -77,7 +77,7 @@ def keep_start(text: str, most: int, encode: Encode) -> list[int]:
 
 
 def _first(count: int, fits: Callable[[int], bool]) -> int:
-    """The first place of `count` that fits, if all behind one that fits do too; `count` if none."""
+    """The first index below `count` that fits, if all after one that fits do too; `count` if none."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2

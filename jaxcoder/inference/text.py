@@ -1,4 +1,4 @@
-"""From tokens to text, one by one: no character is cut in two, nothing is shown that a stop string may take back.
+"""Incremental decoding of tokens to text: no character is split, and no text is returned that a stop string may remove.
 
 Stop strings are looked for in the text, not in the tokens. Of several, the one that is complete first counts, so the
 result does not depend on where the tokens' boundaries fall.
@@ -38,13 +38,13 @@ class TextAssembler:
         return self.stopped
 
     def finish(self, *, complete: bool) -> None:
-        """No token follows. A character begun but not ended becomes U+FFFD if the answer is complete, and is dropped if
-        it was only cut off: more tokens would have ended it."""
+        """Ends the text. An incomplete character becomes U+FFFD if the answer is complete; if the answer was cut off, it
+        is dropped, as more tokens would have completed it."""
         if complete and not self.stopped:
             self._append(self._decoder.decode(b"", final=True))
 
     def take(self, *, final: bool = False) -> str:
-        """What may be shown and was not yet: without an end that may begin a stop string, unless nothing follows."""
+        """New text that may be shown: without an end that may be the start of a stop string, unless `final`."""
         end = len(self.text) - (0 if final or self.stopped else self._held_back())
         start, self._shown = self._shown, max(self._shown, end)
         return self.text[start:end]
@@ -60,7 +60,7 @@ class TextAssembler:
             self.text = self.text[: min(found)[1]]
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text that begins a stop string."""
+        """Length of the longest suffix of the text that is a prefix of a stop string."""
         longest = max(map(len, self._stop), default=1) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             end = self.text[-length:]

@@ -47,8 +47,8 @@ def write_documents(
     """Write documents to one local `.parquet` or `.jsonl` file, atomically; returns how many.
 
     Plain files have the column `content` and take documents of text only; the others have `parts`, whose ids are
-    written `with_ids` only. The same documents give the same bytes. Raises DataError for another suffix, a special part in a plain file, ids that would be
-    lost, or a failing disk.
+    written `with_ids` only. The same documents give the same bytes. Raises DataError for another suffix, a special part
+    in a plain file, ids that would be lost, or a failed write.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".jsonl"):
@@ -88,21 +88,25 @@ def _parquet_rows(file: str) -> Iterator[tuple[str, dict]]:
     try:
         with fsspec.open(file, "rb") as stream:
             table = pq.ParquetFile(stream)
-            names = table.schema_arrow.names
-            body = next((name for name in ("parts", "content") if name in names), None)
-            if body is None:
-                raise DataError(
-                    f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one "
-                    "that holds the text to `content`."
-                )
+            columns = document_columns(table.schema_arrow.names, file)
             row = 0
-            columns = [body, *(field for field in ORIGIN_FIELDS if field in names)]
             for batch in table.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns, use_threads=False):
                 for values in batch.to_pylist():
                     yield f"row {row}", values
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable parquet file ({error}): write it again.") from error
+
+
+def document_columns(names: Sequence[str], file: str) -> list[str]:
+    """The columns of a parquet file that make a document. DataError, naming `file`, if it has no text."""
+    body = next((name for name in ("parts", "content") if name in names), None)
+    if body is None:
+        raise DataError(
+            f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one that "
+            "holds the text to `content`."
+        )
+    return [body, *(field for field in ORIGIN_FIELDS if field in names)]
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, dict]]:

@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Pro
         show_progress=False,
     )
     feed = _Feed(texts, progress)
-    progress.start("Training the tokenizer", None, "B")
+    progress.start("Training the tokenizer", None, "bytes")
     backend.train_from_iterator(iter(feed), trainer)
     if not feed.num_bytes:
         raise DataError("There is no text to train a tokenizer on: give documents that are not empty.")
@@ -87,7 +87,7 @@ class _Feed:
 def sample_texts(
     paths: str | Path | Iterable[str | Path], max_bytes: int | None = DEFAULT_SAMPLE_BYTES, seed: int = 0
 ) -> Iterator[str]:
-    """Texts of whole documents, about `max_bytes` in all (None: all of them), drawn evenly and always the same.
+    """Texts of complete documents, about `max_bytes` in all (None: all of them), drawn evenly and always the same.
 
     Document k is taken if a hash of (seed, k) falls below the share wanted; the last one may be cut at the limit.
     Reads the files twice. Raises DataError like `read_documents`.
