@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxcoder.errors import DataError, JaxcoderError, MissingExtraError
 from jaxcoder.io.addresses import is_local, open_address
@@ -171,7 +171,7 @@ def _finished(tasks: Sequence[Task]) -> dict[int, dict]:
     fs, _ = open_address(tasks[0].marker)
     fs.invalidate_cache()
     paths = [open_address(path)[1] for task in tasks for path in (task.marker, task.output)]
-    sizes = {}
+    sizes: dict[str, int] = {}
     for folder in sorted({path.rsplit("/", 1)[0] for path in paths}):
         if fs.exists(folder):
             sizes |= {path: entry["size"] for path, entry in fs.find(folder, maxdepth=1, detail=True).items()}
@@ -253,7 +253,7 @@ class ProcessPool:
     def __init__(self, num_workers: int | None = None):
         self.num_workers = num_workers or available_cores()
         self._pool: ProcessPoolExecutor | None = None
-        self._alive = None
+        self._alive: Any = None
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
         if self.num_workers == 1:
@@ -284,19 +284,19 @@ class ProcessPool:
 
     def _submit(self, task: Task) -> Future:
         for _ in range(2):
-            if self._pool is None:
-                self._start()
+            pool = self._pool or self._start()
             with contextlib.suppress(BrokenProcessPool):  # an idle worker was killed
-                return self._pool.submit(_attempt, task)
+                return pool.submit(_attempt, task)
             self.close()
         raise DataError("Worker processes die as soon as they start: run with one worker (`--workers 1`) to see why.")
 
-    def _start(self) -> None:
+    def _start(self) -> ProcessPoolExecutor:
         import multiprocessing
 
         context = multiprocessing.get_context("forkserver")
         watched, self._alive = context.Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (watched,))
+        return self._pool
 
     def close(self) -> None:
         if self._pool is not None:
@@ -346,7 +346,8 @@ class RayCluster:
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
         attempt = self._ray.remote(max_retries=MAX_RETRIES)(_attempt)
-        todo, running = iter(enumerate(tasks)), {}
+        todo: Iterator[tuple[int, Task]] = iter(enumerate(tasks))
+        running: dict[Any, int] = {}
         try:
             while True:
                 running |= {attempt.remote(task): index for index, task in islice(todo, self._wave - len(running))}
