@@ -5,8 +5,8 @@ files `inputs` and writes the local file `output`; the small dict that it return
 are files, so the engine does one thing: it maps tasks, each at least once, over a pool of processes on this machine
 (`ProcessPool`) or over a Ray cluster (`RayCluster`).
 
-Tasks are idempotent. The output is written under a temporary name and renamed, or put into the object store, which is as
-atomic; then the marker is written, which holds the summary. A task whose marker and output are there is
+Tasks are idempotent. The output is written under a temporary name and renamed, or put into the object store, both of
+which are atomic; then the marker is written, which holds the summary. A task whose marker and output are there is
 finished: whatever was killed, running the same stage again does the rest. For the bytes to be the same for any number
 of workers and after any kill, an output must depend on nothing but the task: no clock, no process id, one thread.
 """

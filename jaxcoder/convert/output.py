@@ -37,7 +37,7 @@ def output_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _other_names(path: Path) -> list[str]:
-    """Names at `path` if no conversion wrote it, those that none writes first; [] for its output or an empty directory."""
+    """Names at `path` that no conversion writes, or all names of an unknown mix; [] for its output or nothing."""
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     hf_names = {name for name in names if name in _HF_NAMES or name.endswith(".safetensors")}
     if (MANIFEST in names and names <= _CHECKPOINT_NAMES) or ("config.json" in names and names == hf_names):

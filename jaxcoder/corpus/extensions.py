@@ -1,7 +1,7 @@
 """Which files of which language StarCoder read, and under which limits: its table of extensions, as data.
 
 People of the BigCode project looked at files of every extension and wrote one row per (language, extension). Here a
-language lists the extensions it keeps and drops, and a `ExtensionRule` only where an extension departs from the usual limits.
+language lists the extensions it keeps and drops, and an `ExtensionRule` only for other limits than usual.
 "(none)" stands for files without an extension.
 
 Reference: bigcode-dataset, preprocessing/visual_inspection.csv.
@@ -27,7 +27,7 @@ class ExtensionRule:
     alphabetic: float | None = None
     """Least share of letters."""
     xml: bool = True
-    """Drop files that begin like XML."""
+    """Drop files that start like XML."""
     near_dedup: str = ""
     """What the table notes for near-duplicate removal, where it departs."""
 

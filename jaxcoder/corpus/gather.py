@@ -116,7 +116,7 @@ def gather(
     held_out = choose_held_out(kept, held_out_fraction, seed)
     if held_out_fraction and not held_out:
         raise DataError(
-            f"The code kept from {_names(trees)} is one package, or packages of the same files, so none can be held "
+            f"The code kept from {_names(trees)} is one package, or packages that share files, so none can be held "
             "out: add another source, or ask for a held-out fraction of 0."
         )
     unique = without_copies(kept, held_out)
@@ -248,7 +248,7 @@ def _documents(files: Iterable[KeptFile], progress: Progress) -> Iterator[Docume
 
 
 def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
-    """The summary of the same corpus if it is there and complete; None if the directory may be written. DataError otherwise."""
+    """The summary of the same corpus if it is complete; None if the directory may be written. DataError otherwise."""
     if not output_dir.exists():
         return None
     own_files = {TRAIN_FILE, HELD_OUT_FILE, MANIFEST_FILE}

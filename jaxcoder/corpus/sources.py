@@ -19,7 +19,7 @@ LARGEST_FILE = 4 << 20
 """Bytes. Larger files are not read (a bound on memory of our own; they are tables and generated code)."""
 
 SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
-"""Besides hidden ones and package metadata. Installed packages inside a tree are a source of their own."""
+"""Not entered, like hidden directories and package metadata. Installed packages in a tree are a separate source."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Choosing the held-out documents: complete top-level packages, so that the model never saw their neighbours.
 
 Packages that share a file (one vendors the other, wholly or with changes here and there) are linked, and linked
-packages stay on one side. If links leave no choice (everything hangs together), single packages are held out and a
-text that stands on both sides is kept for training only: held-out loss must be measured on unseen text, while training
+packages are on one side. If links leave no choice (all packages are linked), single packages are held out and a
+text that occurs on both sides is kept for training only: held-out loss must be measured on unseen text, while training
 text need not be given up for that.
 """
 
@@ -18,7 +18,7 @@ class KeptFile:
 
     file: str
     repo_name: str
-    """Source and package: what is held out is whole repo_names."""
+    """Source and package: complete repo_names are held out."""
     path: str
     lang: str
     digest: bytes

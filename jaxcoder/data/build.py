@@ -286,7 +286,7 @@ def _encoded(summaries: list[dict]) -> str:
     return f"{documents:,} documents of {size:,} bytes, {tokens:,} tokens ({each}), by {summaries[0]['encoder']}"
 
 
-# The small files -------------------------------------------------------------------------------------------------------
+# The small files -----------------------------------------------------------------------------------------------------
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:

@@ -10,7 +10,7 @@ uniformly among its characters, and its prefix, middle and suffix are encoded se
 Then the window is cut, or padded with <fim_pad>, at its right end to the length it had.
 
 The draws are in `draw_fim`, the cuts in `FimDraw.cuts`. How a piece is cut at two characters and encoded again is in
-`fim_ids.py` (from the ids it has, re-encoding a few bytes) and `fim_text.py` (as complete text): both give the same ids.
+`fim_ids.py` (from its ids, re-encoding a few bytes) and `fim_text.py` (as complete text): both give the same ids.
 
 Where this differs from the original (Megatron-LM fork of the BigCode project, `gpt_dataset.py`): draws belong to
 (seed, sample, piece) instead of to the order of access. Text is decoded exactly, without a clean-up of blanks; special

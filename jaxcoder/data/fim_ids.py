@@ -29,7 +29,7 @@ _WHITESPACE = frozenset(b"\t\n\v\f\r ")
 _PRINTABLE = frozenset(range(0x21, 0x7F))
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
 
-# What a token determines about its two boundaries, in one byte. A boundary is safe if the low half of the token before it
+# What a token determines about its boundaries, in one byte. A boundary is safe if the low half of the token before it
 # and the high half of the one behind it have a bit in common.
 _ENDS_PRINTABLE, _BEGINS_WHITESPACE = 0x01, 0x10  # R1
 _ENDS_WITH_DIGIT, _BEGINS_ANYHOW = 0x02, 0x20  # R2, the digit before

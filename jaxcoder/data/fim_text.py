@@ -133,7 +133,7 @@ class TextCutter:
 
 
 def separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Text and uncuttable ids in turn: ids that share a character stay together, as text if they spell it completely."""
+    """Text and uncuttable ids in turn: ids that share a character stay together, as text if they complete it."""
     clusters: list[tuple[bytes, list[int]]] = []
     for token in ids:
         content = tokenizer.decode_bytes([token])

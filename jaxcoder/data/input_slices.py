@@ -37,7 +37,7 @@ class Slice:
 
 
 def file_layout(path: str) -> dict:
-    """What of a file the slices follow from: `size`, bytes of text about, and for parquet `groups`: [[rows, bytes]]."""
+    """What the slices of a file depend on: `size`, about its bytes of text; for parquet `groups`: [[rows, bytes]]."""
     fs, root = open_address(path)
     if not path.endswith(".parquet"):
         with access_errors(path):

@@ -1,4 +1,4 @@
-"""Which corpus sample i comes from, and which of that corpus's samples it is: arithmetic, no table of samples, no state.
+"""Which corpus sample i comes from, and which of that corpus's samples it is: by arithmetic, without table or state.
 
 Between two changes (a stage with other weights begins, a corpus reaches its cap) the weights are constant, and a binary
 tree over the corpora shares the samples out: at every node, of the first n samples, the nearest whole number to

@@ -2,7 +2,7 @@
 
 A batch takes its size from the stage in which its first sample lies, and is finished at that size even if the next
 stage begins inside it. Everything follows from one position, (batches before it, samples before it): at the start of a
-run (0, 0), after a restart what the checkpoint says, so that the sizes may also change by hand between restarts.
+run (0, 0), after a restart the position in the checkpoint, so that sizes may also be changed between restarts.
 """
 
 from bisect import bisect_right
@@ -63,7 +63,7 @@ def _equal_batches(global_batch_size: int, stages: Sequence[Stage], batch: int, 
 
 
 class StepHistory:
-    """Which samples each step of a run reads: as its log says where it says so, by the config's schedule elsewhere.
+    """Which samples each step of a run reads: from its log where it has the step, else from the config's schedule.
 
     Step s (1 is the first) is the step that brings the number of completed steps to s.
     logged: (step, samples consumed up to and with it) of a run's metrics, ascending; () for a run yet to come.

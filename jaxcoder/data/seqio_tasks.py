@@ -55,7 +55,7 @@ class CodeVocabulary(object if _missing else seqio.Vocabulary):
     decode, decode_tf: text up to the first end token, which is not shown; other special tokens as their names. Bytes
     that are no character become U+FFFD in `decode` and stay bytes in `decode_tf`. An id that no token has is an error.
     eos_id: the end token. bos_id, unk_id: None; any text can be spelled in bytes.
-    pad_id: 0, as seqio fills with 0 whatever a vocabulary says. For StarCoder's tokenizers 0 *is* the end token, so
+    pad_id: 0, because seqio always pads with 0. For StarCoder's tokenizers 0 *is* the end token, so
     seqio's feature converters give end tokens, like padding, no weight in the loss. No id is moved to avoid that.
 
     The graph calls back into Python (`tf.numpy_function`): it runs in this process and cannot be exported.
@@ -320,7 +320,7 @@ class Example:
 class Examples:
     """The examples of a registered Mixture or Task, always the same in the same order, off the network.
 
-    Without `num_examples` every Task is read once, completely, one after the other: rates are left to whoever mixes. With
+    Without `num_examples` every Task is read once, completely, one after the other: rates are ignored. With
     it, so many examples are taken at the Mixture's rates, Tasks starting again where they end.
 
     features: the names asked for, or those of inputs and targets that there are.

@@ -3,7 +3,7 @@
     sample i  --mixture.py-->  (corpus, its j-th window)  --windows.py-->  tokens [a, b) of its store
               --store.py-->    ids                        --fim.py-->      ids with fill-in-the-middle
 
-Every arrow but the last can be followed backwards, so a file can be traced to the steps that read it (`trace.py`).
+Every arrow but the last is invertible, so a file can be traced to the steps that read it (`trace.py`).
 
 The original shuffles the documents again in every epoch; here the build of the store fixes their permutation.
 Reference: what StarCoder does is in the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.

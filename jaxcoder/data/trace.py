@@ -1,8 +1,8 @@
 """From a step to the files in its batch, and from a file to every step that holds it, so far and to come.
 
 Nothing is recorded for this during training. A step's samples follow from the schedule, a sample's place in its store
-from the mixture and the permutation, the documents there from the store's table; and each arrow can be followed
-backwards. So a query costs reading the table of documents and a few microseconds for each window that it finds.
+from the mixture and the permutation, the documents there from the store's table; and each of these is
+invertible. So a query costs reading the table of documents and a few microseconds for each window that it finds.
 
 A batch is described by its windows before FIM. FIM then inserts sentinels and cuts as many tokens off the right end,
 so a document of which only the last few tokens of a window are listed may have been cut off.

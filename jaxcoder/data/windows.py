@@ -1,4 +1,4 @@
-"""The windows of one token store, epoch after epoch: a grid over its tokens, with a new shift and permutation in each epoch.
+"""The windows of one token store, epoch after epoch: a grid over its tokens, with a shift and a permutation for each.
 
 Each window holds seq_len + 1 tokens and begins seq_len after the one before, so that it shares one token with it and
 every token is a target once an epoch. Every epoch but the first shifts the grid, so that documents are cut elsewhere.

@@ -1,4 +1,4 @@
-"""Incremental decoding of tokens to text: no character is split, and no text is returned that a stop string may remove.
+"""Incremental decoding of tokens to text: no character is split, no text returned that a stop string may remove.
 
 Stop strings are looked for in the text, not in the tokens. Of several, the one that is complete first counts, so the
 result does not depend on where the tokens' boundaries fall.

@@ -52,7 +52,7 @@ def explain_os_error(error: BaseException, resume_command: str = "") -> str | No
 def access_errors(
     path: str | os.PathLike, action: str = "read", kind: type[JaxcoderError] = DataError
 ) -> Iterator[None]:
-    """Raises an error of `kind`, naming `path`, for an error of the operating system or of an object store's client inside."""
+    """Raises an error of `kind` that names `path` for an error of the operating system or of a client of object stores."""
     try:
         yield
     except JaxcoderError:

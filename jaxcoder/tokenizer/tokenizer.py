@@ -160,7 +160,7 @@ class Tokenizer:
         return ids + self.encode("".join(text))
 
     def _fixed_ids(self, part: Part, document: Document) -> tuple[int, ...]:
-        """The ids that a part brings, known to stand for its text here. DataError if they do not."""
+        """The ids that a part brings. DataError unless they decode to its text with this tokenizer."""
         if not self.special_ids.isdisjoint(part.ids) or self.decode(part.ids) != part.text:
             raise DataError(
                 f"The document {document.path or part.text[:30]!r} brings ids that do not stand for its text in "

@@ -22,7 +22,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCAB = 1 << 20  # the trainer reserves memory for as many as it is asked for
 DEFAULT_SAMPLE_BYTES = 64 << 20
-"""Of larger inputs an even sample of so much is read: time and memory stay bounded (49,152 tokens from 64 MB: 17
+"""Larger inputs are sampled evenly to this size, which bounds time and memory (49,152 tokens from 64 MB: 17
 seconds of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds), and more text hardly changes the merges."""
 
 

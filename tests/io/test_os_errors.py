@@ -56,7 +56,7 @@ def test_other_errors():
 
 @pytest.mark.parametrize("limit", [1 << 10, 20 << 10, 100 << 10])
 def test_data_build_under_a_limit_blames_the_output(tmp_path, limit):
-    """With `ulimit -f` in force, whatever is written first, the message names a file of the output, not of the input."""
+    """With `ulimit -f` in force, the message names a file of the output, whichever is written first."""
     text = "".join(f"x_{number} = {number * number % 977}\n" for number in range(20_000))
     (tmp_path / "in.jsonl").write_text(json.dumps({"content": text}) + "\n")
     code = (
