@@ -105,7 +105,7 @@ def _memory(plan: Plan) -> Iterator[str]:
         parts = {
             "state: weights and Adam's moments": estimate.weights + estimate.moments,
             "gradients": estimate.gradients,
-            "activations and gathered copies": estimate.kept_activations + estimate.working + estimate.gathered,
+            "activations and gathered copies": estimate.saved_activations + estimate.working + estimate.gathered,
         }
         kind = "modelled"
     else:

@@ -8,7 +8,7 @@ S sequence, L layers, V vocabulary.
 from dataclasses import dataclass, field
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
-from jaxcoder.train.memory_estimate import kept_per_token, offloaded_per_token
+from jaxcoder.train.memory_estimate import saved_per_token, offloaded_per_token
 
 BF16, FP32 = 2, 4
 BACKWARD_ATTENTION = 2.5
@@ -131,7 +131,7 @@ class Layout:
             recomputed=RECOMPUTED[config.compute.remat], tensor_sums=TENSOR_SUMS[config.compute.remat],
             gradient_bytes=BF16 if config.compute.dtype == "bfloat16" else FP32,
             offloaded_bytes=offloaded_per_token(config) * (BF16 if config.compute.dtype == "bfloat16" else FP32),
-            kept=kept_per_token(config) + offloaded_per_token(config), data_sums=1,
+            kept=saved_per_token(config) + offloaded_per_token(config), data_sums=1,
             attention_dropout=config.model.attention_dropout > 0,
         )  # fmt: skip
 

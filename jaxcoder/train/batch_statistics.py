@@ -1,4 +1,4 @@
-"""What a batch holds, counted on the host: bytes of text, and how much of it fill-in-the-middle has rearranged."""
+"""Statistics of a batch, counted on the host: bytes of text, and the shares of FIM and SPM pieces."""
 
 import numpy as np
 
@@ -7,12 +7,12 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
 def text_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
-    """Bytes of text behind the targets that count, for bits per byte; None where ids stand for no text."""
+    """Bytes of text of the targets that count, for bits per byte; None if ids have no text (synthetic data)."""
     return None if token_bytes is None else int(token_bytes[batch.targets[batch.loss_mask > 0]].sum(dtype=np.int64))
 
 
 def fim_shares(batch: Batch, tokenizer: Tokenizer | None) -> dict[str, float]:
-    """pieces (stretches between document ends), fim_share of them, fim_spm_share of those; {} without FIM tokens.
+    """pieces (their number), fim_share of them, fim_spm_share of those; {} without FIM tokens.
 
     PSM order is <prefix> text <suffix> text <middle> text, SPM order <prefix> <suffix> text <middle> text.
     """

@@ -1,7 +1,7 @@
-"""What the devices can do at most, and how full they are: the one table of chips.
+"""The table of chips: peak FLOP/s, memory and bandwidths; and how much memory is in use.
 
-All figures are of one JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (`megacore`). They come from the
-makers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs), unless a
+All figures are of one JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (`megacore`). They are from the
+manufacturers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs), unless a
 field says otherwise.
 """
 
@@ -15,14 +15,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator. Fields that are None are not known here: such a chip can be trained on and not planned for."""
+    """One accelerator. A chip with fields that are None can be trained on, but not planned for."""
 
     name: str
-    """As people say it."""
+    """The usual name."""
     peak_flops: float
     """Dense bf16 FLOP/s."""
     memory: int | None = None
-    """Bytes that a program may use. TPUs: as libtpu 0.0.52 states the limit of a program that does not fit."""
+    """Bytes that a program may use. TPUs: the limit that libtpu 0.0.52 reports for a program that does not fit."""
     memory_bandwidth: float | None = None
     """Bytes/s between the chip and its memory."""
     links: int = 0
@@ -65,9 +65,9 @@ _V7X = Chip(
 
 
 def _gpu(name: str, tflops: float, memory: float, bandwidth: float, nvlink: float, network: float) -> Chip:
-    """memory: GB. bandwidth: TB/s. nvlink, network: GB/s in one direction, of one GPU in the maker's own node (DGX).
+    """memory: GB. bandwidth: TB/s. nvlink, network: GB/s in one direction, of one GPU in a DGX node.
 
-    JAX takes three quarters of a GPU's memory unless told otherwise; 0.95 of it can be had.
+    JAX preallocates three quarters of a GPU's memory by default; 0.95 of it is usable.
     """
     return Chip(
         name=name, peak_flops=tflops * 1e12, memory=int(0.95 * memory * GB), memory_bandwidth=bandwidth * 1e12, links=1,
@@ -75,7 +75,7 @@ def _gpu(name: str, tflops: float, memory: float, bandwidth: float, nvlink: floa
     )  # fmt: skip
 
 
-_CHIPS = (  # (part of the device kind, chip); the first that fits counts
+_CHIPS = (  # (substring of the device kind, chip); the first match counts
     ("tpu v6 lite", _V6E),
     ("tpu v6e", _V6E),
     ("tpu7x", _V7X),
@@ -99,13 +99,13 @@ _CHIPS = (  # (part of the device kind, chip); the first that fits counts
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip behind `jax.Device.device_kind`; None where the peak is not known (CPUs, other cards)."""
+    """The chip of a `jax.Device.device_kind`; None if its peak is not known (CPUs, other cards)."""
     kind = device_kind.lower()
     return next((chip for part, chip in _CHIPS if part in kind), None)
 
 
 def device_memory() -> dict[str, int]:
-    """Bytes in use and their maximum so far, on the fullest device of this process; empty where JAX does not say."""
+    """Bytes in use now and at the peak, on the fullest device of this process; empty if JAX does not report them."""
     stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     if not stats:
         return {}

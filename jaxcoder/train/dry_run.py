@@ -1,6 +1,6 @@
-"""What a run would be, in words, before it is paid for: sizes, cost, memory, data, and what would be written where.
+"""`jaxcoder train --dry-run`: the size, cost, memory, data and output of a run, before it starts.
 
-Nothing is compiled, read at length or written, and no device of the mesh has to be there.
+Nothing is compiled or written, and the devices of the mesh need not exist.
 """
 
 import textwrap
@@ -36,9 +36,9 @@ _INDENT = " " * 14
 def dry_run(
     config: RunConfig, *, num_devices: int, cost: str | None = None, open_weights: OpenWeights = open_own_weights
 ) -> Iterator[str]:
-    """The lines of `jaxcoder train NAME --dry-run`. ConfigError, with every problem, for a run that cannot work.
+    """The lines of `jaxcoder train NAME --dry-run`. Raises ConfigError with every problem of an invalid run.
 
-    num_devices: how many there are here; a mesh may ask for more. cost: what the run's docstring expects.
+    num_devices: of this machine; the mesh may need more. cost: the cost that the run's docstring states.
     """
     planned = planned_devices(config.mesh, num_devices)
     validate(config, planned)
@@ -94,9 +94,9 @@ def _work(config: RunConfig, cost: str | None) -> Iterator[str]:
         "forward passes, recomputation not counted)",
     )
     hours = flops * tokens / 1e14 / 3600
-    yield from row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to what your devices come to")
+    yield from row("time", f"{hours:,.3g} device hours at 100 TFLOP/s each: scale it to your devices")
     if cost is not None:
-        yield from row("cost", f"{cost.rstrip('.')} (expected of the run as configs/ has it)")
+        yield from row("cost", f"{cost.rstrip('.')} (of the unchanged configuration)")
 
 
 def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
@@ -106,20 +106,20 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     chip = find_chip(jax.devices()[0].device_kind)
     available = f" of the {format_bytes(chip.memory)} of a {chip.name}" if chip and chip.memory else ""
     yield from row(
-        "memory", f"about {format_bytes(estimate.total)}{available} on each device; an estimate, nothing was compiled"
+        "memory", f"about {format_bytes(estimate.total)}{available} on each device; an estimate, not compiled"
     )
     parts = {
         "weights, fp32": estimate.weights,
         "Adam's two moments, fp32": estimate.moments,
         "gradients, fp32": estimate.gradients,
-        f"activations kept ({config.compute.remat})": estimate.kept_activations,
-        "a block's backward pass, or the loss": estimate.working,
-        "gathered copies": estimate.gathered,
+        f"saved activations ({config.compute.remat})": estimate.saved_activations,
+        "backward pass of a block, or the loss": estimate.working,
+        "all-gathered copies": estimate.gathered,
     }
     for name, size in parts.items():
         yield f"{_INDENT}{name:<38}{format_bytes(size):>10}"
     smaller = _smaller_microbatch(config)
-    if smaller is not None and estimate.kept_activations > estimate.weights:
+    if smaller is not None and estimate.saved_activations > estimate.weights:
         total = format_bytes(estimate_memory(replace(config, microbatch_size=smaller)).total)
         yield from row("", f"with --microbatch-size {smaller}: about {total}")
     if config.compute.remat != "block":
@@ -128,7 +128,7 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
 
 
 def _smaller_microbatch(config: RunConfig) -> int | None:
-    """One window on every device at a time, where that is less than now and divides every batch."""
+    """One window per batch shard, if that is smaller than now and divides every batch size."""
     smallest = shards_of(config)("batch")
     sizes = BatchSchedule.of(config.global_batch_size, config.data).batch_sizes
     now = config.microbatch_size or config.global_batch_size
@@ -166,9 +166,9 @@ def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
     try:
         path, model = _starting_model(config.init_from, open_weights)
         check_model(path, model, config)
-        yield from row("begins with", f"the weights of {path}, and a fresh optimizer")
+        yield from row("starts from", f"the weights of {path}, and a fresh optimizer")
     except (JaxcoderError, OSError, ImportError) as error:
-        yield from row("begins with", f"NOT READY: {error}")
+        yield from row("starts from", f"NOT READY: {error}")
 
 
 def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelConfig]:
@@ -197,13 +197,13 @@ def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
     path = epath.Path(directory.path)
     try:
         if path.exists() and not path.is_dir():
-            return "CANNOT BEGIN: that is a file; give another --output-dir"
+            return "CANNOT START: that is a file; give another --output-dir"
         others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
         if "config.json" not in others:
             strangers = strangers_among(others)
             if strangers:
-                return f"CANNOT BEGIN: {', '.join(strangers[:3])} is there already; give another --output-dir"
-            return "nothing is there: the run begins at step 0"
+                return f"CANNOT START: {', '.join(strangers[:3])} is there already; give another --output-dir"
+            return "nothing is there: the run starts at step 0"
         changed = changes(directory.read_config(), config)
     except (JaxcoderError, OSError, ImportError) as error:
         return f"CANNOT TELL what is there: {error}"
@@ -212,7 +212,7 @@ def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
     checkpoints = epath.Path(directory.checkpoints)
     finished = [step for step in steps_in(checkpoints) if has_manifest(checkpoints / str(step))]
     if not finished:
-        return "this run is there, without a checkpoint: it begins at step 0"
+        return "this run is there, without a checkpoint: it starts at step 0"
     if finished[-1] >= config.num_steps:
         return f"this run is there and is finished, at step {finished[-1]:,}"
     return f"this run is there: it continues after step {finished[-1]:,}"

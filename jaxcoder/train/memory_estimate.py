@@ -1,9 +1,9 @@
-"""What a training step needs of each device's memory, estimated from the configuration alone: nothing is compiled.
+"""Device memory of a training step, estimated from the configuration: nothing is compiled.
 
-Exact: weights and Adam's moments, fp32 arrays in the shards that the rules give them on the mesh. Estimated: gradients
-and activations. XLA decides what it fuses and when it frees; the factors below are what its buffers came to: with fp32
-on CPUs (several sizes, meshes and policies), where the sum stays within a factor of 1.5 of the compiler's own figure
-(tests/train/test_memory_estimate.py); with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
+Exact: weights and optimizer state, from their shapes and shardings on the mesh. Estimated: gradients and activations. XLA
+decides what it fuses and when it frees; the factors below were fitted to its buffers. With fp32 on CPUs (several sizes,
+meshes and policies) the total is within a factor of 1.5 of the compiler's figure (tests/train/test_memory_estimate.py);
+with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
 
 Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
 (F, Q and, of several heads, U are of one shard), L layers, V vocabulary rows of a device.
@@ -24,17 +24,17 @@ from jaxcoder.train.state import initial_state
 
 GRADIENT_COPIES = 1
 GRADIENT_COPIES_ACCUMULATING = 2
-"""With microbatches the sum and the summand exist at once."""
+"""With microbatches the accumulated gradient and the new one exist at once."""
 WORKING_UNITS = {"none": (8, 6), "minimal": (11, 6), "offload": (11, 6), "block": (17, 8)}
-"""(of D, of F) values a token that the backward pass of one block has at once, what it computes again included."""
+"""Values per token, in units of (D, F), that the backward pass of one block holds at once, recomputed ones included."""
 WORKING_UNITS_TPU = (4, 1)
-"""The same with bf16: a TPU's program fuses nearly all of it."""
-NORMS_KEPT_TPU = 8
-"""Values of D a token and block more that `none` keeps with bf16: both norms in fp32."""
+"""The same with bf16: TPU programs fuse nearly all of it."""
+NORMS_SAVED_TPU = 8
+"""Further values per token and block, in units of D, that `none` saves with bf16: both norms in fp32."""
 OFFLOADED_AT_ONCE = 2
-"""Blocks whose offloaded activations are on the device: one is computed while another is on its way."""
+"""Blocks whose offloaded activations are on the device: one is in use while another is in transfer."""
 LOGITS_COPIES = 2
-"""Of one chunk in fp32: the logits, and their gradient in both layouts."""
+"""Copies of one chunk in fp32: the logits, and their gradient in both layouts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,20 @@ class MemoryEstimate:
     weights: int
     moments: int
     gradients: int
-    kept_activations: int
-    """What the forward pass keeps of every block for the backward pass."""
+    saved_activations: int
+    """Saved by the forward pass of every block for the backward pass."""
     working: int
-    """The larger of one block's backward pass and the loss: they do not happen at once."""
+    """The larger of one block's backward pass and the loss, which do not overlap."""
     gathered: int
-    """Whole copies of what is sharded: one block's weights and gradients, and the embedding table for the loss."""
+    """All-gathered copies: one block's weights and gradients, and the embedding table for the loss."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.moments + self.gradients + self.kept_activations + self.working + self.gathered
+        return self.weights + self.moments + self.gradients + self.saved_activations + self.working + self.gathered
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
-    """The estimate for a run whose mesh is filled in (`resolve_mesh`); it need not exist on this machine."""
+    """The estimate for a run whose mesh is resolved (`resolve_mesh`); its devices need not exist."""
     model, shards = config.model, shards_of(config)
     itemsize = 2 if config.compute.dtype == "bfloat16" else 4
     for_tpu = itemsize == 2
@@ -67,7 +67,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     copies = GRADIENT_COPIES if batch == config.global_batch_size else GRADIENT_COPIES_ACCUMULATING
 
     mlp = model.mlp_dim / shards("mlp")
-    # Before the update a TPU's program has the largest array of gradients twice.
+    # Before the update, TPU programs hold the largest gradient array twice.
     largest = 4 * model.num_layers * model.embed_dim * mlp / shards("embed") if for_tpu else 0
     of_d, of_f = WORKING_UNITS_TPU if for_tpu else WORKING_UNITS[config.compute.remat]
     in_block = tokens * itemsize * (of_d * model.embed_dim + of_f * mlp)
@@ -80,7 +80,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
         weights=weights,
         moments=2 * weights,
         gradients=int(copies * weights + largest),
-        kept_activations=int(tokens * model.num_layers * itemsize * kept_per_token(config)),
+        saved_activations=int(tokens * model.num_layers * itemsize * saved_per_token(config)),
         working=int(max(in_block, in_loss)),
         gathered=int(gathered),
     )
@@ -91,8 +91,8 @@ def shards_of(config: RunConfig) -> Callable[[str], int]:
     return partial(ShardingRules.for_model(config.model).shards, mesh=config.mesh)
 
 
-def kept_per_token(config: RunConfig) -> float:
-    """Values that the forward pass keeps of one block for one token on one device, by the remat policy."""
+def saved_per_token(config: RunConfig) -> float:
+    """Values that the forward pass saves of one block, per token and device, under the remat policy."""
     model, shards = config.model, shards_of(config)
     queries = model.num_heads * model.head_dim / shards("heads")
     keys = model.num_kv_heads * model.head_dim / shards("kv_heads")
@@ -102,26 +102,26 @@ def kept_per_token(config: RunConfig) -> float:
         return stream
     if config.compute.remat == "minimal":  # the attention's output in its own layout and in the model's
         return 2 * stream + 3 * queries + 2 * keys + mlp
-    norms = NORMS_KEPT_TPU * stream if config.compute.dtype == "bfloat16" else 0
+    norms = NORMS_SAVED_TPU * stream if config.compute.dtype == "bfloat16" else 0
     return norms + 8 * stream + 2 * model.embed_dim + 3 * queries + 2 * keys + 6 * mlp
 
 
 def offloaded_per_token(config: RunConfig) -> float:
-    """Values of one block for one token on one device that the host's memory holds until the backward pass."""
+    """Values of one block, per token and device, that host memory holds until the backward pass."""
     if config.compute.remat != "offload":
         return 0.0
     kept = replace(config, compute=replace(config.compute, remat="minimal"))
-    return kept_per_token(kept) - kept_per_token(config)
+    return saved_per_token(kept) - saved_per_token(config)
 
 
 def weight_bytes(config: RunConfig) -> tuple[int, int]:
-    """Bytes of all weights on one device, and of one block gathered over `fsdp`."""
+    """Bytes of all weights on one device, and of one block after its all-gather over "embed"."""
     return _weight_bytes(RunConfig(name="x", model=config.model, num_steps=1, global_batch_size=1, mesh=config.mesh))
 
 
 @lru_cache(maxsize=256)
 def _weight_bytes(config: RunConfig) -> tuple[int, int]:
-    """Remembered, for whoever compares microbatches and policies on one mesh."""
+    """Cached: a search compares many microbatches and policies on one mesh."""
     model = abstract_state_on(config.mesh, config).model
     on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
     block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
@@ -134,7 +134,7 @@ def saved_bytes(config: RunConfig) -> int:
 
 
 def abstract_state_on(mesh: MeshConfig, config: RunConfig):
-    """Shapes and shardings of the training state on a mesh of devices that need not be there."""
+    """Shapes and shardings of the training state on a mesh whose devices need not exist."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(mesh)):
         return jax.eval_shape(lambda: initial_state(config))
 

@@ -1,7 +1,7 @@
 """XLA's compiler options by accelerator: named bundles, each with its reason and its public source.
 
-They go to one executable, the training step (`compiler_options=`), and not into the process's environment, so that
-nothing else changes and the compilation cache knows them. `compute.xla_options = "none"` leaves XLA at its defaults;
+They apply to one executable, the training step (`compiler_options=`), and not to the process's environment, so nothing
+else changes and the compilation cache distinguishes them. `compute.xla_options = "none"` leaves XLA at its defaults;
 `jaxcoder plan` shows what is set. Options that the installed compiler does not know are left out (`accepted`).
 
 Source of most: MaxText, benchmarks/xla_flags_library.py, and its scripts for a chip, src/maxtext/configs/tpu/CHIP/*.sh
@@ -17,7 +17,7 @@ Value = bool | int | str
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Options that belong together. why: what they do, and when it pays. source: who published them."""
+    """Options that belong together. why: what they do and when they help. source: who published them."""
 
     name: str
     options: dict[str, Value]
@@ -26,80 +26,80 @@ class Bundle:
 
 
 ASYNC_ALL_GATHER = Bundle(
-    name="gathers beside matmuls",
+    name="overlapped all-gathers",
     options={"xla_enable_async_all_gather": True, "xla_tpu_overlap_compute_collective_tc": True},
-    why="the weights of the next matmul are gathered over `fsdp` while this one runs",
+    why="all-gathers of the next weights over `fsdp` overlap with the current matmul",
     source="MaxText, CF_FOR_ALL_GATHER; in its scripts for v4, v5e, v5p and v6e",
 )
 FUSED_ALL_GATHER = Bundle(
-    name="gathers inside matmuls",
+    name="fused all-gathers",
     options={
         "xla_tpu_enable_async_collective_fusion": True,
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     },
-    why="a gather is cut up and fused with several matmuls; v5e only: for v4, v5p and v6e libtpu 0.0.52 refuses it as "
-    "unsupported, although older recipes set it there",
+    why="an all-gather is split and fused with several matmuls; v5e only: libtpu 0.0.52 rejects it as unsupported on v4, "
+    "v5p and v6e, although older recipes set it there",
     source="MaxText, CF_FOR_ALL_GATHER; src/maxtext/configs/tpu/v5e/*.sh",
 )
 DATA_PARALLEL_OVERLAP = Bundle(
-    name="gradients beside the backward pass",
+    name="overlapped gradient all-reduce",
     options={
         "xla_tpu_enable_data_parallel_all_reduce_opt": True,
         "xla_tpu_data_parallel_opt_different_sized_ops": True,
     },
-    why="sums over `data`, on the slow network between slices, are spread over the backward pass",
+    why="all-reduces over `data`, on the slow network between slices, are spread over the backward pass",
     source="MaxText, DATA_PARALLEL_OVERLAP; in its scripts for v5e and v5p",
 )
 REDUCE_SCATTER = Bundle(
-    name="scattered sums",
+    name="reduce-scatter",
     options={
         "xla_tpu_use_minor_sharding_for_major_trivial_input": True,
         "xla_tpu_relayout_group_size_threshold_for_reduce_scatter": 1,
         "xla_tpu_assign_all_reduce_scatter_layout": True,
     },
-    why="a sum of which each chip keeps its part becomes a reduce-scatter, half the bytes of an all-reduce",
+    why="a sum of which each chip keeps a shard becomes a reduce-scatter, half the bytes of an all-reduce",
     source="MaxText, LAYOUT_FOR_ALL_REDUCE_SCATTER; in its recipes for v6e",
 )
 BACKWARD_PIPELINING = Bundle(
-    name="gathers of the backward pass ahead",
+    name="prefetched all-gathers of the backward pass",
     options={
         "xla_tpu_enable_ag_backward_pipelining": True,
         "xla_enable_async_collective_permute": True,
         "xla_tpu_megacore_fusion_allow_ags": False,
     },
-    why="gathers begin a layer early, and are not drawn into fusions of both cores",
+    why="all-gathers start one layer early and stay out of megacore fusions",
     source="MaxText, src/maxtext/configs/tpu/v5p/*.sh",
 )
 PLAIN_TENSOR_PARALLEL = Bundle(
     name="no collective matmul",
     options={"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000},
-    why="a matmul beside a gather stays one matmul: cut into pieces it fills a 256-wide MXU badly",
+    why="a matmul with an all-gather stays one matmul: split into chunks it uses a 256-wide MXU poorly",
     source="MaxText, DISABLE_COLLECTIVE_MATMUL; in its recipes for v6e",
 )
 FAST_MEMORY_V6E = Bundle(
-    name="fast memory, v6e",
+    name="VMEM limit, v6e",
     options={"xla_tpu_scoped_vmem_limit_kib": 98_304},
-    why="96 of 128 MiB of VMEM for the running operation, the rest to fetch ahead: right where matmuls bound",
+    why="96 of 128 MiB of VMEM for the running operation, the rest for prefetching: for compute-bound models",
     source="MaxText, DENSE_VMEM_LIMIT_FLAG",
 )
 GPU_OVERLAP = Bundle(
-    name="transfers beside matmuls",
+    name="overlapped collectives",
     options={
         "xla_gpu_enable_latency_hiding_scheduler": True,
         "xla_gpu_enable_while_loop_double_buffering": True,
     },
-    why="layers are a loop: transfers of the next turn overlap with this one only if both are in sight",
+    why="layers are a loop: collectives of the next iteration overlap with this one only if both are unrolled",
     source="NVIDIA JAX-Toolbox, docs/GPU_performance.md; MaxText, src/maxtext/configs/gpu/a3/llama_2_7b/*.sh",
 )
 GPU_COMBINED = Bundle(
-    name="whole layers in one transfer",
+    name="combined collectives",
     options={
         "xla_gpu_all_gather_combine_threshold_bytes": 128 << 20,
         "xla_gpu_all_reduce_combine_threshold_bytes": 128 << 20,
         "xla_gpu_reduce_scatter_combine_threshold_bytes": 64 << 20,
     },
-    why="the matrices of a layer travel together: fewer, longer transfers",
+    why="one collective for all matrices of a layer: fewer and larger transfers",
     source="MaxText, src/maxtext/configs/gpu/a3/llama_2_7b/*.sh",
 )
 
@@ -116,7 +116,7 @@ _BUNDLES: tuple[tuple[str, tuple[Bundle, ...]], ...] = (  # (part of the device 
 
 
 def bundles_for(device_kind: str) -> tuple[Bundle, ...]:
-    """The bundles of a device by the name JAX gives it; none for CPUs and devices that nobody tuned."""
+    """The bundles for a `device_kind`; none for CPUs and devices without tuned options."""
     kind = device_kind.lower()
     return next((bundles for part, bundles in _BUNDLES if part in kind), ())
 
@@ -127,7 +127,7 @@ def options_for(device_kind: str) -> dict[str, Value]:
 
 
 def accepted(options: dict[str, Value], compile_with: Callable[[dict[str, Value]], object]) -> dict[str, Value]:
-    """Those that the compiler knows. compile_with: compiles something small with the options."""
+    """The options that the installed compiler knows. compile_with: compiles something small with the options."""
     options = dict(options)
     while options:
         try:

@@ -76,4 +76,4 @@ def test_meshes_that_are_not_here():
     largest = 4 * 40 * 6144 * 24576 / 256
     assert estimate.moments == 2 * estimate.weights and estimate.gradients == int(2 * estimate.weights + largest)
     whole = dataclasses.replace(run, microbatch_size=None)
-    assert estimate_memory(whole).kept_activations == 8 * estimate.kept_activations
+    assert estimate_memory(whole).saved_activations == 8 * estimate.saved_activations
