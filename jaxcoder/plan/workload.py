@@ -8,7 +8,7 @@ S sequence, L layers, V vocabulary.
 from dataclasses import dataclass, field
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
-from jaxcoder.train.memory_estimate import saved_per_token, offloaded_per_token
+from jaxcoder.train.memory_estimate import offloaded_per_token, saved_per_token
 
 BF16, FP32 = 2, 4
 BACKWARD_ATTENTION = 2.5

@@ -94,7 +94,7 @@ def test_what_is_in_the_directory(run, tmp_path):
     longer = dataclasses.replace(run, num_steps=9)
     assert "a run with another configuration is there: num_steps: 2 -> 9 (--accept-config-change" in said(longer)
     again = dataclasses.replace(run, output_dir=str(tmp_path / "next"), init_from=run.output_dir)
-    assert f"starts from  the weights of {run.output_dir}/checkpoints/2, and a fresh optimizer" in said(again)
+    assert f"starts from the weights of {run.output_dir}/checkpoints/2, and a fresh optimizer" in said(again)
     wider = dataclasses.replace(again, model=dataclasses.replace(run.model, mlp_dim=128))
     assert "NOT READY: the run cannot begin with the weights" in said(wider)
     assert "NOT READY: init_from is `nowhere`" in said(dataclasses.replace(again, init_from="nowhere"))
