@@ -1,7 +1,7 @@
-"""Held-out loss and bits per byte, over the same windows every time: of everything, of each language, of each corpus.
+"""Held-out loss and bits per byte over a fixed set of windows: in total, by language, by corpus and by position.
 
-A target token belongs to the document it stands in, and so to that document's language; end tokens too. And of each
-stretch of positions: where more context does not help, it is not used.
+A target token counts for the language of its document, end tokens too. The loss by position shows whether the model uses
+its context: it should fall with the position.
 """
 
 import math
@@ -23,7 +23,7 @@ UNKNOWN = "unknown"
 
 @dataclass
 class Sums:
-    """nats of loss, tokens, and bytes of text behind them."""
+    """Summed loss in nats, number of tokens, and bytes of their text."""
 
     nats: float = 0.0
     tokens: int = 0
@@ -42,7 +42,7 @@ class Sums:
 
 
 class HeldOut:
-    """Evaluates weights on the held-out streams of a run; compiles once."""
+    """Evaluates a model on the held-out streams of a run; compiled once."""
 
     def __init__(self, config: RunConfig, streams: list[HeldOutStream], mesh: Mesh):
         self._config, self._streams, self._mesh = config, streams, mesh
@@ -53,16 +53,16 @@ class HeldOut:
         """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME, eval/position/FIRST-LAST and, with
         several held-out stores, eval/corpus/NAME. Call with the mesh in scope."""
         everything, by_language, by_corpus = Sums(), {}, {}
-        by_position = [Sums() for _ in position_stretches(self._config.model.max_seq_len)]
+        by_position = [Sums() for _ in position_ranges(self._config.model.max_seq_len)]
         for held_out, languages in zip(self._streams, self._languages, strict=True):
-            of_corpus = by_corpus.setdefault(held_out.name, Sums())
+            corpus_sums = by_corpus.setdefault(held_out.name, Sums())
             for name, *sums in self._evaluate(model, held_out.stream, languages, by_position):
-                for total in (everything, of_corpus, by_language.setdefault(name, Sums())):
+                for total in (everything, corpus_sums, by_language.setdefault(name, Sums())):
                     total.add(*sums)
         metrics = everything.metrics("eval")
         for name, sums in sorted(by_language.items()):
             metrics |= sums.metrics(f"{LANGUAGE_PREFIX}{name}")
-        for (first, last), sums in zip(position_stretches(self._config.model.max_seq_len), by_position, strict=True):
+        for (first, last), sums in zip(position_ranges(self._config.model.max_seq_len), by_position, strict=True):
             if sums.tokens:
                 metrics |= sums.metrics(f"eval/position/{first}-{last}")
         if len(by_corpus) > 1:
@@ -73,8 +73,8 @@ class HeldOut:
     def _evaluate(
         self, model: Model, stream: SampleStream, languages: "_Languages", by_position: list[Sums]
     ) -> Iterator[tuple[str, float, int, int]]:
-        """(language, nats, tokens, bytes of text) of every batch and language that it holds; adds to `by_position`."""
-        lasts = [last for _, last in position_stretches(self._config.model.max_seq_len)]
+        """(language, nats, tokens, bytes of text) per batch and language; adds to `by_position`."""
+        lasts = [last for _, last in position_ranges(self._config.model.max_seq_len)]
         batch_size = self._config.microbatch_size or self._config.global_batch_size
         num_windows = self._config.eval.num_windows
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
@@ -82,8 +82,8 @@ class HeldOut:
             nats = np.asarray(self._step(model, place(own_share(batch, self._mesh), self._mesh)), np.float64)[counts]
             numbers = languages.of_targets(samples)[counts]
             text_bytes = stream.token_bytes[batch.targets[counts]]
-            stretches = np.searchsorted(lasts, batch.positions[counts])
-            for total, sums in zip(by_position, _sums(stretches, len(by_position), nats, text_bytes), strict=True):
+            ranges = np.searchsorted(lasts, batch.positions[counts])
+            for total, sums in zip(by_position, _sums(ranges, len(by_position), nats, text_bytes), strict=True):
                 total.add(*sums)
             for name, sums in zip(languages.names, _sums(numbers, len(languages.names), nats, text_bytes), strict=True):
                 if sums[1]:
@@ -91,25 +91,24 @@ class HeldOut:
 
 
 def _sums(groups: np.ndarray, count: int, nats: np.ndarray, text_bytes: np.ndarray) -> list[tuple[float, int, int]]:
-    """(nats, tokens, bytes of text) of each group, from the group of every target."""
+    """(nats, tokens, bytes of text) of each group; groups[i] is the group of target i."""
     columns = [np.bincount(groups, weights, count) for weights in (nats, None, text_bytes)]
     return [(float(nats), int(tokens), int(size)) for nats, tokens, size in zip(*columns, strict=True)]
 
 
-def position_stretches(seq_len: int) -> list[tuple[int, int]]:
-    """(first, last) of at most nine stretches, each as long as all before it: 0 to 31, 32 to 63, 64 to 127, ..., for
-    8192 tokens."""
+def position_ranges(seq_len: int) -> list[tuple[int, int]]:
+    """(first, last) of at most nine ranges, each as long as all before it: 0-31, 32-63, 64-127, ... for 8192 tokens."""
     first = max(1, -(-seq_len // 256))
-    stretches, start = [], 0
+    ranges, start = [], 0
     while start < seq_len:
         end = min(max(2 * start, first), seq_len)
-        stretches.append((start, end - 1))
+        ranges.append((start, end - 1))
         start = end
-    return stretches
+    return ranges
 
 
 class _Languages:
-    """Which language each target of a held-out window is written in."""
+    """The language of each target of a held-out window."""
 
     def __init__(self, stream: SampleStream):
         import pyarrow.compute as pc
@@ -121,8 +120,8 @@ class _Languages:
         self.names = [name or UNKNOWN for name in column.dictionary.to_pylist()]
 
     def of_targets(self, samples: list[int]) -> np.ndarray:
-        """int [B, S]: number in `names` of the language of each target of these windows, before any FIM."""
+        """int [B, S]: index into `names` of the language of each target of these windows (without FIM)."""
         starts = np.array([self._stream.locate(sample).start for sample in samples])
-        places = starts[:, None] + 1 + np.arange(self._stream.seq_len)
-        documents = np.searchsorted(self._store.document_offsets, places, side="right") - 1
+        indices = starts[:, None] + 1 + np.arange(self._stream.seq_len)
+        documents = np.searchsorted(self._store.document_offsets, indices, side="right") - 1
         return self._of_document[documents]

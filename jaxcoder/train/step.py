@@ -1,4 +1,4 @@
-"""One training step, from a batch of windows to new weights, as one jitted function with donated state.
+"""The training step: from a batch of windows to new weights, one jitted function with donated state.
 
     microbatches -> hidden states -> chunked cross-entropy -> gradients, summed
     -> divided by the tokens that count in the whole global batch -> clip -> Adam -> decay -> weights
@@ -26,7 +26,7 @@ from jaxcoder.train.xla_options import Value, accepted, options_for
 def make_train_step(
     config: RunConfig, device: jax.Device | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step, with the compiler options of `device` (default: of those that are here).
+    """The jitted step, compiled with the options for `device` (default: the first local device).
 
     Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
     weights as they were, else 0), skipped_steps (of the whole run), batch_hash (`batch_hash`).
@@ -73,7 +73,7 @@ def make_train_step(
 
 
 def compiler_options(config: RunConfig, device: jax.Device) -> dict[str, Value]:
-    """Those of xla_options.py for the device that its compiler knows; it need not be here."""
+    """The options of xla_options.py for a device, which need not exist here, that its compiler accepts."""
     options = options_for(device.device_kind) if config.compute.xla_options == "chip" else {}
     mesh = jax.sharding.get_mesh()
     place = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, PartitionSpec())
@@ -84,8 +84,8 @@ def compiler_options(config: RunConfig, device: jax.Device) -> dict[str, Value]:
 def batch_hash(batch: Batch) -> jax.Array:
     """A fingerprint of the batch's tokens, uint32: the same for every mesh, whichever rows lie where.
 
-    So two runs, or a run and its continuation, show by their metrics that they read the same. A sum modulo 2 ** 32 of
-    one mixed word a token; what a target adds lies in the next input already, but for the last of a row.
+    The metrics of two runs, or of a run and its continuation, thus show whether they read the same data. It is a sum
+    modulo 2**32 of one mixed word per input token; targets are the inputs shifted by one, except the last of a row.
     """
     places = jax.lax.broadcasted_iota(jnp.uint32, (1, batch.inputs.shape[1]), 1)
     word = batch.inputs.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + places * jnp.uint32(0x85EBCA77)
@@ -94,12 +94,12 @@ def batch_hash(batch: Batch) -> jax.Array:
 
 
 def keep_if(is_good: jax.Array, new, old):
-    """`new` if the scalar `is_good`, else `old`, array by array: the compiler joins it with what computes `new`."""
+    """`new` if the scalar `is_good`, else `old`, array by array; XLA fuses it with the computation of `new`."""
     return jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
 
 
 def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None):
-    """Arrays (B, ...) as (B / M, M, ...), each device cutting up its own rows: no data moves."""
+    """Arrays (B, ...) as (B / M, M, ...); each device splits its own rows, so no data moves."""
     pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
 
     def cut(x):
@@ -113,7 +113,7 @@ def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None
 
 
 def make_eval_step() -> Callable[[Model, Batch], jax.Array]:
-    """The jitted loss of every target, without dropout: fp32 (B, S), whole on every device."""
+    """The jitted loss of every target, without dropout: fp32 (B, S), replicated on every device."""
 
     def eval_step(model: Model, batch: Batch) -> jax.Array:
         return reshard(model.token_losses(batch), model.rules.spec(None, None))

@@ -15,7 +15,7 @@ from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import write_documents
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.train import train_tokenizer
-from jaxcoder.train.evaluate import HeldOut, position_stretches
+from jaxcoder.train.evaluate import HeldOut, position_ranges
 from jaxcoder.train.inputs import open_streams
 from jaxcoder.train.state import initial_state
 
@@ -100,7 +100,7 @@ def test_meshes_agree(stores, monkeypatch):
 
 def test_stretches_of_positions_cover_a_window_once():
     for length in (1, 2, 63, 64, 100, 1024, 8192):
-        stretches = position_stretches(length)
+        stretches = position_ranges(length)
         assert [first for first, _ in stretches] == [0, *(last + 1 for _, last in stretches[:-1])]
         assert stretches[-1][1] == length - 1 and len(stretches) <= 9
-    assert position_stretches(8192)[:3] == [(0, 31), (32, 63), (64, 127)]
+    assert position_ranges(8192)[:3] == [(0, 31), (32, 63), (64, 127)]
