@@ -104,12 +104,13 @@ def train_ours(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
     import jax
 
     from jaxcoder.train.inputs import place
+    from jaxcoder.train.state import state_of
     from jaxcoder.train.step import make_train_step
 
     losses, norms = [], []
     # Accelerators would round the inputs of fp32 matmuls otherwise.
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
-        step, state = make_train_step(config), starting_state(model, config)
+        step, state = make_train_step(config), jax.jit(lambda model: state_of(model, config))(model)
         for batch in batches:
             state, metrics = step(state, place(batch, mesh))
             losses.append(float(metrics["loss"]))
@@ -117,28 +118,14 @@ def train_ours(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
     return Curve(losses, norms, their_tensors(state.model))
 
 
-def starting_state(model, config: RunConfig):
-    """Step 0 with these weights. Call under the mesh."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxcoder.train.optimizer import adam
-    from jaxcoder.train.state import TrainState
-
-    def start(model):
-        return TrainState(step=jnp.int32(0), model=model, moments=adam(config.optimizer).init(model))
-
-    return jax.jit(start)(model)
-
-
 def their_tensors(model) -> dict[str, Any]:
     """The weights as numpy arrays under Hugging Face's names."""
     import numpy as np
 
-    from jaxcoder.checkpoint.names import flatten_model
+    from jaxcoder.checkpoint.names import flatten_tree
     from jaxcoder.convert.hf_names import entries, to_hf_tensor
 
-    flat = {name: np.asarray(array) for name, array in flatten_model(model, "params/").items()}
+    flat = {name: np.asarray(array) for name, array in flatten_tree(model, "params/").items()}
     config = model.config
     return {e.hf_name: to_hf_tensor(e, [flat[name] for name in e.jax_dims], config) for e in entries(config)}
 

@@ -1,9 +1,9 @@
-"""The one place that knows how the module tree in memory and the arrays on disk are called.
+"""Names of arrays on disk, and the way between a pytree in memory and a flat dictionary of named arrays.
 
-In memory the layers are one Block whose arrays have a leading L; on disk every layer has arrays of its own, under flat
-names that no module system leaks into: `params/wte`, `params/h/00/attn/q/kernel`, `optimizer/mu/h/00/ln_1/scale`.
-Names come from the tree's own paths, so any tree with GPTBigCode's structure (moments, gradients) goes through here.
-Arrays may be sharded: nothing is gathered on a host, neither way.
+A name is the tree path without what a library put there: `params/wte`, `optimizer/mu/h/00/ln_1/scale`. The layers, in
+memory one Block whose arrays have a leading L, are arrays of their own on disk: `params/h/00/attn/q/kernel`.
+Any pytree has such names: a model, its gradients, an optimizer's state. Arrays may be sharded; nothing is gathered on a
+host in either direction.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -19,7 +19,10 @@ from jaxcoder.errors import CheckpointError
 STACKED = "h"
 """The attribute whose arrays have a leading layer dim."""
 
-Model = TypeVar("Model")
+WRAPPERS = ("value", "inner_state", "inner_states")
+"""Attributes of nnx.Param and of optax's states that add nothing to a name."""
+
+Tree = TypeVar("Tree")
 
 
 class _Leaf(NamedTuple):
@@ -29,37 +32,37 @@ class _Leaf(NamedTuple):
     array: Any
 
 
-def flatten_model(model: Any, prefix: str = "") -> dict[str, Any]:
-    """The tree as flat name -> array, layers apart, in a fixed order; every name begins with `prefix` ("params/").
+def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The tree as flat name -> array, one per layer, in a fixed order; every name begins with `prefix` ("params/").
 
     Works on jax arrays, numpy arrays and `jax.ShapeDtypeStruct`s; a layer keeps the sharding that its stack has in the
     other dims. Slices of jax arrays are new device buffers: the tree may be donated right after.
     """
     flat = {}
-    for names, is_stacked, array in _leaves(model, prefix):
+    for names, is_stacked, array in _leaves(tree, prefix):
         layers = _unstack(array) if is_stacked else [array]
         flat.update(zip(names, layers, strict=True))
     return flat
 
 
-def unflatten_model(abstract_model: Model, arrays: MutableMapping[str, Any], prefix: str = "") -> Model:
-    """The model whose structure, shapes, dtypes and shardings `abstract_model` has, out of flat arrays.
+def unflatten_tree(abstract: Tree, arrays: MutableMapping[str, Any], prefix: str = "") -> Tree:
+    """The tree whose structure, shapes, dtypes and shardings `abstract` has, out of flat arrays.
 
-    Only names that begin with `prefix` count. They are taken out of `arrays` as they are used, so that never more than
-    one stack exists twice. `abstract_model` comes from `jax.eval_shape`, or is a model; where it was made under a mesh,
-    that mesh has to be in scope (`jax.set_mesh`). An array without a sharding goes to the first device.
-    Raises CheckpointError that names the arrays that are missing, left over or have another shape.
+    Only names that begin with `prefix` count. They are taken out of `arrays` as they are used, so that at most one stack
+    exists twice. `abstract` comes from `jax.eval_shape`, or is a tree of arrays; where it was made under a mesh, that
+    mesh has to be in scope (`jax.set_mesh`). An array without a sharding goes to the first device.
+    Raises CheckpointError that names the arrays that are missing, unexpected or have another shape.
     """
     found = {name: array for name, array in arrays.items() if name.startswith(prefix)}
-    check_arrays(flatten_model(_abstract(abstract_model), prefix), found)
+    check_arrays(flatten_tree(_abstract(abstract), prefix), found)
     del found
-    return assemble_model(abstract_model, lambda name, target: arrays.pop(name), prefix)
+    return assemble_tree(abstract, lambda name, target: arrays.pop(name), prefix)
 
 
-def assemble_model(abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = "") -> Model:
-    """Like `unflatten_model`, with every array asked for when it is needed: `fetch(name, target)`.
+def assemble_tree(abstract: Tree, fetch: Callable[[str, jax.ShapeDtypeStruct], Any], prefix: str = "") -> Tree:
+    """Like `unflatten_tree`, with every array requested when it is needed: `fetch(name, target)`.
 
-    `target` has the shape, dtype and concrete sharding that the array will get; what is fetched may be a numpy array.
+    `target` has the shape, dtype and concrete sharding that the array will get; `fetch` may return a numpy array.
     """
 
     def build(leaf: _Leaf) -> jax.Array:
@@ -70,22 +73,23 @@ def assemble_model(abstract_model: Model, fetch: Callable[[str, jax.ShapeDtypeSt
         stack = _stack_on_devices([_put(fetch(name, layer), layer) for name in leaf.names])
         return jax.device_put(stack, target.sharding)
 
-    leaves = [build(leaf) for leaf in _leaves(_abstract(abstract_model), prefix)]
-    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract_model), leaves)
+    leaves = [build(leaf) for leaf in _leaves(_abstract(abstract), prefix)]
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(abstract), leaves)
 
 
 def check_arrays(expected: Mapping[str, Any], found: Mapping[str, Any], what: str = "the checkpoint") -> None:
     """Raises CheckpointError unless both have the same names with the same shapes; dtypes may differ."""
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is left over" for name in found if name not in expected]
+    problems += [f"{name} is unexpected" for name in found if name not in expected]
     problems += [
-        f"{name} is {_shape(found[name])} where the model has {_shape(expected[name])}"
+        f"{name} has shape {_shape(found[name])}, expected {_shape(expected[name])}"
         for name in expected
         if name in found and tuple(found[name].shape) != tuple(expected[name].shape)
     ]
     if problems:
+        other = "optimizer" if all(problem.startswith("optimizer/") for problem in problems) else "model"
         raise CheckpointError(
-            f"{what} holds another model: {listed(problems)}. Give the configuration it was trained with, or another "
+            f"{what} holds another {other}: {listed(problems)}. Give the configuration it was trained with, or another "
             "checkpoint."
         )
 
@@ -103,7 +107,8 @@ def layer_digits(num_layers: int) -> int:
 
 
 def concrete(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and a sharding on real devices: `jax.eval_shape` knows only the abstract mesh, and of scalars none."""
+    """Shape, dtype and a sharding on real devices, which `jax.eval_shape` does not give: it has the abstract mesh only,
+    and no sharding for scalars."""
     sharding = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
     if sharding is None:
         mesh = jax.sharding.get_mesh()
@@ -112,43 +117,53 @@ def concrete(leaf: Any) -> jax.ShapeDtypeStruct:
     elif isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh):
         mesh = jax.sharding.get_mesh()
         if mesh.empty:
-            raise ValueError("the abstract model was made under a mesh: restore inside `with jax.set_mesh(mesh):`")
+            raise ValueError("the abstract tree was made under a mesh: restore inside `with jax.set_mesh(mesh):`")
         sharding = NamedSharding(mesh, sharding.spec)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _leaves(model: Any, prefix: str) -> Iterator[_Leaf]:
-    for path, array in jax.tree_util.tree_flatten_with_path(model)[0]:
-        # The last key is the attribute of nnx.Param that holds the array; the name stays free of it.
-        keys = [key.name for key in path if key.name != "value"]
-        if keys[0] == STACKED:
-            digits, rest = layer_digits(array.shape[0]), "/".join(keys[1:])
-            names = tuple(f"{prefix}{STACKED}/{i:0{digits}d}/{rest}" for i in range(array.shape[0]))
+def _leaves(tree: Any, prefix: str) -> Iterator[_Leaf]:
+    seen = set()
+    for path, array in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = _keys(path)
+        if keys in seen:
+            raise ValueError(f"two arrays of the tree would both be called {'/'.join(keys)}: give one another name")
+        seen.add(keys)
+        if STACKED in keys:
+            layer = keys.index(STACKED) + 1
+            numbers = (f"{i:0{layer_digits(array.shape[0])}d}" for i in range(array.shape[0]))
+            names = tuple(prefix + "/".join((*keys[:layer], number, *keys[layer:])) for number in numbers)
         else:
             names = (prefix + "/".join(keys),)
-        yield _Leaf(names, keys[0] == STACKED, array)
+        yield _Leaf(names, STACKED in keys, array)
 
 
-def _abstract(model: Any) -> Any:
+def _keys(path: tuple) -> tuple[str, ...]:
+    """The attributes and keys of a tree path that make its name; positions in tuples and wrappers are left out."""
+    named = (str(getattr(key, "name", getattr(key, "key", ""))) for key in path)
+    return tuple(name for name in named if name and name not in WRAPPERS)
+
+
+def _abstract(tree: Any) -> Any:
     """The tree with shapes for arrays; shapes are kept as they are."""
 
     def shape_of(leaf):
         sharding = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree_util.tree_map(shape_of, model)
+    return jax.tree_util.tree_map(shape_of, tree)
 
 
 def _unstack(stack: Any) -> list[Any]:
     if isinstance(stack, jax.ShapeDtypeStruct):
         return [_layer(stack)] * stack.shape[0]
     if isinstance(stack, jax.Array):
-        _layer_sharding(stack.sharding)  # refuses a split layer dim
+        _layer_sharding(stack.sharding)  # raises for a sharded layer dim
         return _unstack_on_devices(stack)
     return list(stack)
 
 
-# The layer dim is whole on every device, so each device slices and stacks what it holds.
+# The layer dim is not sharded, so each device slices and stacks its own shards.
 _unstack_on_devices = jax.jit(lambda stack: [stack[i] for i in range(stack.shape[0])])
 _stack_on_devices = jax.jit(lambda layers: jnp.stack(layers))
 
@@ -162,7 +177,9 @@ def _layer_sharding(sharding: Sharding | None) -> Sharding | None:
         return sharding
     spec = tuple(sharding.spec)
     if spec[:1] not in ((), (None,)):
-        raise ValueError(f"the layer dim is split over {spec[0]!r}: only stacks whose layers are whole can be saved")
+        raise ValueError(
+            f"the layer dim is sharded over {spec[0]!r}: only stacks with an unsharded layer dim can be saved"
+        )
     return sharding.update(spec=PartitionSpec(*spec[1:]))
 
 

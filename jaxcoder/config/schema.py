@@ -15,6 +15,7 @@ Activation = Literal["gelu_tanh", "gelu"]
 AttentionBackend = Literal["reference", "blockwise", "flash_tpu", "cudnn"]
 RematPolicy = Literal["none", "minimal", "offload", "block"]
 Dtype = Literal["bfloat16", "float32"]
+OptimizerName = Literal["adamw", "muon"]
 XlaOptions = Literal["chip", "none"]
 
 
@@ -124,8 +125,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay; weight decay on matrices only (not on biases and norms)."""
+    """AdamW or Muon, with linear warm-up and cosine decay; weight decay on matrices only (not on biases and norms)."""
 
+    name: OptimizerName = "adamw"
+    """"muon" orthogonalizes the updates of the layers' matrices (momentum 0.95, scaled to the size of AdamW's updates, so
+    that the same learning rate and decay fit); embeddings, biases and norms use Adam."""
     peak_learning_rate: float = non_negative(3e-4)
     final_learning_rate: float = non_negative(3e-5)
     warmup_steps: int = non_negative(2000)

@@ -1,12 +1,12 @@
 """Rules about how a run lived and ended: failures, restarts, the watchdog, the schedule, checkpoints that are torn."""
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 
+from jaxcoder.config.schedule import learning_rate
 from jaxcoder.config.schema import RunConfig
 from jaxcoder.doctor.findings import Finding, changed, rate, train_command
 from jaxcoder.formatting import format_bytes, format_duration, plural
@@ -88,7 +88,7 @@ def restarts_loop(record: RunRecord) -> Iterator[Finding]:
         return
     steps = sorted({attempt.last_step or 0 for _, attempt in best})
     same = len(steps) == 1
-    is_now = best[-1][0] == len(attempts) or best[-1][0] == len(attempts) - 1 and not attempts[-1].failed
+    is_now = best[-1][0] == len(attempts) or (best[-1][0] == len(attempts) - 1 and not attempts[-1].failed)
     never = all(attempt.ready is None for _, attempt in best)
     at = f"after step {steps[-1]:,}" if same else f"after steps {ranges(steps)}"
     where = "before the first step" if never else at
@@ -195,7 +195,7 @@ def schedule_ended(record: RunRecord) -> Iterator[Finding]:
             ),
         )
     elif decay > 1.05 * config.num_steps:
-        end = expected_rate(config, config.num_steps)
+        end = float(learning_rate(optimizer, config.num_steps, config.num_steps))
         yield Finding(
             rule="schedule_ended",
             severity="note",
@@ -221,7 +221,7 @@ def schedule_ended(record: RunRecord) -> Iterator[Finding]:
 
 def _not_as_configured(record: RunRecord, config: RunConfig) -> Iterator[Finding]:
     rates = record.columns["learning_rate"].finite()
-    expected = np.array([expected_rate(config, int(step)) for step in rates.steps])
+    expected = learning_rate(config.optimizer, rates.steps, config.num_steps)
     off = np.abs(rates.values - expected) > 0.02 * np.maximum(expected, 1e-12) + 1e-12
     if off.mean() <= 0.01:
         return
@@ -242,17 +242,6 @@ def _not_as_configured(record: RunRecord, config: RunConfig) -> Iterator[Finding
             f"{record.path}`",
         ),
     )
-
-
-def expected_rate(config: RunConfig, step: int) -> float:
-    """The learning rate of a step: linear warm-up, a cosine to the floor at decay_steps, then the floor."""
-    optimizer = config.optimizer
-    if step < optimizer.warmup_steps:
-        return optimizer.peak_learning_rate * step / optimizer.warmup_steps
-    decay = config.num_steps if optimizer.decay_steps is None else optimizer.decay_steps
-    progress = min(max((step - optimizer.warmup_steps) / max(decay - optimizer.warmup_steps, 1), 0.0), 1.0)
-    span = optimizer.peak_learning_rate - optimizer.final_learning_rate
-    return optimizer.final_learning_rate + 0.5 * span * (1 + math.cos(math.pi * progress))
 
 
 def damaged_checkpoints(record: RunRecord) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.discover import is_checkpoint, open_checkpoint
 from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest
-from jaxcoder.checkpoint.names import assemble_model, check_arrays, flatten_model, unflatten_model
+from jaxcoder.checkpoint.names import assemble_tree, check_arrays, flatten_tree, unflatten_tree
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.convert.hf_weights import HFWeights, is_hf_directory, open_hf_weights
 from jaxcoder.errors import CheckpointError
@@ -54,7 +54,7 @@ def load_model(
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
     owner = {name: entry for entry in weights.entries() for name in entry.jax_dims}
     with _scope(mesh):
-        return assemble_model(
+        return assemble_tree(
             abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name], "params/"
         )
 
@@ -63,9 +63,9 @@ def _from_checkpoint(directory: Path, manifest: Manifest, compute: ComputeConfig
     saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
     with _scope(mesh):
         model = abstract_model(manifest.model, compute)
-        targets = flatten_model(model, "params/")
+        targets = flatten_tree(model, "params/")
         check_arrays(targets, saved, f"the checkpoint {directory}")
-        return unflatten_model(model, array_files.load(directory, targets), "params/")
+        return unflatten_tree(model, array_files.load(directory, targets), "params/")
 
 
 def _scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -103,14 +103,14 @@ def _memory(plan: Plan) -> Iterator[str]:
     estimate = plan.estimate
     if compiled is None:
         parts = {
-            "state: weights and Adam's moments": estimate.weights + estimate.moments,
+            "state: weights and optimizer": estimate.weights + estimate.optimizer_state,
             "gradients": estimate.gradients,
             "activations and gathered copies": estimate.saved_activations + estimate.working + estimate.gathered,
         }
         kind = "modelled"
     else:
         kind = "compiled"
-        parts = {"state: weights and Adam's moments": compiled.state_bytes, "batch": compiled.batch_bytes}
+        parts = {"state: weights and optimizer": compiled.state_bytes, "batch": compiled.batch_bytes}
         if compiled.fits:
             parts["activations, gradients, gathered weights"] = compiled.temporary_bytes
             parts["program, and results of their own"] = compiled.code_bytes + compiled.output_bytes

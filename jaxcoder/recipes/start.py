@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jaxcoder.checkpoint.names import assemble_model
+from jaxcoder.checkpoint.names import assemble_tree
 from jaxcoder.convert.hf_weights import is_hf_directory, open_hf_weights
 from jaxcoder.models.protocol import Model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ def open_weights(path: str) -> StartingWeights:
     owner = {name: entry for entry in weights.entries() for name in entry.jax_dims}
 
     def load(abstract: Model) -> Model:
-        return assemble_model(abstract, lambda name, target: weights.read(owner[name])[name], "params/")
+        return assemble_tree(abstract, lambda name, target: weights.read(owner[name])[name], "params/")
 
     has_tokenizer = (Path(path) / "tokenizer.json").is_file()
     tokenizer = Tokenizer.load(path) if has_tokenizer else None

@@ -25,7 +25,7 @@ from jaxcoder.formatting import format_bytes, plural
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.devices import find_chip
 from jaxcoder.train.inputs import held_out_stores
-from jaxcoder.train.memory_estimate import estimate_memory, shards_of
+from jaxcoder.train.memory_estimate import estimate_memory, saved_bytes, shards_of
 from jaxcoder.train.restore import OpenWeights, check_model, open_own_weights
 from jaxcoder.train.run_directory import RunDirectory, changes, strangers_among
 
@@ -110,7 +110,7 @@ def _memory(config: RunConfig, planned: int, num_devices: int) -> Iterator[str]:
     )
     parts = {
         "weights, fp32": estimate.weights,
-        "Adam's two moments, fp32": estimate.moments,
+        f"optimizer ({config.optimizer.name}), fp32": estimate.optimizer_state,
         "gradients, fp32": estimate.gradients,
         f"saved activations ({config.compute.remat})": estimate.saved_activations,
         "backward pass of a block, or the loss": estimate.working,
@@ -181,7 +181,7 @@ def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelCon
 
 
 def _directory(config: RunConfig) -> Iterator[str]:
-    directory, size = RunDirectory.of(config), 12 * num_parameters(config.model)
+    directory, size = RunDirectory.of(config), saved_bytes(config)
     keep = config.checkpoint
     yield from row("writes to", directory.path)
     yield f"{_INDENT}config.json, metrics.jsonl" + (", tensorboard/" if config.tensorboard else "")

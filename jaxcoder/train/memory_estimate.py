@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 import jax
 
 from jaxcoder.config import MeshConfig, RunConfig
-from jaxcoder.models.flops import num_parameters
 from jaxcoder.sharding.mesh import abstract_mesh
 from jaxcoder.sharding.rules import ShardingRules
 from jaxcoder.train.state import initial_state
@@ -42,7 +41,7 @@ class MemoryEstimate:
     """Bytes on each device at the peak of a step."""
 
     weights: int
-    moments: int
+    optimizer_state: int
     gradients: int
     saved_activations: int
     """Saved by the forward pass of every block for the backward pass."""
@@ -53,7 +52,9 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.moments + self.gradients + self.saved_activations + self.working + self.gathered
+        return (
+            self.weights + self.optimizer_state + self.gradients + self.saved_activations + self.working + self.gathered
+        )
 
 
 def estimate_memory(config: RunConfig) -> MemoryEstimate:
@@ -63,7 +64,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     for_tpu = itemsize == 2
     batch = config.microbatch_size or config.global_batch_size
     tokens = -(-batch // shards("batch")) * model.max_seq_len
-    weights, block = weight_bytes(config)
+    weights, block, optimizer_state = state_bytes(config)
     copies = GRADIENT_COPIES if batch == config.global_batch_size else GRADIENT_COPIES_ACCUMULATING
 
     mlp = model.mlp_dim / shards("mlp")
@@ -78,7 +79,7 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
     gathered = rows * model.embed_dim * (4 + itemsize) + (block * (1 + itemsize / 4) if shards("embed") > 1 else 0)
     return MemoryEstimate(
         weights=weights,
-        moments=2 * weights,
+        optimizer_state=optimizer_state,
         gradients=int(copies * weights + largest),
         saved_activations=int(tokens * model.num_layers * itemsize * saved_per_token(config)),
         working=int(max(in_block, in_loss)),
@@ -114,23 +115,29 @@ def offloaded_per_token(config: RunConfig) -> float:
     return saved_per_token(kept) - saved_per_token(config)
 
 
-def weight_bytes(config: RunConfig) -> tuple[int, int]:
-    """Bytes of all weights on one device, and of one block after its all-gather over "embed"."""
-    return _weight_bytes(RunConfig(name="x", model=config.model, num_steps=1, global_batch_size=1, mesh=config.mesh))
+def state_bytes(config: RunConfig) -> tuple[int, int, int]:
+    """Bytes of all weights on one device, of one block after its all-gather over "embed", and of the optimizer state."""
+    # A search compares many microbatches and policies on one mesh: other fields would miss the cache.
+    return _state_bytes(
+        RunConfig(
+            name="x", model=config.model, num_steps=1, global_batch_size=1, mesh=config.mesh, optimizer=config.optimizer
+        )
+    )
 
 
 @lru_cache(maxsize=256)
-def _weight_bytes(config: RunConfig) -> tuple[int, int]:
-    """Cached: a search compares many microbatches and policies on one mesh."""
-    model = abstract_state_on(config.mesh, config).model
-    on_one = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model))
-    block = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(model.h)) // config.model.num_layers
-    return on_one, block * shards_of(config)("embed")
+def _state_bytes(config: RunConfig) -> tuple[int, int, int]:
+    state = abstract_state_on(config.mesh, config)
+    weights, blocks, optimizer_state = (
+        sum(map(shard_bytes, jax.tree.leaves(tree))) for tree in (state.model, state.model.h, state.optimizer_state)
+    )
+    return weights, blocks // config.model.num_layers * shards_of(config)("embed"), optimizer_state
 
 
 def saved_bytes(config: RunConfig) -> int:
-    """Bytes of a checkpoint: weights and their two moments, fp32."""
-    return 3 * 4 * num_parameters(config.model)
+    """Bytes of the arrays of a checkpoint."""
+    state = jax.eval_shape(lambda: initial_state(config))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def abstract_state_on(mesh: MeshConfig, config: RunConfig):
@@ -140,4 +147,5 @@ def abstract_state_on(mesh: MeshConfig, config: RunConfig):
 
 
 def shard_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize

@@ -1,47 +1,102 @@
-"""AdamW as StarCoder trained with it: warm-up, cosine to a floor, clipping, decay on matrices only.
+"""The optimizer as one optax chain: clip -> direction (AdamW's or Muon's) -> weight decay -> learning rate.
 
-The moments come from optax; the update is written out because it is short and the order matters:
-clip -> moments -> decay -> learning rate (Loshchilov & Hutter 2019).
+To add one, name it in `OptimizerConfig.name` and give its direction in `_direction`. Its state is an opaque pytree to
+the training step, the shardings, the memory estimate and the checkpoints, whose names follow from its tree paths.
+Reference: Loshchilov & Hutter 2019 (AdamW); Jordan 2024 and Liu et al. 2025, arXiv 2502.16982 (Muon).
 """
 
 import jax
-import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
-from jaxcoder.config import OptimizerConfig
+from jaxcoder.config import OptimizerConfig, RunConfig
+from jaxcoder.config.schedule import learning_rate
 
-
-def learning_rate(config: OptimizerConfig, step: jax.Array, num_steps: int) -> jax.Array:
-    """fp32 scalar: the rate of the update that completes `step` (1 is the first).
-
-    Linear from 0 to the peak at warmup_steps, then a cosine to the floor at decay_steps, then the floor.
-    """
-    step, warmup = step.astype(jnp.float32), config.warmup_steps
-    decay_steps = num_steps if config.decay_steps is None else config.decay_steps
-    span = config.peak_learning_rate - config.final_learning_rate
-    progress = jnp.clip((step - warmup) / max(decay_steps - warmup, 1), 0.0, 1.0)
-    cosine = config.final_learning_rate + 0.5 * span * (1.0 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < warmup, config.peak_learning_rate * step / max(warmup, 1), cosine)
+MUON_RMS = 0.2
+"""Root mean square of an update before the learning rate: near AdamW's, so that its rates and decay can be kept."""
 
 
-def adam(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The moment estimates; their state is `optax.ScaleByAdamState(count, mu, nu)`."""
-    return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+def make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
+    """The chain of a run; `update(gradients, state, model, step=step)` takes the step that the update completes."""
+    optimizer = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.max_grad_norm),
+        _direction(config),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask),
+        _scale_by_learning_rate(optimizer, config.num_steps),
+    )
 
 
-def apply_adamw(config: OptimizerConfig, model, gradients, state: optax.ScaleByAdamState, rate: jax.Array):
-    """One update. Returns (model, state, global norm of the gradients before clipping, fp32 scalar)."""
-    norm = optax.tree.norm(gradients)
-    shrink = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-30))
-    updates, state = adam(config).update(jax.tree.map(lambda g: g * shrink, gradients), state, model)
+def num_updates(state: optax.OptState) -> jax.Array:
+    """How many updates an optimizer's state has seen, int32 scalar; every part of it that counts has the same."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
 
-    def update(path, weight, delta):
-        decay = config.weight_decay if is_matrix(path) else 0.0
-        return weight - rate * (delta + decay * weight)
 
-    return jax.tree_util.tree_map_with_path(update, model, updates), state, norm
+def decay_mask(model):
+    """Whether each array of the model decays: matrices and embedding tables do, biases and norms do not."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), model)
 
 
 def is_matrix(path: tuple) -> bool:
-    """Whether the weight at a tree path is a matrix or an embedding table, which decay; biases and norms do not."""
+    """Whether the array at a tree path is a matrix or an embedding table."""
     return not any(getattr(entry, "name", None) in ("bias", "scale") for entry in path)
+
+
+def _direction(config: RunConfig) -> optax.GradientTransformation:
+    """From clipped gradients to what weight decay is added to."""
+    optimizer = config.optimizer
+    match optimizer.name:
+        case "adamw":
+            return optax.scale_by_adam(b1=optimizer.beta1, b2=optimizer.beta2, eps=optimizer.epsilon)
+        case "muon":
+            muon = optax.contrib.muon(
+                learning_rate=-1.0,  # optax descends; the chain's last link has the sign and the rate
+                eps=optimizer.epsilon,
+                adam_b1=optimizer.beta1,
+                adam_b2=optimizer.beta2,
+                muon_weight_dimension_numbers=lambda model: _muon_dimensions(model, config.model.embed_dim),
+                consistent_rms=MUON_RMS,
+            )
+            return _with_automatic_sharding(muon)
+
+
+def _muon_dimensions(model, embed_dim: int):
+    """For each kernel of the stacked layers the dims that make its matrices' rows and columns; None for the rest.
+
+    One side of every matrix is the embed dim. The layers, and of a kernel for keys and values these two, are batch
+    dims: each matrix is orthogonalized by itself.
+    """
+
+    def dimensions(path, array) -> MuonDimensionNumbers | None:
+        if not any(getattr(entry, "name", None) == "kernel" for entry in path):
+            return None
+        last = array.ndim - 1
+        if array.shape[1] != embed_dim:  # (L, in..., D)
+            return MuonDimensionNumbers(reduction_axis=tuple(range(1, last)), output_axis=(last,))
+        first_out = 3 if array.ndim == 5 else 2  # (L, D, 2, G, K) or (L, D, out...)
+        return MuonDimensionNumbers(reduction_axis=(1,), output_axis=tuple(range(first_out, array.ndim)))
+
+    return jax.tree_util.tree_map_with_path(dimensions, model)
+
+
+def _with_automatic_sharding(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """For transformations that multiply matrices: optax names no shardings, so XLA chooses those in between."""
+
+    def update(updates, state, params=None):
+        if jax.sharding.get_abstract_mesh().empty:
+            return transform.update(updates, state, params)
+        shardings = jax.tree.map(lambda array: jax.typeof(array).sharding, (updates, state))
+        return jax.sharding.auto_axes(transform.update, out_sharding=shardings)(updates, state, params)
+
+    return optax.GradientTransformation(transform.init, update)
+
+
+def _scale_by_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+    """Like `optax.scale_by_learning_rate`, with the rate of `step`, an extra argument of `update`: a step that is
+    skipped leaves optax's own count as it was, but moves the schedule on."""
+
+    def update(updates, state, params=None, *, step, **extra_args):
+        rate = learning_rate(config, step, num_steps)
+        return jax.tree.map(lambda update: -rate * update, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

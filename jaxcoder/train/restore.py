@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
@@ -17,13 +16,12 @@ from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.checkpoint.discover import is_checkpoint, open_checkpoint, steps_in
 from jaxcoder.checkpoint.manifest import TOKENIZER
-from jaxcoder.checkpoint.names import check_arrays, flatten_model, unflatten_model
+from jaxcoder.checkpoint.names import check_arrays, flatten_tree, unflatten_tree
 from jaxcoder.config import ModelConfig, RunConfig
 from jaxcoder.errors import CheckpointError
 from jaxcoder.models.protocol import Model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
-from jaxcoder.train.optimizer import adam
-from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, unflatten_state
+from jaxcoder.train.state import TrainState, abstract_state, flatten_state, initial_state, state_of, unflatten_state
 
 ARCHITECTURE = (
     "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "num_kv_heads", "vocab_size", "max_seq_len",
@@ -59,9 +57,9 @@ def open_own_weights(path: str) -> StartingWeights:
 
     def load(abstract: Model) -> Model:
         saved = {name: info for name, info in manifest.arrays.items() if name.startswith("params/")}
-        targets = flatten_model(abstract, "params/")
+        targets = flatten_tree(abstract, "params/")
         check_arrays(targets, saved, f"the checkpoint {directory}")
-        return unflatten_model(abstract, array_files.load(directory, targets), "params/")
+        return unflatten_tree(abstract, array_files.load(directory, targets), "params/")
 
     return StartingWeights(path=str(directory), model=manifest.model, tokenizer=tokenizer_beside(directory), load=load)
 
@@ -118,8 +116,7 @@ def tokenizer_beside(directory: epath.PathLike) -> Tokenizer | None:
 def begin(config: RunConfig, weights: StartingWeights) -> TrainState:
     """The state of step 0 with these weights and a fresh optimizer; call with the run's mesh in scope."""
     model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
-    step, moments = jax.jit(lambda model: (jnp.int32(0), adam(config.optimizer).init(model)))(model)
-    return TrainState(step=step, model=model, moments=moments)
+    return jax.jit(lambda model: state_of(model, config), donate_argnums=0)(model)
 
 
 def restore_or_begin(

@@ -1,4 +1,4 @@
-"""What training changes: weights, Adam's moments, the number of completed steps; and its flat form on disk."""
+"""What training changes: weights, the optimizer's state, the number of completed steps; and its flat form on disk."""
 
 from dataclasses import dataclass
 
@@ -7,26 +7,31 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxcoder.checkpoint.names import flatten_model, unflatten_model
+from jaxcoder.checkpoint.names import flatten_tree, unflatten_tree
 from jaxcoder.config import RunConfig
 from jaxcoder.models.protocol import Model, make_model
-from jaxcoder.train.optimizer import adam
+from jaxcoder.train.optimizer import make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """step: int32 scalar, completed optimizer steps; model: fp32; moments: fp32, shaped and sharded like the model."""
+    """step: int32 scalar, completed optimizer steps; model: fp32; optimizer_state: an opaque pytree whose arrays are
+    shaped and sharded like those of the model that they belong to."""
 
     step: jax.Array
     model: Model
-    moments: optax.ScaleByAdamState
+    optimizer_state: optax.OptState
 
 
 def initial_state(config: RunConfig) -> TrainState:
     """Fresh weights from `config.seed`, the same on every mesh. Call under jit and a mesh."""
-    model = make_model(config.model, config.compute, seed=config.seed)
-    return TrainState(step=jnp.int32(0), model=model, moments=adam(config.optimizer).init(model))
+    return state_of(make_model(config.model, config.compute, seed=config.seed), config)
+
+
+def state_of(model: Model, config: RunConfig) -> TrainState:
+    """Step 0 with these weights and a fresh optimizer. Call under jit and the mesh of the weights."""
+    return TrainState(step=jnp.int32(0), model=model, optimizer_state=make_optimizer(config).init(model))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
@@ -36,19 +41,16 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 
 def flatten_state(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a checkpoint under our own names (checkpoint/names.py), as new buffers; of shapes, shapes."""
-    arrays: dict[str, jax.Array] = {}
-    for prefix, tree in _trees(state).items():
-        arrays |= flatten_model(tree, prefix)
-    return arrays | {"optimizer/count": state.moments.count, "step": state.step}
+    """The arrays of a checkpoint under their names on disk (checkpoint/names.py), as new buffers; of shapes, shapes."""
+    return (
+        flatten_tree(state.model, "params/") | flatten_tree(state.optimizer_state, "optimizer/") | {"step": state.step}
+    )
 
 
 def unflatten_state(abstract: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
     """The inverse of `flatten_state`, in the shardings of `abstract`; empties `arrays`."""
-    count, step = arrays.pop("optimizer/count"), arrays.pop("step")
-    model, mu, nu = (unflatten_model(tree, arrays, prefix) for prefix, tree in _trees(abstract).items())
-    return TrainState(step=step, model=model, moments=optax.ScaleByAdamState(count=count, mu=mu, nu=nu))
-
-
-def _trees(state: TrainState) -> dict[str, Model]:
-    return {"params/": state.model, "optimizer/mu/": state.moments.mu, "optimizer/nu/": state.moments.nu}
+    return TrainState(
+        step=arrays.pop("step"),
+        model=unflatten_tree(abstract.model, arrays, "params/"),
+        optimizer_state=unflatten_tree(abstract.optimizer_state, arrays, "optimizer/"),
+    )

@@ -1,7 +1,7 @@
 """The training step: from a batch of windows to new weights, one jitted function with donated state.
 
     microbatches -> hidden states -> chunked cross-entropy -> gradients, summed
-    -> divided by the tokens that count in the whole global batch -> clip -> Adam -> decay -> weights
+    -> divided by the tokens that count in the whole global batch -> optimizer -> weights
        (the old ones, if the loss or a gradient is not finite)
 
 Shapes: B global batch, M microbatch, S sequence.
@@ -11,14 +11,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcoder.config import RunConfig
+from jaxcoder.config.schedule import learning_rate
 from jaxcoder.data.loader import Batch
 from jaxcoder.kernels.dropout.api import make_key
 from jaxcoder.models.protocol import Dropout, Model
 from jaxcoder.sharding.ops import reshard
-from jaxcoder.train.optimizer import apply_adamw, learning_rate
+from jaxcoder.train.optimizer import make_optimizer, num_updates
 from jaxcoder.train.state import TrainState
 from jaxcoder.train.xla_options import Value, accepted, options_for
 
@@ -31,6 +33,7 @@ def make_train_step(
     Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
     weights as they were, else 0), skipped_steps (of the whole run), batch_hash (`batch_hash`).
     """
+    optimizer = make_optimizer(config)
     grad_of_loss = jax.value_and_grad(lambda model, *args: model.loss(*args), has_aux=True)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -50,23 +53,24 @@ def make_train_step(
 
         tokens = jnp.maximum(tokens, 1.0)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        rate = learning_rate(config.optimizer, state.step + 1, config.num_steps)
-        model, moments, norm = apply_adamw(config.optimizer, state.model, gradients, state.moments, rate)
+        norm, step = optax.tree.norm(gradients), state.step + 1
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.model, step=step)
+        model = optax.apply_updates(state.model, updates)
         is_good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if config.optimizer.skip_grad_norm_above is not None:
             is_good &= norm <= config.optimizer.skip_grad_norm_above
-        model, moments = keep_if(is_good, (model, moments), (state.model, state.moments))
-        step = state.step + 1
+        old, new = (state.model, state.optimizer_state), (model, optimizer_state)
+        model, optimizer_state = keep_if(is_good, new, old)
         metrics = {
             "loss": loss / tokens,
             "tokens": tokens,
             "grad_norm": norm,
-            "learning_rate": rate,
+            "learning_rate": learning_rate(config.optimizer, step, config.num_steps),
             "skipped": 1 - is_good.astype(jnp.int32),
-            "skipped_steps": step - moments.count,  # moments count the updates that were made
+            "skipped_steps": step - num_updates(optimizer_state),
             "batch_hash": batch_hash(batch),
         }
-        return TrainState(step=step, model=model, moments=moments), metrics
+        return TrainState(step=step, model=model, optimizer_state=optimizer_state), metrics
 
     options = compiler_options(config, device or jax.local_devices()[0])
     return jax.jit(train_step, donate_argnums=0, compiler_options=options or None)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from jaxcoder.checkpoint.arrays import load_numpy
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.checkpoint.discover import open_checkpoint
-from jaxcoder.checkpoint.names import flatten_model
+from jaxcoder.checkpoint.names import flatten_tree
 from jaxcoder.cli.main import main
 from jaxcoder.config import CheckpointConfig, ComputeConfig, ModelConfig, RunConfig
 from jaxcoder.convert import hub
@@ -48,7 +48,7 @@ def tokenizer():
 def make_run(directory: Path, config: ModelConfig = MODEL, *, save_tokenizer=None, steps=(5,)) -> Path:
     """A run with checkpoints: parameters that are random in every place, and something of an optimizer."""
     rng = np.random.default_rng(0)
-    shapes = flatten_model(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
+    shapes = flatten_tree(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
     arrays = {
         name: jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape).astype(np.float32)) for name, leaf in shapes.items()
     }
@@ -76,7 +76,7 @@ def test_ours_to_theirs_to_ours(tmp_path, tokenizer, num_kv_heads):
     for path in (run, run / "checkpoints", run / "checkpoints" / "5", tmp_path / "theirs", tmp_path / "ours"):
         model, loaded, found = load_model(path, compute=ComputeConfig(dtype="float32"))
         assert loaded == config and found.fingerprint == tokenizer.fingerprint
-        assert flatten_model(model)["wte"].tobytes() == left["params/wte"].tobytes()
+        assert flatten_tree(model)["wte"].tobytes() == left["params/wte"].tobytes()
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 1), (4, 4), (1, 1), (6, 2)])
@@ -94,7 +94,7 @@ def test_the_table_is_its_own_inverse(num_heads, num_kv_heads):
 
 def test_the_table_names_every_array_of_the_model():
     for config in (MODEL, config_with(num_layers=101), config_with(num_kv_heads=4)):
-        model = flatten_model(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
+        model = flatten_tree(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
         table = {name: shape(dims, config) for entry in entries(config) for name, dims in entry.jax_dims.items()}
         assert table == {name: leaf.shape for name, leaf in model.items()}
 
@@ -285,7 +285,7 @@ def test_inspect(tmp_path, capsys):
     (run / "checkpoints" / "6" / "state").mkdir(parents=True)
     assert main(["checkpoint", "inspect", str(run), "--verify"]) == 0
     said = capsys.readouterr().out
-    model = flatten_model(jax.eval_shape(lambda: GPTBigCode(MODEL, rngs=nnx.Rngs(0))))
+    model = flatten_tree(jax.eval_shape(lambda: GPTBigCode(MODEL, rngs=nnx.Rngs(0))))
     parameters = sum(leaf.size for leaf in model.values())
     for words in (
         "step         5   (beside it: 4, 6 (unfinished))",

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from jaxcoder.checkpoint.names import flatten_model
+from jaxcoder.checkpoint.names import flatten_tree
 from jaxcoder.config import ComputeConfig, MeshConfig
 from jaxcoder.convert.from_hf import from_hf
 from jaxcoder.convert.hf_names import entries, to_hf_tensor
@@ -134,7 +134,7 @@ def test_loss_and_gradients(case):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(model)
     np.testing.assert_allclose(value, outputs["loss"], rtol=1e-5)
-    flat = {name: np.asarray(array) for name, array in flatten_model(gradient, "params/").items()}
+    flat = {name: np.asarray(array) for name, array in flatten_tree(gradient, "params/").items()}
     # The tied embedding appears in their list once, with the gradient of both uses.
     norms = dict(zip(map(str, outputs["grad_names"]), outputs["grad_l2"], strict=True))
     for entry in entries(model.config):

@@ -18,6 +18,7 @@ from jaxcoder.record.metrics import read_metrics
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train import loop
 from jaxcoder.train.loop import train
+from jaxcoder.train.optimizer import num_updates
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def poisoned(monkeypatch):
                 batch = batch._replace(loss_mask=batch.loss_mask * jnp.nan)
             before = jax.device_get(state.model)
             state, metrics = step(state, batch)
-            seen.append((number, before, jax.device_get(state.model), int(state.moments.count)))
+            seen.append((number, before, jax.device_get(state.model), int(num_updates(state.optimizer_state))))
             return state, metrics
 
         return run

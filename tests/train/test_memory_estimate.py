@@ -74,6 +74,8 @@ def test_meshes_that_are_not_here():
     estimate = estimate_memory(run)
     assert estimate.weights == pytest.approx(4 * num_parameters(run.model) / 256, rel=0.06)
     largest = 4 * 40 * 6144 * 24576 / 256
-    assert estimate.moments == 2 * estimate.weights and estimate.gradients == int(2 * estimate.weights + largest)
+    assert estimate.optimizer_state == 2 * estimate.weights + 4 and estimate.gradients == int(
+        2 * estimate.weights + largest
+    )
     whole = dataclasses.replace(run, microbatch_size=None)
     assert estimate_memory(whole).saved_activations == 8 * estimate.saved_activations
