@@ -1,14 +1,13 @@
-"""Train weights on, and see what every language gained or lost by it.
+"""Fine-tune weights and measure the change of every language.
 
     jaxcoder finetune runs/base --data PYTHON_STORE --held-out HELD_OUT --output-dir runs/python
     jaxcoder finetune exported --data PYTHON_STORE --held-out PYTHON_HELD_OUT --held-out OTHERS_HELD_OUT --steps 300 \\
         --global-batch-size 16 --output-dir runs/python
 
-The weights are a run or checkpoint of ours or a directory in PyTorch format; the stores are made by `jaxcoder data
-build` with the tokenizer beside them. The schedule is the one that made StarCoder of StarCoderBase, with a fresh
-optimizer; any field of it can be overridden as in `jaxcoder train`. Held-out bits per byte of every language are
-measured before and after on the same windows, shown beside each other and written to OUTPUT_DIR/retention.json.
-Interrupt it whenever you like: the same command goes on where it was.
+WEIGHTS is a run, a checkpoint, or a directory in Hugging Face format. Build the stores with `jaxcoder data build` and
+the tokenizer of the weights. The schedule is that of StarCoder from StarCoderBase, with a new optimizer state; any
+field can be overridden as in `jaxcoder train`. Held-out bits per byte of every language are measured on the same
+windows before and after, printed and written to OUTPUT_DIR/retention.json. The same command resumes an interrupted run.
 """
 
 import argparse
@@ -19,23 +18,25 @@ PASSES_UNKNOWN_ARGUMENTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("base", metavar="WEIGHTS", help="a run, a checkpoint, or a directory in PyTorch format")
+    parser.add_argument("base", metavar="WEIGHTS", help="a run, a checkpoint, or a directory in Hugging Face format")
     parser.add_argument("--data", metavar="STORE", help="token store to train on")
     parser.add_argument(
         "--held-out",
         action="append",
         default=[],
         metavar="STORE",
-        help="token store of held-out documents, in one language or several; may be given several times",
+        help="token store of held-out documents in one or more languages (repeatable)",
     )
-    parser.add_argument("--output-dir", default="runs/finetune", metavar="DIR", help="default: runs/finetune")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help="optimizer steps, with a warm-up that fits (default: 8500)"
+        "--output-dir", default="runs/finetune", metavar="DIR", help="directory of the run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="optimizer steps; shortens the warm-up too (default: 8500)"
     )
     parser.add_argument(
         "--accept-config-change",
         action="store_true",
-        help="continue a fine-tune although its configuration has changed",
+        help="resume a run although its configuration has changed",
     )
 
 
@@ -44,14 +45,15 @@ def run(args: argparse.Namespace) -> int | None:
 
     if "--help" in args.overrides:  # `finetune WEIGHTS --help`: the fields of the run
         from jaxcoder.config.load import load_run
+        from jaxcoder.config.overrides import apply_overrides
 
-        load_run("starcoder", ["--help"])
+        apply_overrides(load_run("starcoder"), ["--help"], prog="jaxcoder finetune WEIGHTS")
     if args.data is None:
-        raise ConfigError("there is nothing to train on: give `--data STORE`.")
+        raise ConfigError("there is no training data: give `--data STORE`.")
     given = {argument.partition("=")[0].replace("_", "-") for argument in args.overrides}
     for short, long in (("--steps", "--num-steps"), ("WEIGHTS", "--init-from"), ("--data", "--data.store")):
         if long in given:
-            raise ConfigError(f"{long} is {short} here: give that.")
+            raise ConfigError(f"{long} is set by {short} in this command: use that.")
     start_jax(debug=args.debug)
     from jaxcoder.recipes.finetune import finetune, table
 

@@ -1,12 +1,12 @@
-"""Start a run on a pod, a cluster or several processes: fills in a file of `launch/` and hands it to its own client.
+"""Start a run on a pod, a cluster or in several processes, by filling in a file of `launch/` and submitting it.
 
     jaxcoder launch local --config smoke --processes 2 --data synthetic --steps 20
     jaxcoder launch slurm --config starcoderbase_1b --nodes 4 --data STORE --output-dir runs/1b --mesh.fsdp 32 --dry-run
-    jaxcoder launch gke --help                             what there is to fill in
+    jaxcoder launch gke --help                             the options of a launch file
 
-Options that the file does not know are options of `jaxcoder train`; they are checked before anything is submitted.
---dry-run prints the file, to be looked at, kept or changed: the files are plain, and work without jaxcoder on the
-machine that submits them. The same command continues a run that was stopped.
+Options that are not in the file are passed to `jaxcoder train`; they are checked before anything is submitted. With
+--dry-run the file is printed, so that you can keep or change it: it also works on a machine without jaxcoder. The same
+command resumes a stopped run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     kinds = "; ".join(f"{name}: {kind.summary}" for name, kind in KINDS.items())
     parser.add_argument("kind", metavar="KIND", choices=list(KINDS), help=kinds)
-    parser.add_argument("--dry-run", action="store_true", help="print the file that would be handed over, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the file instead of submitting it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         for variable in variables(read(args.kind)):
             default = f" (default {variable.default})" if variable.default else ""
             print(f"  {variable.option:<20} {variable.what}{default}")
-        print("\nAll other options go to `jaxcoder train`.")
+        print("\nAll other options are passed to `jaxcoder train`.")
         return 0
     values, arguments = split({variable.option for variable in variables(read(args.kind))}, args.overrides)
     text = fill(args.kind, values, arguments)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def split(known: set[str], words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of the file's own options, and what is left for `jaxcoder train`."""
+    """The values of the options of the launch file, and the arguments for `jaxcoder train`."""
     from jaxcoder.errors import ConfigError
 
     values, rest, words = {}, [], list(words)
@@ -71,18 +71,13 @@ def split(known: set[str], words: Sequence[str]) -> tuple[dict[str, str], list[s
 
 
 def check_run(config: str, arguments: Sequence[str]) -> None:
-    """Raises what `jaxcoder train` would raise of its command line, so that it is known before anything is submitted.
+    """Raises the errors of `jaxcoder train` for its command line, before anything is submitted.
 
-    A configuration in a file that is not here cannot be checked here.
+    A configuration in a file that is not on this machine is not checked.
     """
     from jaxcoder.cli import main, train
 
     path = config.partition(":")[0]
     if path.endswith(".py") and not os.path.exists(path):
         return
-    parser = main.Parser(prog="jaxcoder train")
-    parser.passes_unknown = True
-    train.add_arguments(parser)
-    args, overrides = parser.parse_known_args([config, *arguments])
-    args.overrides = overrides
-    train.config_of(args)
+    train.config_of(main.parse_verb("train", train, [config, *arguments]))

@@ -1,10 +1,10 @@
-"""`jaxcoder VERB ...`: finds the verb, parses its arguments, and ends every failure in one sentence.
+"""The `jaxcoder` command: finds the verb, parses its arguments, runs it, and reports errors in one sentence.
 
 A verb is a module of this package with `add_arguments(parser)` and `run(args) -> int | None`. The first line of its
-docstring is the one-line help, the rest teaches with an example under the options. A module that sets
-`PASSES_UNKNOWN_ARGUMENTS = True` finds the options it does not declare in `args.overrides`; for such a verb,
-`jaxcoder VERB NAME --help` hands `--help` over in `args.overrides` too, so that the fields of NAME can be shown.
-Only the module of the chosen verb is imported, so that `jaxcoder --help` answers at once.
+docstring is its summary; the rest, with examples, is shown below the options. A module with
+`PASSES_UNKNOWN_ARGUMENTS = True` gets the options it does not declare in `args.overrides`; for such a verb,
+`jaxcoder VERB NAME --help` also passes "--help" in `args.overrides`, to show the fields of the run NAME.
+Only the module of the chosen verb is imported, which keeps `jaxcoder --help` fast.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -23,35 +24,34 @@ from jaxcoder.io.os_errors import explain_os_error
 from jaxcoder.record.console import clear_live_line, configure_logging
 
 VERBS: dict[str, tuple[str, str]] = {
-    "quickstart": ("jaxcoder.cli.quickstart", "the whole road at small size, on the code of this machine"),
-    "train": ("jaxcoder.cli.train", "train a model, or go on with a stopped run"),
-    "plan": ("jaxcoder.cli.plan", "whether a run fits hardware that is not here, and how fast it goes"),
+    "quickstart": ("jaxcoder.cli.quickstart", "run the whole pipeline at a small size on local code"),
+    "train": ("jaxcoder.cli.train", "train a model, or resume a run"),
+    "plan": ("jaxcoder.cli.plan", "estimate memory and speed of a run on other hardware"),
     "launch": ("jaxcoder.cli.launch", "start a run on a pod, a cluster or several processes"),
-    "report": ("jaxcoder.cli.report", "what a run did: a page, and a summary here"),
-    "doctor": ("jaxcoder.cli.doctor", "what is wrong with a run, and what to try"),
-    "finetune": ("jaxcoder.cli.finetune", "train weights on, and see what every language lost"),
+    "report": ("jaxcoder.cli.report", "summarize a run and write its HTML report"),
+    "doctor": ("jaxcoder.cli.doctor", "diagnose the problems of a run"),
+    "finetune": ("jaxcoder.cli.finetune", "fine-tune weights and measure the change per language"),
     "complete": ("jaxcoder.cli.complete", "complete or infill code with a trained model"),
-    "convert": ("jaxcoder.cli.convert", "PyTorch-format weights out of a checkpoint, or into one"),
-    "checkpoint": ("jaxcoder.cli.checkpoint", "look into a checkpoint"),
-    "tokenizer": ("jaxcoder.cli.tokenizer", "train a tokenizer, or try one"),
-    "data": ("jaxcoder.cli.data", "documents into a token store, ready to train on"),
-    "corpus": ("jaxcoder.cli.corpus", "source trees into filtered, deduplicated documents"),
-    "drill": ("jaxcoder.cli.drill", "disturb a real run in every way, and see what survives"),
-    "bench": ("jaxcoder.cli.bench", "measure, side by side, what is claimed"),
+    "convert": ("jaxcoder.cli.convert", "convert checkpoints to and from Hugging Face format"),
+    "checkpoint": ("jaxcoder.cli.checkpoint", "inspect and verify a checkpoint"),
+    "tokenizer": ("jaxcoder.cli.tokenizer", "train or try a tokenizer"),
+    "data": ("jaxcoder.cli.data", "build and inspect token stores"),
+    "corpus": ("jaxcoder.cli.corpus", "turn source trees into filtered, deduplicated documents"),
+    "drill": ("jaxcoder.cli.drill", "inject faults into a real run and check that it recovers"),
+    "bench": ("jaxcoder.cli.bench", "run the benchmarks on this machine"),
 }
 
-EXIT_BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+LOG_LEVELS = ("debug", "info", "warning", "error")
+EXIT_BROKEN_PIPE = 141  # the exit status that a shell reports for SIGPIPE
 
 
 class UsageError(JaxcoderError):
-    """A command line that cannot be understood."""
+    """An invalid command line."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our manners: no abbreviations, the nearest spelling suggested, errors raised and not exited.
-
-    Sub-parsers made by `add_subparsers` get the same class and so the same manners.
-    """
+    """An ArgumentParser without abbreviations that suggests the nearest spelling and raises UsageError instead of
+    exiting. Sub-parsers have the same class."""
 
     def __init__(self, *args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
         super().__init__(*args, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **kwargs)
@@ -63,44 +63,41 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown and not self.passes_unknown:
-            self.error(self._explain_unknown(unknown[0]))
+            name = unknown[0].split("=")[0]
+            if not name.startswith("-"):
+                self.error(f"unexpected argument {unknown[0]!r}")
+            # argparse has no public list of its options.
+            self.error(f"there is no option {name}{did_you_mean(name, self._option_string_actions)}")
         return namespace, unknown
 
     def _get_value(self, action, text):
         try:
             return super()._get_value(action, text)
         except argparse.ArgumentError:
-            wanted = {int: "a whole number", float: "a number"}.get(action.type)
-            if wanted is None:
+            required = {int: "an integer", float: "a number"}.get(action.type)
+            if required is None:
                 raise
-            self.error(f"{'/'.join(action.option_strings) or action.dest} is {text!r}, but has to be {wanted}")
+            self.error(f"{'/'.join(action.option_strings) or action.dest} is {text!r}, but must be {required}")
 
     def _check_value(self, action, value):
         if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
-            what = action.metavar or action.dest if not action.option_strings else action.option_strings[-1]
-            self.error(
-                f"{what} cannot be {value!r}{did_you_mean(str(value), choices)}; it is one of {', '.join(choices)}"
-            )
-
-    def _explain_unknown(self, argument: str) -> str:
-        if not argument.startswith("-"):
-            return f"nothing takes the argument {argument!r}"
-        name = argument.split("=")[0]
-        # argparse has no public list of its options; this attribute has had its name since Python 2.7.
-        return f"there is no option {name}{did_you_mean(name, self._option_string_actions)}"
+            name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+            choices = list(map(str, action.choices))
+            near = did_you_mean(str(value), choices)
+            self.error(f"{name} cannot be {value!r}{near}: choose one of {', '.join(choices)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line (default `sys.argv[1:]`) and returns the exit code."""
+    """Runs one command line (default: `sys.argv[1:]`) and returns the exit code."""
     _make_streams_safe()
     configure_logging()
-    arguments, debug = _take_debug(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()  # a closed pipe shows here, and not as a traceback at exit
+        sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
         return code
-    except SystemExit as stop:  # argparse after --help and --version
+    except SystemExit as stop:  # argparse, after --help and --version
         return stop.code if isinstance(stop.code, int) else 0
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,8 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         clear_live_line()
         explained = explain(error)
         if debug:
-            import traceback
-
             traceback.print_exception(error)
         elif explained is None:
             raise
@@ -118,20 +113,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         code = _report(explained)
         if argv is None:
-            # XLA's or Arrow's threads may be at work still: taking the interpreter down under them can crash, and a
-            # scheduler would see that instead of the exit code.
+            # Threads of XLA or Arrow may still run: a normal interpreter exit could crash in them, and a scheduler
+            # would see that instead of the exit code.
             sys.stdout.flush()
             os._exit(code)
         return code
 
 
 def explain(error: BaseException) -> JaxcoderError | None:
-    """The sentence for an error that a user can mend, whoever raised it; None for a bug."""
+    """The error to report for one that the user can fix; None for a bug."""
     if isinstance(error, JaxcoderError):
         return error
     if isinstance(error, KeyboardInterrupt):
         name, code = ("SIGTERM", EXIT_SIGTERM) if isinstance(error, runtime.Terminated) else ("Ctrl-C", EXIT_CTRL_C)
-        message = f"stopped by {name}; what was already saved is kept."
+        message = f"stopped by {name}; everything saved so far is kept."
         return Interrupted(message, exit_code=code, resume_command=runtime.resume_command())
     # Before memory: tensorstore reports RESOURCE_EXHAUSTED for a full disk too.
     if message := explain_os_error(error, runtime.resume_command()):
@@ -143,38 +138,44 @@ def _report(error: JaxcoderError) -> int:
     kind = "" if isinstance(error, Interrupted) else "error: "
     print(f"jaxcoder: {kind}{error}", file=sys.stderr)
     if isinstance(error, Interrupted) and error.resume_command:
-        print(f"jaxcoder: to go on, run: {error.resume_command}", file=sys.stderr)
+        print(f"jaxcoder: to resume, run: {error.resume_command}", file=sys.stderr)
     return error.exit_code
 
 
 def _dispatch(arguments: list[str]) -> int:
+    options, arguments = _take_global_options(arguments)
+    configure_logging(options.log_level, options.quiet)
     verb_at = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
-    _top_parser().parse_args(arguments[:verb_at])
+    parser = _top_parser()
+    parser.parse_args(arguments[:verb_at])
     if verb_at == len(arguments):
-        _top_parser().print_help(sys.stderr)
+        parser.print_help(sys.stderr)
         return UsageError.exit_code
-    verb, rest = arguments[verb_at], arguments[verb_at + 1 :]
+    verb = arguments[verb_at]
     if verb not in VERBS:
         raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}. See `jaxcoder --help`.")
     module = importlib.import_module(VERBS[verb][0])
-    args = _parse_verb(verb, module, rest)
+    args = parse_verb(verb, module, arguments[verb_at + 1 :], options)
     with runtime.sigterm_raises():
         return module.run(args) or 0
 
 
-def _parse_verb(verb: str, module: ModuleType, rest: list[str]) -> argparse.Namespace:
-    summary, _, lesson = (module.__doc__ or VERBS[verb][1]).partition("\n")
-    parser = Parser(prog=f"jaxcoder {verb}", description=summary, epilog=lesson.strip("\n"))
+def parse_verb(
+    verb: str, module: ModuleType, arguments: list[str], options: argparse.Namespace | None = None
+) -> argparse.Namespace:
+    """The arguments of a verb, parsed, together with the global `options`. Raises UsageError."""
+    summary, _, examples = (module.__doc__ or VERBS[verb][1]).partition("\n")
+    parser = Parser(prog=f"jaxcoder {verb}", description=summary, epilog=examples.strip("\n"))
     module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.passes_unknown = "PASSES_UNKNOWN_ARGUMENTS" in vars(module) and module.PASSES_UNKNOWN_ARGUMENTS
+    _add_global_options(parser)
+    parser.passes_unknown = getattr(module, "PASSES_UNKNOWN_ARGUMENTS", False)
     if not parser.passes_unknown:
-        return parser.parse_args(rest)
-    wants_fields = bool(rest) and not rest[0].startswith("-") and not {"-h", "--help"}.isdisjoint(rest)
-    if wants_fields:
-        rest = [argument for argument in rest if argument not in ("-h", "--help")]
-    args, args_overrides = parser.parse_known_args(rest)
-    args.overrides = args_overrides + ["--help"] * wants_fields
+        return parser.parse_args(arguments, options)
+    shows_fields = arguments[:1] != [] and arguments[0][0] != "-" and not {"-h", "--help"}.isdisjoint(arguments)
+    if shows_fields:
+        arguments = [argument for argument in arguments if argument not in ("-h", "--help")]
+    args, unknown = parser.parse_known_args(arguments, options)
+    args.overrides = unknown + ["--help"] * shows_fields
     return args
 
 
@@ -183,24 +184,34 @@ def _top_parser() -> Parser:
     table = "\n".join(f"  {verb:<{width}}  {summary}" for verb, (_, summary) in VERBS.items())
     parser = Parser(
         prog="jaxcoder",
-        usage="jaxcoder VERB ... [--debug]",
-        description=f"The StarCoder system in JAX: raw code in, a model that completes it out.\n\nverbs:\n{table}",
-        epilog="Start with `jaxcoder quickstart`; `jaxcoder VERB --help` teaches a verb by example.",
+        usage="jaxcoder [OPTIONS] VERB ...",
+        description=f"StarCoder in JAX, from raw code to a model that completes code.\n\nverbs:\n{table}",
+        epilog="Start with `jaxcoder quickstart`. `jaxcoder VERB --help` describes a verb, with examples.",
     )
     parser.add_argument("--version", action="version", version=f"jaxcoder {jaxcoder.__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_global_options(parser)
     return parser
 
 
-def _take_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
-    """`--debug` may stand anywhere before a bare `--`, also behind the verb's own sub-verb."""
+def _add_global_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("global options")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error and the libraries' logs")
+    group.add_argument("--log-level", choices=LOG_LEVELS, default="info", help="least severe messages to show")
+    group.add_argument("--quiet", action="store_true", help="show warnings and errors only, and no progress")
+
+
+def _take_global_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The global options, which may stand anywhere before a bare `--`, and the other arguments."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    kept = [argument for argument in arguments[:end] if argument != "--debug"]
-    return kept + list(arguments[end:]), len(kept) < end
+    parser = Parser(prog="jaxcoder", add_help=False)
+    parser.passes_unknown = True
+    _add_global_options(parser)
+    options, rest = parser.parse_known_args(arguments[:end])
+    return options, rest + arguments[end:]
 
 
 def _make_streams_safe() -> None:
-    """Characters that the terminal's encoding lacks are escaped, so that printing a completion cannot fail."""
+    """Escapes characters that the terminal's encoding lacks, so that printing a completion cannot fail."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""How every verb that computes begins."""
+"""JAX initialization for the verbs that compute."""
 
 import argparse
 import logging
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 def start_jax(*, debug: bool) -> None:
-    """Sets JAX's options, and warns where this machine has an accelerator that JAX cannot see."""
+    """Sets JAX's options, and warns if this machine has an accelerator that JAX cannot see."""
     from jaxcoder import runtime
 
     runtime.initialize(debug=debug)
@@ -15,20 +15,20 @@ def start_jax(*, debug: bool) -> None:
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of a verb that several processes can share."""
+    """Options of a verb that can run in several processes."""
     group = parser.add_argument_group(
         "several processes", "Not needed under SLURM, on TPU pods and with the files of `jaxcoder launch`."
     )
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is met, on a port that is free")
-    group.add_argument("--num-processes", type=int, metavar="N", help="how many processes share the run")
-    group.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, with a free port")
+    group.add_argument("--num-processes", type=int, metavar="N", help="number of processes of the run")
+    group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
-        "--join-seconds", type=float, default=900.0, metavar="S", help="so long to wait for the others (900)"
+        "--initialization-timeout", type=float, default=900.0, metavar="S", help="timeout for the other processes (default: 900)"
     )
 
 
 def start_processes(args: argparse.Namespace) -> int:
-    """`start_jax` for a verb with the options above: meets the other processes. Returns the index of this one."""
+    """`start_jax` for a verb with the options above: also connects to the other processes. Returns this one's index."""
     from jaxcoder import runtime
     from jaxcoder.record.console import configure_logging
 
@@ -37,7 +37,7 @@ def start_processes(args: argparse.Namespace) -> int:
         coordinator=args.coordinator,
         num_processes=args.num_processes,
         process_id=args.process_id,
-        patience=args.join_seconds,
+        patience=args.initialization_timeout,
     )
     if index == 0:
         _warn_of_unseen()

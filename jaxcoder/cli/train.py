@@ -1,14 +1,14 @@
-"""Train a model: a configuration by name or file, any field overridden on the command line.
+"""Train a model. The configuration is a name or a file; the command line can override any field.
 
-    jaxcoder train smoke --data synthetic                  try the machine: random tokens, nothing to prepare
+    jaxcoder train smoke --data synthetic                  a quick test of the machine, on random tokens
     jaxcoder train starcoderbase_1b --data synthetic --steps 20
     jaxcoder train tiny_starcoder_py --data STORE --output-dir runs/tiny --global-batch-size 64
     jaxcoder train my_run.py:experiment --optimizer.peak-learning-rate 1e-4
 
-    jaxcoder train starcoderbase --data STORE --mesh.fsdp 64 --dry-run     what it needs, on any machine
+    jaxcoder train starcoderbase --data STORE --mesh.fsdp 64 --dry-run     its requirements, on any machine
 
-STORE is a directory made by `jaxcoder data build`. A run lives in its output directory: the same command continues it
-from the newest checkpoint, after Ctrl-C, a kill or a crash. `jaxcoder train NAME --help` shows every field of NAME.
+STORE is a directory made by `jaxcoder data build`. All files of a run are in its output directory. The same command
+resumes it from the newest checkpoint after Ctrl-C, a kill or a crash. `jaxcoder train CONFIG --help` lists all fields.
 """
 
 import argparse
@@ -25,24 +25,28 @@ PASSES_UNKNOWN_ARGUMENTS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="name of a run, or FILE.py[:FUNCTION]")
     parser.add_argument(
-        "--data", metavar="STORE", help="token store to train on, or `synthetic` (short for --data.store)"
+        "--data", metavar="STORE", help="token store, or `synthetic` for random tokens (short for --data.store)"
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="short for --num-steps, with a warm-up that fits")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="like --num-steps, and shortens the warm-up to a tenth of it"
+    )
     parser.add_argument(
         "--variant",
         choices=("mended", "as_trained"),
-        help="set every switch for a defect of StarCoder's training: mended (default), or as it was trained",
+        help="reproduce the defects of StarCoder's training (as_trained), or not (mended, the default)",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the run's configuration, size, FLOPs, memory, data and directory, and stop: nothing is computed",
+        help="print the configuration, size, FLOPs, memory, data and directory of the run, and exit",
     )
     parser.add_argument(
-        "--accept-config-change", action="store_true", help="continue a run although its configuration has changed"
+        "--accept-config-change", action="store_true", help="resume a run although its configuration has changed"
     )
     parser.add_argument(
-        "--profile-steps", metavar="FIRST:LAST", help="record a profile of these steps (10:13) in OUTPUT_DIR/profile"
+        "--profile-steps",
+        metavar="FIRST:LAST",
+        help="write a profile of these steps, such as 10:13, to OUTPUT_DIR/profile",
     )
     add_process_arguments(parser)
 
@@ -63,13 +67,13 @@ def run(args: argparse.Namespace) -> int | None:
     directory = result.directory
     print(f"Finished step {result.step:,}. Checkpoint: {directory.checkpoints}, metrics: {directory.metrics_file}")
     if config.data.store != "synthetic":
-        print(f"Go on with:  jaxcoder complete {directory.path} --prefix 'def '")
-        print(f"             jaxcoder convert to-hf {directory.path} {directory.path}/hf")
+        print(f"Next:  jaxcoder complete {directory.path} --prefix 'def '")
+        print(f"       jaxcoder convert to-hf {directory.path} {directory.path}/hf")
     return None
 
 
 def config_of(args: argparse.Namespace) -> "RunConfig":
-    """The run that the command line asks for. ConfigError where it says one thing twice."""
+    """The run that the command line describes. Raises ConfigError for invalid or contradictory options."""
     from dataclasses import replace
 
     from jaxcoder.config.load import load_run, with_store
@@ -78,13 +82,13 @@ def config_of(args: argparse.Namespace) -> "RunConfig":
     given = {argument.partition("=")[0].replace("_", "-") for argument in args.overrides}
     for short, value, long in (("--data", args.data, "--data.store"), ("--steps", args.steps, "--num-steps")):
         if value is not None and long in given:
-            raise ConfigError(f"{short} and {long} are one option under two names: give one of them.")
+            raise ConfigError(f"{short} and {long} set the same field: use one of them.")
     config = load_run(args.config, args.overrides, args.variant)
     if args.data is not None:
         config = with_store(config, args.data)
     if args.steps is not None:
         if args.steps < 1:
-            raise ConfigError(f"--steps is {args.steps}: give 1 or more.")
+            raise ConfigError(f"--steps is {args.steps}, but must be at least 1.")
         warmup = min(config.optimizer.warmup_steps, args.steps // 10)
         config = replace(config, num_steps=args.steps, optimizer=replace(config.optimizer, warmup_steps=warmup))
     return config

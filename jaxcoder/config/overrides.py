@@ -92,7 +92,8 @@ def _unknown(given: str, option: str, options: list[str]) -> str:
 def _help(config: object, prog: str) -> str:
     """Every field as an option, with its type, value and documentation, under a heading for each dataclass."""
     width = min(100, shutil.get_terminal_size().columns)
-    lines = [f"usage: {prog} [OPTIONS] [--FIELD VALUE ...]", "", "Fields of the run and their values:"]
+    lines = [f"usage: {prog} [OPTIONS] [--FIELD VALUE ...]", ""]
+    lines += [f"Fields of the run and their values (`{' '.join(prog.split()[:2])} --help` lists the options):", ""]
     group = None
     for leaf in sorted(fields.walk(config), key=lambda leaf: "." in leaf.name):  # those of no group first
         option = _option(leaf.name)

@@ -81,7 +81,7 @@ def test_text_from_files_is_exact(complete, tmp_path, loaded):
         (["--prefix", "a", "--top-p", "0.5"], "no effect without a temperature"),
         (["--prefix", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prefix", "a", "--temperature", "-1"], "temperature -1.0"),
-        (["--prefix", "a", "--temperature", "hot"], "--temperature is 'hot', but has to be a number"),
+        (["--prefix", "a", "--temperature", "hot"], "--temperature is 'hot', but must be a number"),
         (["--prefix", "a", "--seed", "-1"], "seed -1"),
         (["--prefix", "a", "--step", "-1"], "--step is -1"),
         (["--prefix", "a", "--dtype", "float16"], "cannot be 'float16'"),

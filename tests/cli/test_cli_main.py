@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib.util
 import io
+import logging
 import os
 import signal
 import subprocess
@@ -116,18 +117,18 @@ def test_runs_the_verb(verb):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "there is no verb 'trian' (did you mean `train`?)"),
+        (["trian"], "there is no verb 'trian' (did you mean 'train'?)"),
         (["qwerty"], "there is no verb 'qwerty'. See"),
-        (["--versoin"], "(did you mean `--version`?)"),
-        (["fake", "--siez", "3"], "there is no option --siez (did you mean `--size`?). See `jaxcoder fake --help`"),
-        (["fake", "--siez=3"], "there is no option --siez (did you mean `--size`?)"),
-        (["fake", "--size", "three"], "--size is 'three', but has to be a whole number. See"),
+        (["--versoin"], "(did you mean '--version'?)"),
+        (["fake", "--siez", "3"], "there is no option --siez (did you mean '--size'?). See `jaxcoder fake --help`"),
+        (["fake", "--siez=3"], "there is no option --siez (did you mean '--size'?)"),
+        (["fake", "--size", "three"], "--size is 'three', but must be an integer. See"),
         (
             ["fake", "--siz", "3"],
             "there is no option --siz",
         ),  # no abbreviations: they would break when options are added
-        (["fake", "--colour", "gren"], "--colour cannot be 'gren' (did you mean `green`?); it is one of red, green"),
-        (["fake", "one", "two"], "nothing takes the argument 'two'"),
+        (["fake", "--colour", "gren"], "--colour cannot be 'gren' (did you mean 'green'?): choose one of red, green"),
+        (["fake", "one", "two"], "unexpected argument 'two'"),
         (["fake", "--size"], "expected one argument"),
     ],
 )
@@ -149,9 +150,9 @@ def test_sub_verbs_have_the_same_manners(verb, capsys):
     verb(lambda args: seen.append(args.output), add_arguments=nested_arguments)
     assert cli.main(["fake", "build", "--output", "x", "--debug"]) == 0 and seen == ["x"]
     assert cli.main(["fake", "bild"]) == 2
-    assert "ACTION cannot be 'bild' (did you mean `build`?)" in capsys.readouterr().err
+    assert "ACTION cannot be 'bild' (did you mean 'build'?)" in capsys.readouterr().err
     assert cli.main(["fake", "build", "--outptu", "x"]) == 2
-    assert "(did you mean `--output`?). See `jaxcoder fake build --help`" in capsys.readouterr().err
+    assert "(did you mean '--output'?). See `jaxcoder fake build --help`" in capsys.readouterr().err
     assert cli.main(["fake"]) == 2
 
 
@@ -202,6 +203,28 @@ def test_debug_shows_the_traceback(verb, capsys, arguments):
     assert "Traceback" in said and said.endswith("jaxcoder: error: a sentence.\n")
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["info", "warning"]),
+        (["--quiet"], ["warning"]),
+        (["--log-level", "error"], []),
+        (["--log-level=debug"], ["debug", "info", "warning"]),
+    ],
+)
+def test_log_level_and_quiet_stand_anywhere(verb, capsys, options, expected):
+    def run(args):
+        for level in ("debug", "info", "warning"):
+            getattr(logging.getLogger("jaxcoder.fake"), level)(level)
+
+    verb(run)
+    for arguments in ([*options, "fake"], ["fake", "x", *options, "--size", "2"]):
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().err.split() == expected
+    assert cli.main(["fake", "--log-level", "loud"]) == 2
+    assert "--log-level cannot be 'loud': choose one of debug" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(verb, capsys):
     verb(raising(ZeroDivisionError("bug")))
     with pytest.raises(ZeroDivisionError):
@@ -220,7 +243,7 @@ def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
     )
     assert cli.main(["fake"]) == 143
     said = capsys.readouterr().err
-    assert "error" not in said and "to go on, run: jaxcoder train x" in said
+    assert "error" not in said and "to resume, run: jaxcoder train x" in said
     monkeypatch.setattr(sys, "argv", ["jaxcoder", "fake", "a b"])
     verb(raising(KeyboardInterrupt()))
     assert cli.main(["fake"]) == 130
@@ -244,7 +267,7 @@ def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
     process.send_signal(number)
     out, said = process.communicate(timeout=30)
     assert process.returncode == code and out == "cleaned up\n"
-    assert "jaxcoder: stopped by" in said and "to go on, run:" in said and "Traceback" not in said
+    assert "jaxcoder: stopped by" in said and "to resume, run:" in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ def refused(capsys, command: str) -> str:
 @pytest.mark.parametrize(
     ("command", "expected"),
     [
-        ("smoke --data a --data.store b", "--data and --data.store are one option under two names"),
-        ("smoke --data a --data.store=b", "--data and --data.store are one option under two names"),
-        ("smoke --data synthetic --steps 3 --num_steps 4", "--steps and --num-steps are one option under two names"),
-        ("smoke --data synthetic --steps 0", "--steps is 0: give 1 or more"),
+        ("smoke --data a --data.store b", "--data and --data.store set the same field"),
+        ("smoke --data a --data.store=b", "--data and --data.store set the same field"),
+        ("smoke --data synthetic --steps 3 --num_steps 4", "--steps and --num-steps set the same field"),
+        ("smoke --data synthetic --steps 0", "--steps is 0, but must be at least 1"),
         ("smoke --data synthetic --num-steps 1", "warmup_steps 2 is larger than num_steps 1"),
         ("smoke --data synthetic --mesh.fsdp 64", "fsdp 64 x tensor 1 is 64 devices, but there are 8: set one axis"),
         ("smoke --data synthetic --profile-steps ten", "--profile-steps is 'ten': give the first and the last step"),

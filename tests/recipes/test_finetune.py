@@ -133,8 +133,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(place, tmp_path):
 
 def test_options_under_another_name(capsys):
     base = ["finetune", "x", "--data", "a", "--held-out", "b"]
-    assert main([*base, "--num-steps", "3"]) == 2 and "--num-steps is --steps here" in capsys.readouterr().err
-    assert main([*base, "--data.store", "c"]) == 2 and "--data.store is --data here" in capsys.readouterr().err
+    assert main([*base, "--num-steps", "3"]) == 2 and "--num-steps is set by --steps" in capsys.readouterr().err
+    assert main([*base, "--data.store", "c"]) == 2 and "--data.store is set by --data" in capsys.readouterr().err
 
 
 def test_the_table():
@@ -152,4 +152,4 @@ def test_the_table():
 def test_help_and_what_is_left_out(capsys):
     assert main(["finetune", "x", "--help"]) == 0
     assert "--optimizer.peak-learning-rate" in capsys.readouterr().out
-    assert main(["finetune", "x"]) == 2 and "nothing to train on: give `--data STORE`" in capsys.readouterr().err
+    assert main(["finetune", "x"]) == 2 and "no training data: give `--data STORE`" in capsys.readouterr().err
