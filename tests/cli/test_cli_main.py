@@ -117,17 +117,17 @@ def test_runs_the_verb(verb):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "there is no verb 'trian' (did you mean 'train'?)"),
+        (["trian"], "there is no verb 'trian' (did you mean `train`?)"),
         (["qwerty"], "there is no verb 'qwerty'. See"),
-        (["--versoin"], "(did you mean '--version'?)"),
-        (["fake", "--siez", "3"], "there is no option --siez (did you mean '--size'?). See `jaxcoder fake --help`"),
-        (["fake", "--siez=3"], "there is no option --siez (did you mean '--size'?)"),
+        (["--versoin"], "(did you mean `--version`?)"),
+        (["fake", "--siez", "3"], "there is no option --siez (did you mean `--size`?). See `jaxcoder fake --help`"),
+        (["fake", "--siez=3"], "there is no option --siez (did you mean `--size`?)"),
         (["fake", "--size", "three"], "--size is 'three', but must be an integer. See"),
         (
             ["fake", "--siz", "3"],
             "there is no option --siz",
         ),  # no abbreviations: they would break when options are added
-        (["fake", "--colour", "gren"], "--colour cannot be 'gren' (did you mean 'green'?): choose one of red, green"),
+        (["fake", "--colour", "gren"], "--colour cannot be 'gren' (did you mean `green`?): choose one of red, green"),
         (["fake", "one", "two"], "unexpected argument 'two'"),
         (["fake", "--size"], "expected one argument"),
     ],
@@ -150,9 +150,9 @@ def test_sub_verbs_have_the_same_manners(verb, capsys):
     verb(lambda args: seen.append(args.output), add_arguments=nested_arguments)
     assert cli.main(["fake", "build", "--output", "x", "--debug"]) == 0 and seen == ["x"]
     assert cli.main(["fake", "bild"]) == 2
-    assert "ACTION cannot be 'bild' (did you mean 'build'?)" in capsys.readouterr().err
+    assert "ACTION cannot be 'bild' (did you mean `build`?)" in capsys.readouterr().err
     assert cli.main(["fake", "build", "--outptu", "x"]) == 2
-    assert "(did you mean '--output'?). See `jaxcoder fake build --help`" in capsys.readouterr().err
+    assert "(did you mean `--output`?). See `jaxcoder fake build --help`" in capsys.readouterr().err
     assert cli.main(["fake"]) == 2
 
 
