@@ -23,7 +23,11 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num-processes", type=int, metavar="N", help="number of processes of the run")
     group.add_argument("--process-id", type=int, metavar="I", help="index of this process, from 0")
     group.add_argument(
-        "--initialization-timeout", type=float, default=900.0, metavar="S", help="timeout for the other processes (default: 900)"
+        "--initialization-timeout",
+        type=float,
+        default=900.0,
+        metavar="S",
+        help="timeout for the other processes (default: 900)",
     )
 
 
