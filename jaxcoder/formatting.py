@@ -50,6 +50,19 @@ def plural(number: int, noun: str, plural_noun: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else plural_noun or noun + 's'}"
 
 
+def format_ranges(numbers: Sequence[int], most: int = 12) -> str:
+    """ "3, 7 to 9, 20 and 4 more": ascending numbers, consecutive ones folded, at most `most` ranges."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = [f"{first:,}" if first == last else f"{first:,} to {last:,}" for first, last in ranges[:most]]
+    rest = sum(last - first + 1 for first, last in ranges[most:])
+    return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
+
+
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The spelling among `known` that is closest to `word`, None if nothing is close (cutoff: 0 to 1, as difflib's)."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -2,7 +2,15 @@
 
 import pytest
 
-from jaxcoder.formatting import did_you_mean, format_bytes, format_count, format_duration, format_table, plural
+from jaxcoder.formatting import (
+    did_you_mean,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_ranges,
+    format_table,
+    plural,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +61,9 @@ def test_plurals_and_suggestions():
     assert plural(2, "process", "processes") == "2 processes"
     assert did_you_mean("tensr", ["data", "tensor"]) == " (did you mean `tensor`?)"
     assert did_you_mean("xyz", ["data", "tensor"]) == ""
+
+
+def test_ranges_are_folded():
+    assert format_ranges([3, 7, 8, 9, 20]) == "3, 7 to 9, 20" and format_ranges([]) == ""
+    assert format_ranges(list(range(0, 40, 2)), most=3) == "0, 2, 4 and 17 more"
+    assert format_ranges([5, 6, 1000, 1001]) == "5 to 6, 1,000 to 1,001"

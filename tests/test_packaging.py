@@ -34,7 +34,12 @@ def installed(tmp_path_factory) -> Path:
 def test_every_file_of_the_package_is_in_the_wheel(installed):
     for folder, name in (("jaxcoder", "jaxcoder"), ("configs", "jaxcoder_configs")):
         sources = {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.py")}
-        assert sources == {path.relative_to(installed / name) for path in (installed / name).rglob("*.py")}
+        sources |= {path.relative_to(ROOT / folder) for path in (ROOT / folder).rglob("*.jinja")}
+        assert sources == {
+            path.relative_to(installed / name)
+            for path in (installed / name).rglob("*")
+            if path.suffix in (".py", ".jinja")
+        }
 
 
 def test_the_launch_files_are_in_the_wheel(installed):

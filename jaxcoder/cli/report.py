@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxcoder.io.os_errors import access_errors
     from jaxcoder.models.flops import num_parameters
     from jaxcoder.record.run_record import read_run
-    from jaxcoder.record.summary import describe
-    from jaxcoder.report.page import page
+    from jaxcoder.report.page import run_page
+    from jaxcoder.report.summary import describe
 
     if args.text and args.output is not None:
         raise ConfigError("--text writes no page and --output says where it goes: give one of them.")
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     filesystem, inside = open_address(output)
     with access_errors(output, "write to"):
         filesystem.makedirs(filesystem._parent(inside), exist_ok=True)
-        filesystem.pipe_file(inside, page(record, parameters=parameters, findings=findings).encode())
+        filesystem.pipe_file(inside, run_page(record, num_parameters=parameters, findings=findings).encode())
     print(f"\nThe page: {output}")
     if findings:
         print(f"{plural(len(findings), 'finding')}: `jaxcoder doctor {args.run}` says what to try.")

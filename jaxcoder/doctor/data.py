@@ -1,92 +1,93 @@
-"""Rules about what a run learns from, and for: held-out languages and corpora, context, FIM, batches."""
+"""Rules about data: held-out languages and corpora, memorization, use of the context, FIM shares, repeated batches."""
 
 import math
 from collections.abc import Iterator
 
 import numpy as np
 
-from jaxcoder.doctor.findings import Finding, trace_command
+from jaxcoder.doctor.findings import MARGIN, Finding, trace_command
 from jaxcoder.formatting import format_count
 from jaxcoder.record.run_record import RunRecord
-from jaxcoder.record.series import Series
-from jaxcoder.record.summary import recent
+from jaxcoder.record.series import Series, position_losses
 
-_FEWEST = 200
-"""Held-out tokens of a bucket of positions below which its loss says too little."""
+# Thresholds.
+MIN_EVALUATIONS = 3  # two points show a direction, the third that it is no accident
+MIN_BUCKET_TOKENS = 2500  # standard error of a mean loss = MARGIN, where a token's loss scatters as much as its mean
+LEARNED = 0.75  # share of the first loss; see learning.py
+DEVIATIONS = 5.0  # of a binomial or Poisson count: by chance once in three million
+FIM_CUT = 0.1  # share of FIM pieces that a window's end cuts, which are no longer recognized as FIM
+FIM_MISTAKEN, SPM_MISTAKEN = 0.02, 0.05  # share of pieces that look like FIM or, with an empty prefix, like SPM
+MIN_PIECES = 20  # with fewer, DEVIATIONS allow every share
 
 
 def languages_behind(record: RunRecord) -> Iterator[Finding]:
-    """Held-out bits per byte of a language or corpus that rise, or stand still, while the mean falls."""
+    """Held-out bits per byte of a language or corpus rise, or do not fall, while the mean falls."""
     mean = record.columns["eval/bits_per_byte"].finite()
-    if len(mean) < 3:
+    if len(mean) < MIN_EVALUATIONS:
         return
-    for kind, name in (("lang", "language"), ("corpus", "corpus")):
+    for kind, noun, plural in (("lang", "language", "languages"), ("corpus", "corpus", "corpora")):
         tokens = record.columns.matching(f"eval/{kind}/", "/tokens")
-        risen, stuck = [], []
-        for each, series in record.columns.matching(f"eval/{kind}/", "/bits_per_byte").items():
-            series = series.finite()
-            if len(series) < 3:
-                continue
-            size = f" ({format_count(tokens[each].last)} held-out tokens)" if each in tokens else ""
-            said = _behind(series, mean)
-            if said is not None:
-                (risen if said.startswith("rises") else stuck).append(f"{each}{size} {said}")
-        for found, how in ((risen, "rise"), (stuck, "stand still")):
-            if found:
-                yield Finding(
-                    rule="languages_behind",
-                    severity="warning",
-                    what=f"Held-out bits per byte of {len(found)} "
-                    f"{name}{'s' if len(found) > 1 and kind == 'lang' else ''} {how} while the mean falls.",
-                    evidence=tuple(found[:12]),
-                    try_next=(
-                        "give it more weight, or a stage of its own: data.corpora weights and data.stages",
-                        "see how much of it is read: `jaxcoder data inspect " + record.path + "`",
-                        "with few held-out tokens, hold more out before believing it",
-                    ),
-                )
+        behind: dict[str, list[str]] = {}
+        for name, series in record.columns.matching(f"eval/{kind}/", "/bits_per_byte").items():
+            size = f" ({format_count(tokens[name].last)} held-out tokens)" if name in tokens else ""
+            if (change := _behind(series.finite(), mean)) is not None:
+                behind.setdefault(change[0], []).append(f"{name}{size} {change[1]}")
+        for how, evidence in behind.items():
+            yield Finding(
+                "warning",
+                f"Held-out bits per byte of {len(evidence)} {noun if len(evidence) == 1 else plural} {how} while the "
+                "mean falls.",
+                evidence=tuple(evidence[:12]),
+                try_next=(
+                    "give it more weight, or a stage of its own: data.corpora weights and data.stages",
+                    f"see how much of it is read: `jaxcoder data inspect {record.path}`",
+                    "with few held-out tokens, hold out more before acting on it",
+                ),
+            )
 
 
-def _behind(series: Series, mean: Series) -> str | None:
-    best = int(series.values.argmin())
-    mean_then, mean_now = mean.between(0, int(series.steps[best])), mean.between(0, int(series.steps[-1]))
-    if not len(mean_then) or not len(mean_now):
+def _behind(series: Series, mean: Series) -> tuple[str, str] | None:
+    """("rise" or "stay level", the numbers), or None."""
+    if len(series) < MIN_EVALUATIONS:
         return None
+    best = int(series.values.argmin())
+    means = [mean.between(0, int(series.steps[at])) for at in (0, best, -1)]
+    if not all(map(len, means)):
+        return None
+    mean_first, mean_then, mean_now = (each.last for each in means)
     first, last = float(series.values[0]), series.last
-    if last > 1.02 * series.values[best] and mean_now.last < mean_then.last:
-        return (
-            f"rises from {series.values[best]:.4f} (step {series.steps[best]:,}) to {last:.4f}, the mean falls from "
-            f"{mean_then.last:.4f} to {mean_now.last:.4f}"
+    if last > (1 + MARGIN) * series.values[best] and mean_now < mean_then:
+        return "rise", (
+            f"from {series.values[best]:.4f} (step {series.steps[best]:,}) to {last:.4f}, the mean from "
+            f"{mean_then:.4f} to {mean_now:.4f}"
         )
-    mean_first = float(mean.at(series.steps[:1])[0])
-    fall, mean_fall = 1 - last / max(first, 1e-9), 1 - mean_now.last / max(mean_first, 1e-9)
-    if len(series) >= 4 and mean_fall > 0.05 and fall < mean_fall / 4:
-        return f"goes from {first:.4f} to {last:.4f} ({fall:.1%} less), the mean falls by {mean_fall:.1%}"
+    fall, mean_fall = 1 - last / max(first, 1e-9), 1 - mean_now / max(mean_first, 1e-9)
+    if fall < MARGIN and mean_fall > 2 * MARGIN:
+        return "stay level", f"from {first:.4f} to {last:.4f} ({fall:.1%} less), the mean {mean_fall:.1%} less"
     return None
 
 
 def held_out_rises(record: RunRecord) -> Iterator[Finding]:
-    """Held-out loss that has left its best while the training loss goes on falling: the data is being memorised."""
+    """The held-out loss has left its minimum while the training loss goes on falling."""
     held_out, losses = record.columns["eval/loss"].finite(), record.columns["loss"].finite()
-    if len(held_out) < 3 or not len(losses):
+    if len(held_out) < MIN_EVALUATIONS or not len(losses):
         return
     best = int(held_out.values.argmin())
     step = int(held_out.steps[best])
-    then, now = recent(losses.between(step - 100, step), 1.0), recent(losses, 0.02)
-    if then is None or now is None or held_out.last < 1.02 * held_out.values[best] or now > then:
+    then, now = losses.between(step - 100, step).recent(1.0), losses.recent(0.02)
+    if then is None or now is None or held_out.last < (1 + MARGIN) * held_out.values[best] or now > then:
         return
     yield Finding(
-        rule="held_out_rises",
-        severity="warning",
-        what="The held-out loss rises while the training loss falls: the data is being memorised.",
+        "warning",
+        "The held-out loss rises while the training loss falls: the data is being memorized.",
         evidence=(
             f"held-out loss {held_out.values[best]:.4f} at step {step:,}, {held_out.last:.4f} at step "
             f"{held_out.steps[-1]:,}",
             f"training loss {then:.4f} then, {now:.4f} now",
         ),
         try_next=(
-            f"take the checkpoint nearest to step {step:,}",
-            "train on more data, or fewer steps: data.corpora max_epochs caps how often a corpus is read",
+            f"use the checkpoint nearest to step {step:,}",
+            "train on more data, or fewer steps: data.corpora max_epochs limits how often a corpus is read",
             "raise dropout: model.residual_dropout, model.attention_dropout",
         ),
     )
@@ -94,110 +95,90 @@ def held_out_rises(record: RunRecord) -> Iterator[Finding]:
 
 def context_unused(record: RunRecord) -> Iterator[Finding]:
     """The held-out loss late in a window is no lower than early in it, or rises again towards its end."""
-    found = record.columns.matching("eval/position/", "/loss")
-    buckets = sorted((int(name.partition("-")[0]), name) for name in found if name.partition("-")[0].isdecimal())
-    rows = [(name, found[name].finite()) for _, name in buckets]
-    rows = [(name, series.last, int(series.steps[-1])) for name, series in rows if len(series)]
-    rows = [row for row in rows if _tokens(record, row[0]) >= _FEWEST]
+    rows = [
+        (first, last, series.last, int(series.steps[-1]), _bucket_tokens(record, first, last))
+        for (first, last), series in position_losses(record.columns).items()
+        if len(series)
+    ]
+    rows = [row for row in rows if row[4] >= MIN_BUCKET_TOKENS]
     if len(rows) < 3 or record.is_synthetic or not _has_learned(record):
         return
-    values = np.array([value for _, value, _ in rows])
-    best, step = int(values.argmin()), rows[-1][2]
-    early, until = _early(record, rows)
-    evidence = (f"loss by position at step {step:,}: " + ", ".join(f"{name} {value:.4f}" for name, value, _ in rows),)
-    masked = record.config is not None and record.config.data.document_mask
-    if values[-1] > 1.03 * values[best] and values[best] < 0.99 * early:
-        what = f"Positions {rows[-1][0]} are predicted worse than {rows[best][0]}: the window's far end is not learned."
-    elif values[-1] >= 0.99 * early:
-        what = f"The context is not used: positions {rows[-1][0]} are predicted no better than 0-{until}."
-    elif values[len(values) // 2 - 1] <= 1.002 * values[-1]:
-        name = rows[len(values) // 2 - 1][0]
-        yield Finding(
-            rule="context_unused",
-            severity="note",
-            what=f"Context beyond positions {name} brings nothing so far.",
-            evidence=evidence,
-            try_next=("compare with shorter windows: `jaxcoder train compare_2k` and `compare_8k`",),
+    # Early: the first sixteenth of the window, at least one bucket.
+    early = [row for number, row in enumerate(rows) if number == 0 or (row[1] + 1) * 16 <= rows[-1][1] + 1]
+    early_loss = float(np.average([row[2] for row in early], weights=[row[4] for row in early]))
+    best, last = min(rows, key=lambda row: row[2]), rows[-1]
+    if last[2] > (1 + MARGIN) * best[2] and best[2] < (1 - MARGIN) * early_loss:
+        what = (
+            f"Positions {last[0]}-{last[1]} are predicted worse than {best[0]}-{best[1]}: the far end is not learned."
         )
-        return
+    elif last[2] >= (1 - MARGIN) * early_loss:
+        what = f"The context is not used: positions {last[0]}-{last[1]} are predicted no better than 0-{early[-1][1]}."
     else:
         return
+    has_mask = record.config is not None and record.config.data.document_mask
     yield Finding(
-        rule="context_unused",
-        severity="warning",
-        what=what,
-        evidence=evidence,
+        "warning",
+        what,
+        evidence=(
+            f"loss by position at step {last[3]:,}: "
+            + ", ".join(f"{first}-{end} {loss:.4f}" for first, end, loss, _, _ in rows),
+        ),
         try_next=(
             f"see what the windows hold: `jaxcoder data inspect {record.path}` (lengths of documents) and `jaxcoder "
             f"data show {record.path} --step {max(record.last_step, 1)}`",
-            "documents are shorter than the window: order files of a repository behind each other, or take shorter "
-            "windows" + (", or set data.document_mask off" if masked else ""),
-            "if weights came from a shorter context, train on until the new positions are learned",
+            "if documents are shorter than the window: group the files of a repository, or train on shorter windows"
+            + (", or set data.document_mask off" if has_mask else ""),
+            "if the weights come from a shorter context, train on until the new positions are learned",
         ),
     )
 
 
-def _early(record: RunRecord, rows: list[tuple[str, float, int]]) -> tuple[float, int]:
-    """Mean loss of the first sixteenth of the window (at least one bucket), and its last position."""
-    ends = [int(name.partition("-")[2] or 0) for name, _, _ in rows]
-    first = [number for number, end in enumerate(ends) if number == 0 or (end + 1) * 16 <= ends[-1] + 1]
-    weights = [_tokens(record, rows[number][0]) for number in first]
-    return float(np.average([rows[number][1] for number in first], weights=weights)), ends[first[-1]]
-
-
-def _tokens(record: RunRecord, name: str) -> float:
-    """Held-out tokens of a bucket of positions; taken as enough where they were not written."""
-    sizes = record.columns[f"eval/position/{name}/tokens"].finite()
-    return sizes.last if len(sizes) else float(_FEWEST)
+def _bucket_tokens(record: RunRecord, first: int, last: int) -> float:
+    """Held-out tokens of a bucket of positions; MIN_BUCKET_TOKENS where they were not recorded."""
+    sizes = record.columns[f"eval/position/{first}-{last}/tokens"].finite()
+    return sizes.last if len(sizes) else float(MIN_BUCKET_TOKENS)
 
 
 def _has_learned(record: RunRecord) -> bool:
-    """Far enough that context could be used: the loss has lost a quarter of what it began with."""
+    """Whether the loss is so low that context can matter."""
     losses = record.columns["loss"].finite()
-    now = recent(losses)
+    now = losses.recent()
     if now is None or len(losses) < 50:
         return False
-    trained_before = record.config is not None and bool(record.config.init_from)
-    return trained_before or now < 0.75 * float(np.median(losses.values[:10]))
+    is_pretrained = record.config is not None and bool(record.config.init_from)
+    return is_pretrained or now < LEARNED * float(np.median(losses.values[:10]))
 
 
 def fim_shares(record: RunRecord) -> Iterator[Finding]:
-    """The shares of FIM pieces, and of SPM among them, against what the configuration asks for.
-
-    Allowed are five deviations of the binomial, and what is counted wrongly: pieces that the window's end cuts lose
-    some FIM (a tenth of it), PSM with an empty prefix looks like SPM (0.05; 0.02 for FIM).
-    """
+    """The shares of FIM pieces, and of SPM among them, differ from the configuration by more than chance."""
     if record.config is None:
         return
     columns, data = record.columns, record.config.data
-    shares, pieces = columns["fim_share"].finite(), columns["pieces"].finite()
-    spm = columns["fim_spm_share"].finite()
+    shares, pieces, spm = (columns[key].finite() for key in ("fim_share", "pieces", "fim_spm_share"))
     if not len(pieces):
-        pieces = Series(shares.steps, np.ones(len(shares)))  # a batch has one piece at least
+        pieces = Series(shares.steps, np.ones(len(shares)))  # a batch has at least one piece
     counts, spm_counts = pieces.at(shares.steps), pieces.at(spm.steps) * shares.at(spm.steps)
-    wanted = (
-        ("FIM", "data.fim_rate", data.fim_rate, shares.values, counts, 0.02),
-        ("SPM among FIM", "data.fim_spm_rate", data.fim_spm_rate, spm.values, spm_counts, 0.05),
-    )
-    for name, field, asked, values, weights, above in wanted:
+    for name, field, rate, values, weights, mistaken in (
+        ("FIM", "data.fim_rate", data.fim_rate, shares.values, counts, FIM_MISTAKEN),
+        ("SPM among FIM", "data.fim_spm_rate", data.fim_spm_rate, spm.values, spm_counts, SPM_MISTAKEN),
+    ):
         hits, total = float(np.nansum(values * weights)), float(np.nansum(weights))
-        if total < 20:
+        if total < MIN_PIECES:
             continue
-        found, deviation = hits / total, math.sqrt(max(asked * (1 - asked), 1e-9) / total)
-        low, high = 0.9 * asked - 5 * deviation, asked + above + 5 * deviation
-        if low <= found <= high:
+        chance = DEVIATIONS * math.sqrt(max(rate * (1 - rate), 1e-9) / total)
+        low, high = max((1 - FIM_CUT) * rate - chance, 0.0), rate + mistaken + chance
+        if low <= hits / total <= high:
             continue
         yield Finding(
-            rule="fim_shares",
-            severity="error" if abs(found - asked) > 0.2 else "warning",
-            what=f"The share of {name} is off: {found:.1%} of the pieces, and {field} asks for {asked:.1%}.",
+            "error",
+            f"The share of {name} is {hits / total:.1%} of the pieces, and {field} asks for {rate:.1%}.",
             evidence=(
-                f"{hits:,.0f} of {total:,.0f} pieces in {len(values):,} batches; {max(low, 0):.1%} to {high:.1%} "
-                "would be within chance",
+                f"{hits:,.0f} of {total:,.0f} pieces in {len(values):,} batches; {low:.1%} to {high:.1%} would be "
+                "within chance",
             ),
             try_next=(
                 f"see samples as the model does: `jaxcoder data show {record.path} --step {max(record.last_step, 1)}`",
-                "the store's documents may hold FIM sentinels of their own, or be a few characters long: `jaxcoder "
+                "the documents of the store may hold FIM sentinels already, or be a few characters long: `jaxcoder "
                 f"data inspect {record.path}`",
             ),
         )
@@ -206,22 +187,18 @@ def fim_shares(record: RunRecord) -> Iterator[Finding]:
 def repeated_batches(record: RunRecord) -> Iterator[Finding]:
     """The same batch at two steps, more often than 32-bit fingerprints collide."""
     hashes = record.columns["batch_hash"].finite()
-    count = len(hashes)
-    if count < 2:
-        return
     order = np.argsort(hashes.values, kind="stable")
-    same = np.flatnonzero(hashes.values[order][1:] == hashes.values[order][:-1])
-    expected = count * count / 2**33
-    if len(same) <= 2 + 3 * expected:
+    same = np.flatnonzero(np.diff(hashes.values[order]) == 0)
+    collisions = len(hashes) ** 2 / 2**33
+    if len(same) <= collisions + DEVIATIONS * math.sqrt(collisions) + 1:
         return
-    pairs = sorted((int(hashes.steps[order[i]]), int(hashes.steps[order[i + 1]])) for i in same[:200])
+    pairs = sorted((int(hashes.steps[order[at]]), int(hashes.steps[order[at + 1]])) for at in same[:200])
     yield Finding(
-        rule="repeated_batches",
-        severity="error",
-        what=f"{len(same):,} batches are those of an earlier step.",
+        "error",
+        f"{len(same):,} batches are those of an earlier step.",
         evidence=tuple(f"step {second:,} read what step {first:,} had read" for first, second in pairs[:5]),
         try_next=(
             f"compare the two: {trace_command(record, pairs[0][0])} and {trace_command(record, pairs[0][1])}",
-            "a store smaller than a batch repeats itself: `jaxcoder data inspect " + record.path + "`",
+            f"a store smaller than a batch repeats itself: `jaxcoder data inspect {record.path}`",
         ),
     )

@@ -1,91 +1,90 @@
-"""`doctor`: every rule over one RunRecord, the findings in order of weight, and as text for a terminal.
+"""The doctor: applies every rule to one RunRecord, sorts the findings by severity, formats them for a terminal.
 
-A rule is a function from a record to findings, in learning.py, data.py, throughput.py and
-lifecycle.py; its docstring says when it speaks. It is silent where what it needs was not recorded.
+A rule is a function from a record to findings, in learning.py, data.py, throughput.py and lifecycle.py. Its docstring
+states its condition; it finds nothing where its metrics were not recorded.
 """
 
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from jaxcoder.doctor import data, learning, lifecycle, throughput
-from jaxcoder.doctor.findings import SEVERITIES, Finding, Rule
+from jaxcoder.doctor.findings import SEVERITIES, Finding
 from jaxcoder.record.run_record import RunRecord
-from jaxcoder.record.summary import status
+from jaxcoder.record.status import status
 
-RULES: tuple[tuple[Rule, str], ...] = (
-    (lifecycle.not_moving, "that it moves"),
-    (lifecycle.failures, "how its starts ended"),
+RULES: tuple[tuple[Callable[[RunRecord], Iterable[Finding]], str], ...] = (
+    (lifecycle.not_moving, "whether it moves"),
+    (lifecycle.failures, "exit reasons"),
     (lifecycle.restarts_loop, "restarts in a loop"),
     (lifecycle.watchdog, "watchdogs"),
-    (lifecycle.damaged_checkpoints, "that checkpoints are whole"),
-    (lifecycle.schedule_ended, "the learning rate's schedule"),
+    (lifecycle.damaged_checkpoints, "checkpoints"),
+    (lifecycle.schedule_ended, "the learning rate"),
     (lifecycle.code_changed, "changes of code and devices"),
-    (lifecycle.cannot_be_read, "that its files can be read"),
-    (learning.loss_does_not_fall, "that the loss falls"),
+    (lifecycle.cannot_be_read, "its files"),
+    (learning.loss_does_not_fall, "the loss"),
     (learning.loss_spikes, "loss spikes"),
     (learning.gradients_rise, "gradient norms"),
     (learning.gradient_spikes, "gradient spikes"),
     (learning.skipped_steps, "skipped steps"),
-    (data.languages_behind, "every language and corpus"),
-    (data.held_out_rises, "memorising"),
+    (data.languages_behind, "languages and corpora"),
+    (data.held_out_rises, "memorization"),
     (data.context_unused, "loss by position"),
     (data.fim_shares, "FIM shares"),
     (data.repeated_batches, "repeated batches"),
     (throughput.data_wait, "waiting for data"),
     (throughput.slow_hosts, "slow hosts"),
-    (throughput.checkpoints_block, "what checkpoints cost"),
-    (throughput.checkpoints_rare, "what failures cost"),
+    (throughput.checkpoints_block, "the cost of checkpoints"),
+    (throughput.checkpoints_rare, "the cost of failures"),
     (throughput.low_goodput, "goodput"),
     (throughput.compiles_again, "the compilation cache"),
     (throughput.throughput_decays, "throughput"),
     (throughput.memory_grows, "memory"),
 )
-"""Every rule, and what it looks at in a word."""
+"""Every rule, and what it checks."""
 
 _MOST_TRACED_LINES = 10
-_GLUE = "\x00"
+_NO_BREAK = "\x00"
 
 Trace = Callable[[int], Sequence[str]]
-"""From a step to the lines that say which files its batch held."""
+"""From a step to lines that name the files of its batch."""
 
 
 def examine(record: RunRecord, trace: Trace | None = None) -> list[Finding]:
     """All findings, errors first. trace: when given, the batches of the steps that findings point at are traced."""
-    found = [finding for rule, _ in RULES for finding in rule(record)]
-    found.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    told: set[int] = set()
-    return found if trace is None else [_traced(finding, trace, told) for finding in found]
+    findings = [replace(finding, rule=rule.__name__) for rule, _ in RULES for finding in rule(record)]
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    traced: set[int] = set()
+    return findings if trace is None else [_traced(finding, trace, traced) for finding in findings]
 
 
-def _traced(finding: Finding, trace: Trace, told: set[int]) -> Finding:
-    """told: the steps that were traced for findings before it, and need not be again."""
+def _traced(finding: Finding, trace: Trace, traced: set[int]) -> Finding:
+    """traced: steps of the findings before it, which are not traced again."""
     lines: list[str] = []
     for step in finding.traced:
-        if step in told:
+        if step in traced:
             lines.append(f"step {step:,}: its files are above")
             continue
-        told.add(step)
+        traced.add(step)
         own = list(trace(step))
         lines += own[:_MOST_TRACED_LINES]
         if len(own) > _MOST_TRACED_LINES:
             lines.append(f"and {len(own) - _MOST_TRACED_LINES} more lines")
-    return replace(finding, evidence=finding.evidence + tuple(lines))
+    return replace(finding, evidence=(*finding.evidence, *lines))
 
 
 def describe(record: RunRecord, findings: Sequence[Finding], width: int = 100) -> str:
-    """The findings for a terminal; what was looked at, when there are none."""
-    name = record.config.name if record.config is not None else record.path
-    head = f"{name}: {status(record).rstrip('.')}; step {record.last_step:,}"
-    checked = textwrap.fill(f"Looked at: {', '.join(what for _, what in RULES)}.", width)
+    """The findings for a terminal, and what was checked. width: of a line."""
+    head = f"{record.name}: {status(record).rstrip('.')}; step {record.last_step:,}"
+    checked = textwrap.fill(f"Checked: {', '.join(what for _, what in RULES)}.", width)
     if not findings:
         return f"{head}\n\nNothing found.\n{checked}"
-    parts = [head, *(_said(finding, width) for finding in findings), checked]
+    parts = [head, *(_format(finding, width) for finding in findings), checked]
     return "\n\n".join(parts)
 
 
-def _said(finding: Finding, width: int) -> str:
+def _format(finding: Finding, width: int) -> str:
     lines = [f"{finding.severity.upper()}  {finding.what}  [{finding.rule}]"]
     for evidence in finding.evidence:
         lines += _wrapped(evidence, "    ", width)
@@ -95,12 +94,12 @@ def _said(finding: Finding, width: int) -> str:
 
 
 def _wrapped(text: str, lead: str, width: int) -> list[str]:
-    if text.startswith(" "):  # lines of a trace: as they are
+    if text.startswith(" "):  # a line of a trace
         return [lead + text]
     # A command stays on one line, however long, so that it can be copied.
-    text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _GLUE), text)
+    text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _NO_BREAK), text)
     indent = " " * len(lead)
     lines = textwrap.wrap(
         text, width, initial_indent=lead, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
-    return [line.replace(_GLUE, " ") for line in lines] or [lead]
+    return [line.replace(_NO_BREAK, " ") for line in lines] or [lead]

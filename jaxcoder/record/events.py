@@ -1,15 +1,15 @@
 """events.jsonl: what happened to a run, one JSON object a line, appended by every start of it.
 
-    begin     processes are there: process_started, processes, devices, device_kind, hosts, mesh, version, code, jax,
-              command
+    begin     processes are connected: process_started, processes, devices, device_kind, hosts, mesh, version, code,
+              jax, command
     ready     step (that it continues after), samples
     spent     step (last one known), seconds: since process_started, by category, cumulative
-    saved     step, blocked (seconds that a step waited), seconds (until the checkpoint was whole), bytes
+    saved     step, blocked (seconds exposed to a step), seconds (until committed), bytes
     profile   first, last, directory
     end       step, reason (finished, SIGTERM, Ctrl-C, watchdog, error), message, process
 
 Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Reading is lenient: a line that was torn by
-a kill, or that is no event, is left out, and events of later versions are passed on as they are.
+a kill, or that is no event, is left out, and events of later versions are passed on unchanged.
 """
 
 import json
@@ -25,30 +25,29 @@ EVENTS = "events.jsonl"
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """The events of a file in the order they were written, each with a finite "time" and texts "attempt" and "event".
 
-    [] when there is no file: the run is of a version that wrote none.
+    [] when there is no file: older versions wrote none.
     """
     try:
         with fsspec.open(str(path), "rb") as file:
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
-    return [event for line in lines if line and (event := _event(line)) is not None]
+    return [event for line in lines if line and (event := _parsed(line)) is not None]
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
     if not isinstance(event, dict) or number(event.get("time")) is None:
         return None
-    if not isinstance(event.get("attempt"), str) or not isinstance(event.get("event"), str):
-        return None
-    return event
+    has_texts = isinstance(event.get("attempt"), str) and isinstance(event.get("event"), str)
+    return event if has_texts else None
 
 
 def number(value: Any) -> float | None:
-    """A finite number as a float; None for everything else, so that a damaged field is a missing one."""
+    """A finite number as a float; None for everything else, so that a damaged field counts as missing."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -58,12 +57,12 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def whole(value: Any) -> int | None:
-    """A step or count: a number that is not negative, as an int."""
-    found = number(value)
-    return int(found) if found is not None and found >= 0 else None
+def count(value: Any) -> int | None:
+    """A step or another count: a number that is not negative, as an int; None for everything else."""
+    value = number(value)
+    return int(value) if value is not None and value >= 0 else None
 
 
 def text(value: Any) -> str:
-    """A text as it is, "" for everything else."""
+    """A text unchanged, "" for everything else."""
     return value if isinstance(value, str) else ""

@@ -1,12 +1,12 @@
-"""Where the time of a run went, over all its starts: from events.jsonl to seconds by category, and goodput.
+"""Goodput: where the time of a run went, over all its starts, from events.jsonl.
 
-Goodput is the time in optimizer steps whose result survived, divided by the wall time from the first start of the run's
+Goodput is the time in optimizer steps whose result was kept, divided by the wall time from the first start of the run's
 processes to its last event. A step is lost when a later start continued from before it.
 
-The parts of an attempt are what it says it spent (init, restore, compile, data_wait, step, save, evaluate); of its
-steps those done again are `lost`; what it does not account for is `other`, or `init` where it never got ready. Between
-attempts the run is `down`. All parts together are the wall time, whatever the clocks of the machines did: attempts are
-laid behind each other in the order they were written, none shorter than what it says it spent.
+The time of an attempt is what it recorded by category (init, restore, compile, data_wait, step, save, evaluate). Lost
+steps count as `lost`; time without a record is `other`, or `init` in an attempt that never became ready; time between
+attempts is `down`. All categories add up to the wall time whatever the clocks of the machines did: attempts are put on
+one time line in the order they were written, each at least as long as the time it recorded.
 """
 
 import bisect
@@ -16,18 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from jaxcoder.record.events import number, text, whole
+from jaxcoder.record.events import count, number, text
 
 SPENT = ("init", "restore", "compile", "data_wait", "step", "save", "evaluate")
 CATEGORIES = ("step", "lost", "data_wait", "save", "evaluate", "init", "restore", "compile", "other", "down")
-_LONGEST_START = 86400.0  # seconds; a process_started further from its `begin` is a clock that was set in between
+CATEGORY_NAMES = {
+    "step": "steps",
+    "lost": "lost steps",
+    "data_wait": "waiting for data",
+    "save": "saving",
+    "evaluate": "evaluating",
+    "init": "starting up",
+    "restore": "restoring or initializing weights",
+    "compile": "compiling (first steps)",
+    "other": "other (hangs, not measured)",
+    "down": "down between starts",
+}
+_LONGEST_START = 86400.0  # seconds; a process_started further from its `begin` comes from a clock that was reset
 
 
 @dataclass(frozen=True)
-class Spent:
-    """At `seconds` after the attempt's start: the last step known, and seconds by category of SPENT, cumulative."""
+class TimeSample:
+    """A `spent` event: seconds since the attempt's start, last step known, seconds by category of SPENT, cumulative."""
 
-    seconds: float
+    elapsed: float
     step: int | None
     by: Mapping[str, float]
 
@@ -44,17 +56,17 @@ class Attempt:
     last_seen: float
     """Unix seconds of its latest event."""
     offset: float
-    """Seconds on the run's own time line, which begins at 0 and never runs backwards."""
+    """Seconds on the run's own time line, which starts at 0 and never runs backwards."""
     duration: float
     ready: int | None
     """The step it continued after (0: new); None when it never got so far."""
     last_step: int | None
-    """The last step that is known to be done."""
+    """The last step that is known to be complete."""
     lost_steps: int
     kept_step_seconds: float
     seconds: Mapping[str, float]
-    """By CATEGORIES without `down`; together `duration`."""
-    spent: Sequence[Spent]
+    """By CATEGORIES without `down`; they add up to `duration`."""
+    samples: Sequence[TimeSample]
     ends: Sequence[Mapping[str, Any]]
     """Its `end` events: several when several processes were ended by their watchdogs."""
     is_last: bool
@@ -68,18 +80,18 @@ class Attempt:
 
     @property
     def message(self) -> str:
-        """The sentence that it ended with; "" when there is none."""
-        return next((said for end in self.ends if (said := text(end.get("message")))), "")
+        """The message of its end; "" without one."""
+        return next((message for end in self.ends if (message := text(end.get("message")))), "")
 
     @property
     def failed(self) -> bool:
-        """Ended by something else than its work being done."""
+        """Whether it ended before its work was done."""
         return self.reason not in ("finished", "open")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Goodput:
-    """The account of a run. `seconds` has every one of CATEGORIES; together they are `wall`."""
+    """The time of a run. `seconds` has each of CATEGORIES; they add up to `wall`."""
 
     attempts: Sequence[Attempt]
     seconds: Mapping[str, float]
@@ -87,17 +99,12 @@ class Goodput:
 
     @property
     def share(self) -> float | None:
-        """Goodput, 0 to 1; None when nothing is known of the run's time."""
+        """Goodput, 0 to 1; None when no time is recorded."""
         return self.seconds["step"] / self.wall if self.wall > 0 else None
 
     @property
     def lost_steps(self) -> int:
         return sum(attempt.lost_steps for attempt in self.attempts)
-
-    @property
-    def last_seen(self) -> float | None:
-        """Unix seconds of the last event; None without events."""
-        return max((attempt.last_seen for attempt in self.attempts), default=None)
 
     def down_before(self, index: int) -> float:
         """Seconds between an attempt and the one before it."""
@@ -108,114 +115,110 @@ class Goodput:
 
 
 def account(events: Sequence[Mapping[str, Any]]) -> Goodput:
-    """The account of a run's events, as `read_events` gives them. Of no events: no attempts, no time."""
+    """The goodput of a run from its events (`read_events`). Without events: no attempts, no time."""
     by_attempt: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         by_attempt.setdefault(event["attempt"], []).append(event)
-    groups = [_Raw(name, own) for name, own in by_attempt.items()]
-    attempts, offset = [], 0.0
-    for index, raw in enumerate(groups):
+    parsed = [_AttemptEvents(id_, own) for id_, own in by_attempt.items()]
+    attempts: list[Attempt] = []
+    offset = 0.0
+    for index, own in enumerate(parsed):
         if index:
-            offset += max(raw.started - groups[index - 1].started, attempts[-1].duration)
-        duration = raw.longest
-        if index + 1 < len(groups):  # a process that outlives its attempt does not stop the clock of the next one
-            until_next = groups[index + 1].started - raw.started
-            duration = min(duration, max(until_next, raw.accounted)) if until_next > 0 else duration
-        later = [other.ready for other in groups[index + 1 :] if other.ready is not None]
-        attempts.append(_attempt(raw, offset, duration, min(later, default=None), is_last=index == len(groups) - 1))
+            offset += max(own.started - parsed[index - 1].started, attempts[-1].duration)
+        duration = own.longest
+        if index + 1 < len(parsed):
+            # A process that outlives its attempt must not take time of the next one.
+            until_next = parsed[index + 1].started - own.started
+            duration = min(duration, max(until_next, own.accounted)) if until_next > 0 else duration
+        restarts = [other.ready for other in parsed[index + 1 :] if other.ready is not None]
+        is_last = index == len(parsed) - 1
+        attempts.append(own.attempt(offset, duration, min(restarts, default=None), is_last=is_last))
     wall = attempts[-1].offset + attempts[-1].duration if attempts else 0.0
     seconds = {name: sum(attempt.seconds[name] for attempt in attempts) for name in CATEGORIES if name != "down"}
     down = max(wall - sum(attempt.duration for attempt in attempts), 0.0)
     return Goodput(attempts=attempts, seconds=seconds | {"down": down}, wall=wall)
 
 
-class _Raw:
-    """What the events of one attempt say, before it is compared with the others."""
+class _AttemptEvents:
+    """The events of one attempt, before it is compared with the others."""
 
-    def __init__(self, name: str, events: Sequence[Mapping[str, Any]]):
-        self.name, self.events = name, events
+    def __init__(self, id_: str, events: Sequence[Mapping[str, Any]]):
+        self.id, self.events = id_, events
         self.begin = next((event for event in events if event["event"] == "begin"), {})
-        first = number(events[0]["time"]) or 0.0
+        times = [number(event["time"]) or 0.0 for event in events]
         process_started = number(self.begin.get("process_started"))
-        is_sound = process_started is not None and 0 <= first - process_started <= _LONGEST_START
-        self.started = process_started if is_sound else first
-        self.last_seen = max(number(event["time"]) or 0.0 for event in events)
-        readies = [
-            step for event in events if event["event"] == "ready" and (step := whole(event.get("step"))) is not None
-        ]
-        self.ready = readies[0] if readies else None
-        self.spent = self._spent()
-        self.accounted = sum(self.spent[-1].by.values()) if self.spent else 0.0
+        is_sound = process_started is not None and 0 <= times[0] - process_started <= _LONGEST_START
+        self.started = process_started if is_sound else times[0]
+        self.last_seen = max(times)
+        readies = [count(event.get("step")) for event in events if event["event"] == "ready"]
+        self.ready = next((step for step in readies if step is not None), None)
+        self.samples = self._samples()
+        self.spent = self.samples[-1].by if self.samples else dict.fromkeys(SPENT, 0.0)
+        self.accounted = sum(self.spent.values())
         self.longest = max(self.last_seen - self.started, self.accounted)
 
-    def _spent(self) -> list[Spent]:
-        """In order; what was cumulative stays so, also where a damaged line says otherwise."""
-        found: list[Spent] = []
-        by, step, at = dict.fromkeys(SPENT, 0.0), None, 0.0
+    def _samples(self) -> list[TimeSample]:
+        """In order. Cumulative values never fall, also where a damaged line does."""
+        samples: list[TimeSample] = []
+        by, step, elapsed = dict.fromkeys(SPENT, 0.0), None, 0.0
         for event in self.events:
             seconds = event.get("seconds")
             if event["event"] != "spent" or not isinstance(seconds, Mapping):
                 continue
             by = {name: max(by[name], number(seconds.get(name)) or 0.0) for name in SPENT}
-            reached = whole(event.get("step"))
-            step = reached if step is None else max(step, step if reached is None else reached)
-            at = max(at, (number(event["time"]) or 0.0) - self.started, sum(by.values()))
-            found.append(Spent(at, step, by))
-        return found
+            step = max((known for known in (step, count(event.get("step"))) if known is not None), default=None)
+            elapsed = max(elapsed, (number(event["time"]) or 0.0) - self.started, sum(by.values()))
+            samples.append(TimeSample(elapsed, step, by))
+        return samples
 
+    def attempt(self, offset: float, duration: float, restart: int | None, *, is_last: bool) -> Attempt:
+        """restart: the earliest step that a later attempt continued after; None when there was none."""
+        ends = [event for event in self.events if event["event"] == "end"]
+        # A watchdog names the step that hangs, not the last one that is complete.
+        ended_at = [count(end.get("step")) for end in ends if end.get("reason") != "watchdog"]
+        sampled = self.samples[-1].step if self.samples else None
+        last_step = max((step for step in (sampled, self.ready, *ended_at) if step is not None), default=None)
+        lost_steps = 0
+        if restart is not None and last_step is not None:
+            lost_steps = max(last_step - max(restart, self.ready or 0), 0)
+        kept, other = self._step_seconds_at(restart), max(duration - self.accounted, 0.0)
+        seconds = dict(self.spent) | {"step": kept, "lost": self.spent["step"] - kept, "other": other}
+        if self.ready is None:
+            seconds |= {"init": seconds["init"] + other, "other": 0.0}
+        return Attempt(
+            id=self.id, begin=self.begin, started=self.started, last_seen=self.last_seen, offset=offset,
+            duration=duration, ready=self.ready, last_step=last_step, lost_steps=lost_steps, kept_step_seconds=kept,
+            seconds=seconds, samples=self.samples, ends=ends, is_last=is_last,
+        )  # fmt: skip
 
-def _attempt(raw: _Raw, offset: float, duration: float, restart: int | None, *, is_last: bool) -> Attempt:
-    """restart: the earliest step that a later attempt continued after; None when there was none."""
-    by = raw.spent[-1].by if raw.spent else dict.fromkeys(SPENT, 0.0)
-    last_step = raw.spent[-1].step if raw.spent else None
-    ends = [event for event in raw.events if event["event"] == "end"]
-    # A watchdog names the step that did not end, not the last one that did.
-    told = [end for end in ends if end.get("reason") != "watchdog"]
-    reached = [step for end in told if (step := whole(end.get("step"))) is not None]
-    last_step = max([step for step in (last_step, raw.ready, *reached) if step is not None], default=None)
-    kept = _step_seconds_at(raw, by["step"], restart)
-    lost_steps = 0
-    if restart is not None and last_step is not None:
-        lost_steps = max(last_step - max(restart, raw.ready or 0), 0)
-    seconds = dict(by) | {"step": kept, "lost": by["step"] - kept, "other": max(duration - raw.accounted, 0.0)}
-    if raw.ready is None:
-        seconds["init"], seconds["other"] = seconds["init"] + seconds["other"], 0.0
-    return Attempt(
-        id=raw.name, begin=raw.begin, started=raw.started, last_seen=raw.last_seen, offset=offset, duration=duration,
-        ready=raw.ready, last_step=last_step, lost_steps=lost_steps, kept_step_seconds=kept, seconds=seconds,
-        spent=raw.spent, ends=ends, is_last=is_last,
-    )  # fmt: skip
-
-
-def _step_seconds_at(raw: _Raw, total: float, restart: int | None) -> float:
-    """Seconds of `step` that had been spent when step `restart` was done; all of them without a restart."""
-    if restart is None:
-        return total
-    first = raw.ready or 0
-    marks = [(first, 0.0)]
-    marks += [(max(spent.step, first), spent.by["step"]) for spent in raw.spent if spent.step is not None]
-    if restart >= marks[-1][0]:
-        return total
-    # Of several marks at one step the last one counts: time after it went into that step's saving and evaluation.
-    right = bisect.bisect_right(marks, restart, key=lambda mark: mark[0])
-    if right == 0:
-        return 0.0
-    (step, seconds), (next_step, next_seconds) = marks[right - 1], marks[right]
-    share = (restart - step) / (next_step - step)
-    return min(max(seconds + share * (next_seconds - seconds), 0.0), total)
+    def _step_seconds_at(self, restart: int | None) -> float:
+        """Seconds of `step` that had been spent when step `restart` was complete; all of them without a restart."""
+        total, first = self.spent["step"], self.ready or 0
+        marks = [(first, 0.0)]
+        marks += [(max(sample.step, first), sample.by["step"]) for sample in self.samples if sample.step is not None]
+        if restart is None or restart >= marks[-1][0]:
+            return total
+        # Of several marks at one step the last one counts: the time after it went into saving and evaluating.
+        right = bisect.bisect_right(marks, restart, key=lambda mark: mark[0])
+        if right == 0:
+            return 0.0
+        (step, seconds), (next_step, next_seconds) = marks[right - 1], marks[right]
+        share = (restart - step) / (next_step - step)
+        return min(max(seconds + share * (next_seconds - seconds), 0.0), total)
 
 
 def over_time(goodput: Goodput, bins: int) -> dict[str, np.ndarray]:
-    """Seconds by category in each of `bins` equal stretches of the run's time line: float64 [bins] each."""
+    """Seconds by category in each of `bins` equal intervals of the run's time line: float64 [bins] each."""
     edges = np.linspace(0.0, goodput.wall, bins + 1)
     result = {name: np.zeros(bins) for name in CATEGORIES}
     for attempt in goodput.attempts:
         inside = np.clip(edges - attempt.offset, 0.0, attempt.duration)
-        times = np.array([0.0, *(min(spent.seconds, attempt.duration) for spent in attempt.spent), attempt.duration])
+        elapsed = [min(sample.elapsed, attempt.duration) for sample in attempt.samples]
+        times = np.array([0.0, *elapsed, attempt.duration])
         known = np.zeros(bins + 1)
         for name in SPENT:
-            last = attempt.spent[-1].by[name] if attempt.spent else 0.0
-            values = np.interp(inside, times, [0.0, *(spent.by[name] for spent in attempt.spent), last])
+            cumulative = [0.0, *(sample.by[name] for sample in attempt.samples)]
+            values = np.interp(inside, times, [*cumulative, cumulative[-1]])
             known += values
             if name == "step":
                 result["lost"] += np.diff(np.maximum(values - attempt.kept_step_seconds, 0.0))
@@ -223,6 +226,5 @@ def over_time(goodput: Goodput, bins: int) -> dict[str, np.ndarray]:
             result[name] += np.diff(values)
         rest = np.diff(np.maximum.accumulate(np.maximum(inside - known, 0.0)))
         result["init" if attempt.ready is None else "other"] += rest
-    taken = sum(result.values())
-    result["down"] = np.maximum(np.diff(edges) - taken, 0.0)
+    result["down"] = np.maximum(np.diff(edges) - sum(result.values()), 0.0)
     return result

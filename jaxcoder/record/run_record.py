@@ -1,17 +1,16 @@
-"""Everything that a run left behind, read once: what `report` draws and `doctor` judges.
+"""Everything that a run has written about itself, read once: the input of `report` and `doctor`.
 
 RUN/config.json         the configuration
-RUN/metrics.jsonl       a line a step, and one an evaluation
-RUN/events.jsonl        starts, time spent, checkpoints, ends
-RUN/stacks/             of processes that their watchdogs ended
-RUN/checkpoints/STEP/   whole once there is a manifest.json
+RUN/metrics.jsonl       a line for each step, evaluation, save and alarm
+RUN/events.jsonl        starts, time by category, checkpoints, ends
+RUN/stacks/             stacks of processes that their watchdogs ended
+RUN/checkpoints/STEP/   committed once it has a manifest.json
 """
 
 import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -24,48 +23,47 @@ from jaxcoder.record.events import EVENTS, number, read_events
 from jaxcoder.record.goodput import Goodput, account
 from jaxcoder.record.series import Columns, Series, read_columns
 
-CONFIG, METRICS, STACKS, CHECKPOINTS, MANIFEST = (
-    "config.json",
-    "metrics.jsonl",
-    "stacks",
-    "checkpoints",
-    "manifest.json",
-)
+CONFIG, METRICS, STACKS = "config.json", "metrics.jsonl", "stacks"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 _MOST_STACK_BYTES = 200_000
 _MOST_STACKS = 64
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The stacks of one process that its watchdog ended. sentence: the first line."""
+    """The stacks of one process that its watchdog ended. reason: the first line of the file."""
 
     name: str
     step: int
     process: int
-    sentence: str
+    reason: str
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its directory tells it. What is not there is empty."""
+    """A run as its directory records it. Files that are missing leave their fields empty."""
 
     path: str
     config: RunConfig | None = None
-    """None when there is none that this version can read; `config_problem` then says why."""
+    """None when there is none that this version can read; `config_problem` then gives the reason."""
     config_problem: str = ""
     columns: Columns = field(default_factory=Columns)
     events: Sequence[Mapping[str, Any]] = ()
     goodput: Goodput = field(default_factory=lambda: account(()))
     stacks: Sequence[Stack] = ()
     checkpoints: Mapping[int, str] = field(default_factory=dict)
-    """Steps with a directory, ascending -> what is wrong with it; "" for a whole one."""
+    """Steps with a directory, ascending -> what is damaged in it; "" for a complete one."""
     now: float = 0.0
     """Unix seconds at which it was read."""
 
     @property
+    def name(self) -> str:
+        return self.config.name if self.config is not None else self.path
+
+    @property
     def last_step(self) -> int:
-        """The newest step known, of metrics and of events; 0 before the first."""
+        """The newest step in metrics and events; 0 before the first."""
         attempts = [attempt.last_step for attempt in self.goodput.attempts if attempt.last_step is not None]
         return max([self.columns.last_step or 0, *attempts[-1:]])
 
@@ -76,29 +74,42 @@ class RunRecord:
 
     @property
     def reason(self) -> str:
-        """How its last start ended (goodput.Attempt.reason); "" when there are no events."""
+        """The exit reason of its last start (goodput.Attempt.reason); "" without events."""
         return self.goodput.attempts[-1].reason if self.goodput.attempts else ""
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        """Steps whose update was not applied."""
+        skipped = self.columns["skipped"]
+        return skipped.steps[skipped.values > 0].tolist()
+
+    @property
+    def alarms(self) -> list[tuple[int, str, str]]:
+        """(step, rule, message) of every alarm, in order."""
+        prefix = "alarm/"
+        texts = ((key, entries) for key, entries in self.columns.texts.items() if key.startswith(prefix))
+        return sorted((step, key[len(prefix) :], message) for key, entries in texts for step, message in entries)
 
     def saved(self, key: str) -> Series:
         """A field of the `saved` events by step: "blocked", "seconds" or "bytes"."""
-        found: dict[int, float] = {}
+        values: dict[int, float] = {}
         for event in self.events:
             if event["event"] == "saved" and isinstance(event.get("step"), int):
                 value = number(event.get(key))
                 if value is not None and value >= 0:
-                    found[event["step"]] = value
-        return Series(np.array(sorted(found), np.int64), np.array([found[step] for step in sorted(found)]))
+                    values[event["step"]] = value
+        return Series(np.array(sorted(values), np.int64), np.array([values[step] for step in sorted(values)]))
 
 
 def read_run(path: str, *, damage: Mapping[int, str] | None = None, now: float | None = None) -> RunRecord:
-    """The record of a run's directory, local or gs://, s3://; also of one that is under way or has just begun.
+    """The record of a run's directory, local or gs://, s3://, while the run goes on or after it.
 
-    damage: what is wrong with its checkpoints, by step ("" for a whole one), of somebody who looked into them; without
-    it a checkpoint counts as whole when its manifest is there. now: Unix seconds (default: the clock).
+    damage: step -> what is damaged in its checkpoint, "" for nothing, from a caller that has checked the files. Without
+    it a checkpoint counts as complete when it has a manifest. now: Unix seconds (default: the clock).
     Raises DataError when the directory is no run.
     """
     path = path.rstrip("/")
-    config_text = _text(f"{path}/{CONFIG}")
+    config_text = _read_text(f"{path}/{CONFIG}")
     events = read_events(f"{path}/{EVENTS}")
     try:
         columns = read_columns(f"{path}/{METRICS}")
@@ -122,16 +133,16 @@ def read_run(path: str, *, damage: Mapping[int, str] | None = None, now: float |
     )  # fmt: skip
 
 
-def _text(path: str | Path) -> str | None:
+def _read_text(path: str) -> str | None:
     try:
-        with fsspec.open(str(path), "rb") as file:
+        with fsspec.open(path, "rb") as file:
             return file.read().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
 
 
 def _names(path: str) -> list[str]:
-    """What lies in a directory; [] when there is none."""
+    """The names in a directory; [] when there is none."""
     filesystem, inside = fsspec.url_to_fs(path)
     try:
         entries = filesystem.ls(inside, detail=False)
@@ -144,19 +155,16 @@ def _checkpoints(path: str) -> dict[int, str]:
     directory = f"{path}/{CHECKPOINTS}"
     filesystem, inside = fsspec.url_to_fs(directory)
     steps = sorted(int(name) for name in _names(directory) if name.isdecimal())
-    missing = f"it has no {MANIFEST}: its save was not finished"
+    missing = f"it has no {MANIFEST}: its save was not committed"
     return {step: "" if filesystem.exists(f"{inside}/{step}/{MANIFEST}") else missing for step in steps}
 
 
 def _stacks(directory: str) -> list[Stack]:
     """The newest ones, by step and process."""
-    found = []
-    for name in _names(directory):
-        parts = re.fullmatch(r"step-(\d+)-process-(\d+)\.txt", name)
-        if parts:
-            found.append((int(parts[1]), int(parts[2]), name))
+    matches = (re.fullmatch(r"step-(\d+)-process-(\d+)\.txt", name) for name in _names(directory))
+    files = sorted((int(match[1]), int(match[2]), match[0]) for match in matches if match)
     stacks = []
-    for step, process, name in sorted(found)[-_MOST_STACKS:]:
-        content = (_text(f"{directory}/{name}") or "")[:_MOST_STACK_BYTES]
+    for step, process, name in files[-_MOST_STACKS:]:
+        content = (_read_text(f"{directory}/{name}") or "")[:_MOST_STACK_BYTES]
         stacks.append(Stack(name, step, process, content.partition("\n")[0].strip(), content))
     return stacks

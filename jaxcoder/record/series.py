@@ -1,9 +1,11 @@
-"""Columns of metrics.jsonl: (step, value) of every key, and the few things that are done with them.
+"""Columns of metrics.jsonl: (step, value) of every key as arrays, and the statistics that reports take of them.
 
-A run of 250,000 steps is read in one pass and kept as arrays: records as dictionaries would take gigabytes.
+The file is read in one pass: the records of 250,000 steps as dictionaries would take gigabytes.
 """
 
+import itertools
 import json
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +20,7 @@ from jaxcoder.record.metrics import NOT_FINITE
 
 @dataclass(frozen=True)
 class Series:
-    """steps int64 [N], ascending, each once (of a step written twice the later line counts); values float64 [N]."""
+    """steps: int64 [N], strictly ascending. values: float64 [N]. Of a step written twice the later line counts."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -48,6 +50,14 @@ class Series:
         places = np.minimum(np.searchsorted(self.steps, steps), len(self) - 1)
         return np.where(self.steps[places] == steps, self.values[places], np.nan)
 
+    def scaled(self, factor: float) -> "Series":
+        return Series(self.steps, self.values * factor)
+
+    def recent(self, share: float = 0.1) -> float | None:
+        """The median of the last `share` of the finite values; None without one."""
+        values = self.finite().values
+        return float(np.median(values[-max(int(len(values) * share), 1) :])) if len(values) else None
+
 
 EMPTY = Series(np.zeros(0, np.int64), np.zeros(0))
 
@@ -63,7 +73,7 @@ class Columns:
         return self.numbers.get(key, EMPTY)
 
     def matching(self, prefix: str, suffix: str) -> dict[str, Series]:
-        """What stands between prefix and suffix in a key -> its series, in order of name."""
+        """The part of the key between prefix and suffix -> its series, in order of name."""
         size = len(prefix) + len(suffix)
         return {
             key[len(prefix) : len(key) - len(suffix)]: series
@@ -73,7 +83,7 @@ class Columns:
 
     @property
     def last_step(self) -> int | None:
-        """The newest step that anything was written of."""
+        """The newest step with a number; None without one."""
         return max((int(series.steps[-1]) for series in self.numbers.values()), default=None)
 
 
@@ -123,19 +133,27 @@ def _series(steps: array, values: array) -> Series:
     return Series(step_array[is_last], value_array[is_last])
 
 
-def thinned(series: Series, most: int = 600) -> Series:
-    """At most about twice `most` points that look the same: of each stretch of steps the least and the greatest value.
+def position_losses(columns: Columns) -> dict[tuple[int, int], Series]:
+    """(first, last) position of each bucket of a window -> its held-out loss, in order."""
+    series = columns.matching("eval/position/", "/loss")
+    buckets = {name: re.fullmatch(r"(\d+)-(\d+)", name) for name in series}
+    losses = {(int(match[1]), int(match[2])): series[name].finite() for name, match in buckets.items() if match}
+    return dict(sorted(losses.items()))
 
-    The first and the last point stay. Only finite values.
+
+def thinned(series: Series, most: int = 600) -> Series:
+    """At most about twice `most` finite points that look the same in a chart.
+
+    The least and the greatest value of each of `most` blocks of steps stay, and so do the first and the last point.
     """
     series = series.finite()
     if len(series) <= 2 * most:
         return series
-    starts = np.linspace(0, len(series), most + 1).astype(np.int64)[:-1]
+    edges = np.linspace(0, len(series), most + 1).astype(np.int64)
     keep = {0, len(series) - 1}
-    for start, stop in zip(starts, np.append(starts[1:], len(series)), strict=True):
-        part = series.values[start:stop]
-        keep.update((int(start + part.argmin()), int(start + part.argmax())))
+    for start, stop in itertools.pairwise(edges):
+        block = series.values[start:stop]
+        keep.update((int(start + block.argmin()), int(start + block.argmax())))
     places = np.array(sorted(keep))
     return Series(series.steps[places], series.values[places])
 
@@ -149,17 +167,26 @@ def smoothed(series: Series, share: float = 0.03) -> Series:
         return series
     sums = np.concatenate([[0.0], np.cumsum(series.values)])
     places = np.arange(size)
-    first = places - np.minimum(reach, places)
-    stop = np.minimum(places + np.minimum(reach, places), size - 1) + 1
-    return Series(series.steps, (sums[stop] - sums[first]) / (stop - first))
+    reaches = np.minimum(reach, np.minimum(places, size - 1 - places))
+    return Series(series.steps, (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1))
 
 
-def block_medians(series: Series, blocks: int) -> Series:
-    """Medians of `blocks` stretches with equally many values, at the first step of each. Fewer when values are few."""
+def _blocks(series: Series, count: int) -> tuple[Series, np.ndarray]:
+    """The finite values, and int64 edges that cut them into at most `count` equal blocks."""
     series = series.finite()
+    return series, np.linspace(0, len(series), min(count, len(series)) + 1).astype(np.int64)
+
+
+def block_medians(series: Series, count: int) -> Series:
+    """The median of each of at most `count` equal blocks of the finite values, at the first step of the block."""
+    series, edges = _blocks(series, count)
+    medians = [float(np.median(series.values[start:stop])) for start, stop in itertools.pairwise(edges)]
+    return Series(series.steps[edges[:-1]], np.array(medians)) if len(series) else EMPTY
+
+
+def block_means(series: Series, count: int = 60) -> Series:
+    """Like `block_medians`, with means."""
+    series, edges = _blocks(series, count)
     if not len(series):
         return EMPTY
-    blocks = min(blocks, len(series))
-    edges = np.linspace(0, len(series), blocks + 1).astype(np.int64)
-    medians = [float(np.median(series.values[start:stop])) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
-    return Series(series.steps[edges[:-1]], np.array(medians))
+    return Series(series.steps[edges[:-1]], np.add.reduceat(series.values, edges[:-1]) / np.diff(edges))

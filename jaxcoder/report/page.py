@@ -1,369 +1,226 @@
-"""The report of a run as one HTML page that needs nothing else: no network, no script, plain CSS, SVG in the text.
+"""The report of a run as one HTML page: charts and tables of everything that the run recorded.
 
-Reads well in light and dark, on paper and on a phone. Series are thinned to a few hundred points with their extremes
-before they are drawn, so the page of a run of 250,000 steps is no larger than that of a short one.
+Series are thinned to a few hundred points, extremes kept, so the page of 250,000 steps is no larger than a short run's.
 """
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxcoder.formatting import format_bytes, format_duration
-from jaxcoder.record import summary
-from jaxcoder.record.goodput import CATEGORIES, over_time
+from jaxcoder.formatting import format_bytes, format_duration, format_ranges
+from jaxcoder.record.goodput import CATEGORIES, CATEGORY_NAMES, over_time
 from jaxcoder.record.run_record import RunRecord
-from jaxcoder.record.series import Columns, Series, smoothed, thinned
-from jaxcoder.report.charts import NUM_COLORS, Line, line_chart, share_bar, short, stacked_chart
-from jaxcoder.report.style import STYLE
+from jaxcoder.record.series import Series, block_means, position_losses, smoothed, thinned
+from jaxcoder.record.status import slowest_hosts, status
+from jaxcoder.report import summary
+from jaxcoder.report.charts import Line, line_chart, short, stacked_chart
+from jaxcoder.report.html import Chart, Section, Table, render_page
 
 _MOST_LINES = 8
 _BINS = 240
+_GIB = 2.0**30
+
+# Palette index of each category of goodput.
+_CATEGORY_COLORS = {
+    "step": 2, "lost": 4, "data_wait": 1, "save": 0, "evaluate": 6, "init": 7, "restore": 8, "compile": 3, "other": 5,
+    "down": 10,
+}  # fmt: skip
 
 
-def page(record: RunRecord, *, parameters: int | None = None, findings: Sequence[tuple[str, str]] = ()) -> str:
-    """The whole page. findings: (severity, sentence) of `doctor`."""
-    name = record.config.name if record.config is not None else record.path
+class Curve(NamedTuple):
+    """One chart over steps. lines: (name, key of metrics.jsonl, style); the style "trend" adds a moving average."""
+
+    title: str
+    unit: str
+    lines: Sequence[tuple[str, str, str]]
+    is_log: bool = False
+    from_zero: bool = False
+
+
+_LEARNING = (
+    Curve("Loss", "nats per token", (("training", "loss", "trend"), ("held out", "eval/loss", "dots")), is_log=True),
+    Curve("Bits per byte", "bits per byte of text",
+          (("training", "bits_per_byte", "trend"), ("held out", "eval/bits_per_byte", "dots")), is_log=True),
+    Curve("Gradient norm", "before clipping", (("gradient norm", "grad_norm", "trend"),), is_log=True),
+    Curve("Learning rate", "", (("learning rate", "learning_rate", "line"),), from_zero=True),
+    Curve("Infilled held-out lines", "share",
+          (("exact match", "eval/infill/exact_match", "dots"),
+           ("edit similarity", "eval/infill/edit_similarity", "dots")), from_zero=True),
+)  # fmt: skip
+_SPEED = (
+    Curve("Throughput", "tokens a second", (("tokens", "tokens_per_second", "trend"),), from_zero=True),
+    Curve("Model FLOPs utilisation", "share of the peak", (("MFU", "mfu", "trend"),), from_zero=True),
+    Curve("Time of a step", "seconds",
+          (("step", "step_time", "trend"), ("waiting for data", "data_wait", "trend")), from_zero=True),
+)  # fmt: skip
+
+
+def run_page(record: RunRecord, *, num_parameters: int | None = None, findings: Sequence[tuple[str, str]] = ()) -> str:
+    """The page. num_parameters: of the model, where known. findings: (severity, sentence) of the doctor."""
     written = datetime.fromtimestamp(record.now, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    body = [
-        f"<header><h1>{escape(name)}</h1><p>{escape(summary.status(record))}</p></header>",
-        _headline(record),
-        _definitions(summary.trained(record, parameters)),
-        _findings(findings),
-        _section("Learning", [*_learning(record), *_held_out(record)]),
-        _section("Speed and memory", _speed(record)),
-        _section("Where the time went", _time(record)),
-        _section("Checkpoints", _checkpoints(record)),
-        _section("Hosts", _hosts(record)),
-        _section("What went wrong", _wrong(record)),
-        f"<footer>{escape(record.path)}, as of {written}</footer>",
-    ]
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><title>{escape(name)}: jaxcoder report</title>'
-        f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(filter(None, body)) + "\n</main></body></html>\n"
+    sections = (
+        Section(numbers=summary.headline(record), facts=summary.configuration(record, num_parameters)),
+        Section(title="Findings of the doctor", findings=findings),
+        _learning(record),
+        Section(title="Speed and memory", charts=[*(_chart(record, *curve) for curve in _SPEED), _memory(record)]),
+        _time(record),
+        _checkpoints(record),
+        _hosts(record),
+        _failures(record),
+    )
+    return render_page(
+        record.name, subtitle=status(record), sections=sections, footer=f"{record.path}, as of {written}"
     )
 
 
-# --- pieces of a page ------------------------------------------------------------------------------------------------
-
-
-def _headline(record: RunRecord) -> str:
-    cells = "".join(
-        f"<div><b>{escape(figure.value)}</b><span>{escape(figure.name)}</span></div>"
-        for figure in summary.headline(record)
-    )
-    return f'<section class="numbers">{cells}</section>'
-
-
-def _definitions(figures: Sequence[summary.Figure]) -> str:
-    rows = "".join(f"<dt>{escape(figure.name)}</dt><dd>{escape(figure.value)}</dd>" for figure in figures)
-    return f"<dl>{rows}</dl>"
-
-
-def _findings(findings: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(
-        f'<li class="{escape(level)}"><b>{escape(level)}</b> {escape(said)}</li>' for level, said in findings
-    )
-    return f"<section><h2>What doctor sees</h2><ul>{rows}</ul></section>" if rows else ""
-
-
-def _section(title: str, parts: Sequence[str]) -> str:
-    inside = "\n".join(part for part in parts if part)
-    return f"<section><h2>{title}</h2>\n{inside}\n</section>" if inside else ""
-
-
-def _figure(title: str, chart: str, lines: Sequence[tuple[str, int]] = (), note: str = "") -> str:
-    """lines: (name, color) for a legend."""
-    if not chart:
-        return ""
-    legend = "".join(f'<span><i class="c{color % NUM_COLORS}"></i>{escape(name)}</span>' for name, color in lines)
-    legend = f'<p class="legend">{legend}</p>' if len(lines) > 1 else ""
-    note = f"<small>{escape(note)}</small>" if note else ""
-    return f"<figure><figcaption>{escape(title)} {note}</figcaption>{chart}{legend}</figure>"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
-    if not rows:
-        return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    note = f"<p><small>{escape(note)}</small></p>" if note else ""
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}'
-
-
-def _charts(figures: Sequence[str]) -> str:
-    inside = "".join(figure for figure in figures if figure)
-    return f'<div class="charts">{inside}</div>' if inside else ""
-
-
-def _restarts(record: RunRecord) -> list[int]:
-    return [attempt.ready for attempt in record.goodput.attempts[1:] if attempt.ready]
-
-
-def _curve(
+def _chart(
     record: RunRecord,
     title: str,
-    wanted: Sequence[tuple[str, Series, str]],
-    *,
     unit: str,
-    is_log=False,
-    from_zero=False,
-) -> str:
-    """wanted: (name, series, style) of each line; the style "both" is faint with its moving average over it."""
-    lines, legend = [], []
-    for color, (name, series, style) in enumerate(wanted):
+    lines: Sequence[tuple[str, str | Series, str]],
+    is_log: bool = False,
+    from_zero: bool = False,
+) -> Chart:
+    drawn, legend = [], []
+    for color, (name, series, style) in enumerate(lines):
+        series = record.columns[series] if isinstance(series, str) else series
         if not len(series.finite()):
             continue
         legend.append((name, color))
-        if style == "both":
-            lines.append(Line(name, thinned(series), color, "faint"))
-            lines.append(Line(name, thinned(smoothed(series), 300), color))
+        if style == "trend":
+            drawn.append(Line(name, thinned(series), color, "faint"))
+            drawn.append(Line(name, thinned(smoothed(series), 300), color))
         else:
-            lines.append(Line(name, thinned(series, 300), color, style))
-    chart = line_chart(
-        lines, unit=unit, is_log=is_log, from_zero=from_zero, marks=_restarts(record), label=f"{title} ({unit})"
-    )
-    return _figure(title, chart, legend, unit)
+            drawn.append(Line(name, thinned(series, 300), color, style))
+    restarts = [attempt.ready for attempt in record.goodput.attempts[1:] if attempt.ready]
+    svg = line_chart(drawn, label=f"{title} ({unit})", is_log=is_log, from_zero=from_zero, marks=restarts)
+    return Chart(title, svg, legend, unit)
 
 
-# --- sections --------------------------------------------------------------------------------------------------------
-
-
-def _learning(record: RunRecord) -> list[str]:
-    columns = record.columns
-    return [
-        _charts(
-            [
-                _curve(
-                    record,
-                    "Loss",
-                    [("training", columns["loss"], "both"), ("held out", columns["eval/loss"], "dots")],
-                    unit="nats per token",
-                    is_log=True,
-                ),
-                _curve(
-                    record,
-                    "Bits per byte",
-                    [
-                        ("training", columns["bits_per_byte"], "both"),
-                        ("held out", columns["eval/bits_per_byte"], "dots"),
-                    ],
-                    unit="bits per byte of text",
-                    is_log=True,
-                ),
-                _curve(
-                    record,
-                    "Gradient norm",
-                    [("before clipping", columns["grad_norm"], "both")],
-                    unit="norm",
-                    is_log=True,
-                ),
-                _curve(
-                    record,
-                    "Learning rate",
-                    [("learning rate", columns["learning_rate"], "line")],
-                    unit="",
-                    from_zero=True,
-                ),
-                _fim(record),
-                _curve(
-                    record,
-                    "Infilled held-out lines",
-                    [
-                        ("exact match", columns["eval/infill/exact_match"], "dots"),
-                        ("edit similarity", columns["eval/infill/edit_similarity"], "dots"),
-                    ],
-                    unit="share",
-                    from_zero=True,
-                ),
-            ]
-        )
-    ]
-
-
-def _fim(record: RunRecord) -> str:
-    lines, legend = [], []
-    for color, (name, field) in enumerate((("FIM", "fim_rate"), ("SPM of it", "fim_spm_rate"))):
-        series = _block_means(record.columns, "fim_share" if field == "fim_rate" else "fim_spm_share")
-        if not len(series):
-            continue
-        lines.append(Line(name, series, color))
-        legend.append((name, color))
-        if record.config is not None:
-            asked = record.config.data.fim_rate if field == "fim_rate" else record.config.data.fim_spm_rate
-            ends = np.array([series.steps[0], series.steps[-1]])
-            lines.append(Line(f"{name}, as configured", Series(ends, np.full(2, asked)), color, "dashed"))
-    chart = line_chart(
-        lines, unit="share of pieces", from_zero=True, marks=_restarts(record), label="Fill-in-the-middle"
-    )
-    return _figure("Fill-in-the-middle", chart, legend, "share of pieces; dashed: as configured")
-
-
-def _block_means(columns: Columns, key: str, blocks: int = 60) -> Series:
-    """Shares of single batches say little: means over stretches of steps."""
-    series = columns[key].finite()
-    if len(series) < 2:
-        return series
-    edges = np.linspace(0, len(series), min(blocks, len(series)) + 1).astype(np.int64)
-    means = np.add.reduceat(series.values, edges[:-1]) / np.diff(edges)
-    return Series(series.steps[edges[:-1]], means)
-
-
-def _held_out(record: RunRecord) -> list[str]:
-    parts, figures = [], []
-    for kind, title, column in (("corpus", "Bits per byte of each corpus", "corpus"),
-                                ("lang", "Bits per byte of each language", "language")):  # fmt: skip
+def _learning(record: RunRecord) -> Section:
+    charts = [_chart(record, *curve) for curve in _LEARNING] + [_fim(record)]
+    tables = []
+    for kind, plural, noun in (("corpus", "corpora", "corpus"), ("lang", "languages", "language")):
         rows = summary.held_out_rows(record, kind)
         series = record.columns.matching(f"eval/{kind}/", "/bits_per_byte")
-        shown = [(row[0], series[row[0]], "dots") for row in rows[:_MOST_LINES]]
-        figures.append(_curve(record, title, shown, unit="held out", is_log=True))
+        largest = [(row[0], series[row[0]], "dots") for row in rows[:_MOST_LINES]]
+        charts.append(_chart(record, f"Bits per byte of {plural}", "held out", largest, is_log=True))
         cells = [(row[0], f"{row[1]:.4f}", f"{row[2]:.4f}", f"{row[3]:,}", f"{row[4]:.4f}") for row in rows]
-        parts.append(_table((column, "first", "best", "at step", "last"), cells, "Held-out bits per byte."))
-    return [_charts([*figures, _positions(record)]), *parts]
+        tables.append(Table((noun, "first", "best", "at step", "last"), cells, "Held-out bits per byte."))
+    return Section(title="Learning", charts=[*charts, _positions(record)], tables=tables)
 
 
-def position_losses(record: RunRecord) -> tuple[list[str], list[Series]]:
-    """Names of the buckets of positions ("0-63") in order, and the held-out loss of each."""
-    found = record.columns.matching("eval/position/", "/loss")
-    names = [name for name in found if name.partition("-")[0].isdecimal()]
-    names.sort(key=lambda name: int(name.partition("-")[0]))
-    return names, [found[name].finite() for name in names]
+def _fim(record: RunRecord) -> Chart:
+    shares = {
+        "FIM": block_means(record.columns["fim_share"]),
+        "SPM of it": block_means(record.columns["fim_spm_share"]),
+    }
+    rates = (None, None)
+    if record.config is not None:
+        rates = (record.config.data.fim_rate, record.config.data.fim_spm_rate)
+    drawn = [Line(name, series, color) for color, (name, series) in enumerate(shares.items())]
+    for line, rate in list(zip(drawn, rates, strict=True)):
+        if rate is not None and len(line.series):
+            ends = line.series.steps[[0, -1]]
+            drawn.append(Line(line.name, Series(ends, np.full(2, rate)), line.color, "dashed"))
+    svg = line_chart(drawn, label="Fill-in-the-middle (share of pieces)", from_zero=True)
+    return Chart("Fill-in-the-middle", svg, [(line.name, line.color) for line in drawn[:2]],
+                 "share of pieces; dashed: configured")  # fmt: skip
 
 
-def _positions(record: RunRecord) -> str:
-    names, losses = position_losses(record)
-    steps = sorted({int(step) for series in losses for step in series.steps})
+def _positions(record: RunRecord) -> Chart:
+    losses = position_losses(record.columns)
+    steps = sorted({int(step) for series in losses.values() for step in series.steps})
     if not steps:
-        return ""
-    chosen = sorted({steps[round(place * (len(steps) - 1))] for place in (0, 1 / 3, 2 / 3, 1)})
-    lines, places = [], np.arange(len(names))
-    for color, step in enumerate(chosen):
-        values = np.array([series.at(np.array([step]))[0] for series in losses])
+        return Chart("Held-out loss by position", "")
+    lines, places = [], np.arange(len(losses))
+    for color, step in enumerate(sorted({steps[round(share * (len(steps) - 1))] for share in (0, 1 / 3, 2 / 3, 1)})):
+        values = np.array([series.at(np.array([step]))[0] for series in losses.values()])
         lines.append(Line(f"step {step:,}", Series(places, values), color, "dots"))
-    ticks = {float(place): short(int(name.partition("-")[0])) for place, name in enumerate(names)}
-    chart = line_chart(lines, unit="nats per token", ticks=ticks, label="Held-out loss by position in the window")
-    return _figure(
-        "Held-out loss by position", chart, [(line.name, line.color) for line in lines], "first position of a bucket"
-    )
+    ticks = {float(place): short(first) for place, (first, _) in enumerate(losses)}
+    svg = line_chart(lines, ticks=ticks, label="Held-out loss by position in the window (nats per token)")
+    legend = [(line.name, line.color) for line in lines]
+    return Chart("Held-out loss by position", svg, legend, "first position of a bucket")
 
 
-def _speed(record: RunRecord) -> list[str]:
-    columns = record.columns
-    gib = 2.0**30
-    memory = [("of the host", columns["host_memory"]), ("of a device", columns["device_memory"]),
-              ("of a device, at most", columns["device_memory_peak"])]  # fmt: skip
-    return [
-        _charts(
-            [
-                _curve(
-                    record,
-                    "Throughput",
-                    [("tokens a second", columns["tokens_per_second"], "both")],
-                    unit="tokens a second",
-                    from_zero=True,
-                ),
-                _curve(
-                    record,
-                    "Model FLOPs utilisation",
-                    [("MFU", columns["mfu"], "both")],
-                    unit="share of the peak",
-                    from_zero=True,
-                ),
-                _curve(
-                    record,
-                    "Time of a step",
-                    [("step", columns["step_time"], "both"), ("waiting for data", columns["data_wait"], "both")],
-                    unit="seconds",
-                    from_zero=True,
-                ),
-                _curve(
-                    record,
-                    "Memory",
-                    [(name, Series(s.steps, s.values / gib), "line") for name, s in memory],
-                    unit="GiB in use",
-                    from_zero=True,
-                ),
-            ]
-        )
-    ]
+def _memory(record: RunRecord) -> Chart:
+    keys = {"host": "host_memory", "device": "device_memory", "device, peak": "device_memory_peak"}
+    lines = [(name, record.columns[key].scaled(1 / _GIB), "line") for name, key in keys.items()]
+    return _chart(record, "Memory", "GiB in use", lines, from_zero=True)
 
 
-def _time(record: RunRecord) -> list[str]:
+def _time(record: RunRecord) -> Section:
     goodput = record.goodput
-    if goodput.wall <= 0:
-        note = "There is no events.jsonl: the run is of a version that wrote none, and only its metrics are known."
-        return [] if goodput.attempts else [f"<p>{note}</p>"]
-    shares = {name: goodput.seconds[name] for name in CATEGORIES}
-    words = ", ".join(f"{name} {share}" for name, _, share in summary.goodput_rows(record))
-    marks = [attempt.offset for attempt in goodput.attempts[1:]]
-    chart = stacked_chart(
-        over_time(goodput, _BINS),
-        ends=(0.0, goodput.wall),
-        marks=marks,
-        label=f"Time by category over the run: {words}",
+    if goodput.share is None:
+        text = "" if goodput.attempts else "There is no events.jsonl: only the metrics of the run are known."
+        return Section(title="Time", text=text)
+    amounts = over_time(goodput, _BINS)
+    rows = summary.goodput_rows(record)
+    svg = stacked_chart(
+        {_CATEGORY_COLORS[name]: amounts[name] for name in CATEGORIES},
+        duration=goodput.wall,
+        marks=[attempt.offset for attempt in goodput.attempts[1:]],
+        label="Time by category over the run: " + ", ".join(f"{name} {share}" for name, _, share in rows),
     )
-    legend = "".join(
-        f'<span><i class="{key}"></i>{escape(name)}</span>'
-        for key, name in summary.CATEGORY_NAMES.items()
-        if goodput.seconds[key] > 0.05
+    return Section(
+        title="Time",
+        text=f"Goodput {goodput.share:.1%}: the share of {format_duration(goodput.wall)} in steps that were kept.",
+        shares=[
+            (name, goodput.seconds[key] / goodput.wall, _CATEGORY_COLORS[key])
+            for key, name in CATEGORY_NAMES.items()
+            if goodput.seconds[key] > summary.MIN_SECONDS
+        ],
+        charts=[Chart("Time over the run", svg, note="dotted: a restart")],
+        tables=[Table(("category", "time", "share"), rows)],
     )
-    shown = f"Goodput {goodput.share:.1%}: time in steps that survived, of {format_duration(goodput.wall)} in all."
-    return [
-        f"<p>{shown}</p>{share_bar(shares, words)}<p class=legend>{legend}</p>",
-        _charts([_figure("Over the whole run; a line is a restart", chart)]),
-        _table(("", "time", "share"), summary.goodput_rows(record)),
-    ]
 
 
-def _checkpoints(record: RunRecord) -> list[str]:
-    blocked, seconds, sizes = (record.saved(key) for key in ("blocked", "seconds", "bytes"))
-    if not len(blocked):
-        blocked = record.columns["checkpoint_seconds"]
-    figures = [
-        _curve(
-            record,
-            "Saving",
-            [("a step waits", blocked, "dots"), ("until it is whole", seconds, "dots")],
-            unit="seconds",
-            from_zero=True,
-        ),
-    ]
-    if len(sizes):
-        sizes = Series(sizes.steps, sizes.values / 2**30)
-        figures.append(_curve(record, "Size", [("checkpoint", sizes, "dots")], unit="GiB", from_zero=True))
-    there = [(f"{step:,}", problem or "whole", _size(record, step)) for step, problem in record.checkpoints.items()]
-    return [_charts(figures), _table(("checkpoint of step", "state", "size"), there[-20:])]
+def _checkpoints(record: RunRecord) -> Section:
+    exposed, seconds, sizes = (record.saved(key) for key in ("blocked", "seconds", "bytes"))
+    if not len(exposed):
+        exposed = record.columns["checkpoint_seconds"]
+    rows = []
+    for step, problem in list(record.checkpoints.items())[-20:]:
+        size = sizes.at(np.array([step]))[0]
+        rows.append((f"{step:,}", problem or "complete", format_bytes(size) if np.isfinite(size) else ""))
+    lines = [("exposed to the step", exposed, "dots"), ("until committed", seconds, "dots")]
+    size = [("checkpoint", sizes.scaled(1 / _GIB), "dots")]
+    return Section(
+        title="Checkpoints",
+        charts=[
+            _chart(record, "Time of a save", "seconds", lines, from_zero=True),
+            _chart(record, "Size", "GiB", size, from_zero=True),
+        ],
+        tables=[Table(("checkpoint of step", "state", "size"), rows)],
+    )
 
 
-def _size(record: RunRecord, step: int) -> str:
-    size = record.saved("bytes").at(np.array([step]))[0]
-    return format_bytes(size) if np.isfinite(size) else ""
+def _hosts(record: RunRecord) -> Section:
+    lines = [("slowest host", "hosts/slowest_seconds", "line"), ("median", "hosts/median_seconds", "line")]
+    rows = [(str(host), f"{host.count:,}", f"{host.behind:.3f} s") for host in slowest_hosts(record)[:20]]
+    return Section(
+        title="Hosts",
+        charts=[_chart(record, "Time of a host's own work in a step", "seconds", lines, from_zero=True)],
+        tables=[Table(("host", "times the slowest", "behind the median, a step"), rows)],
+    )
 
 
-def _hosts(record: RunRecord) -> list[str]:
-    columns = record.columns
-    wanted = [
-        ("slowest host", columns["hosts/slowest_seconds"], "line"),
-        ("median", columns["hosts/median_seconds"], "line"),
-    ]
-    chart = _curve(record, "A host's own work in a step", wanted, unit="seconds", from_zero=True)
-    rows = [(str(host), f"{host.count:,}", f"{host.behind:.3f} s") for host in summary.slowest_hosts(record)[:20]]
-    return [_charts([chart]), _table(("host", "times the slowest", "behind the median, a step"), rows)]
-
-
-def _wrong(record: RunRecord) -> list[str]:
+def _failures(record: RunRecord) -> Section:
     attempts = summary.attempt_rows(record)
-    folded = f"The last 100 of {len(attempts):,} starts." if len(attempts) > 100 else ""
-    alarms = [(f"{step:,}", rule, said) for step, rule, said in summary.alarm_rows(record)]
-    skipped = record.columns["skipped"]
-    steps = skipped.steps[skipped.values > 0].tolist()
-    stacks = [(stack.name, stack.sentence) for stack in record.stacks]
-    return [
-        _table(summary.ATTEMPT_COLUMNS, attempts[-100:], folded),
-        f"<p>Skipped steps, whose numbers were not usable: {summary.ranges(steps, 40)}.</p>" if steps else "",
-        _table(("step", "alarm", "what"), alarms[-200:]),
-        _table(("stacks of", "why"), stacks),
-    ]
+    skipped = record.skipped_steps
+    alarms = [(f"{step:,}", rule, message) for step, rule, message in record.alarms]
+    return Section(
+        title="Starts, alarms, skipped steps",
+        text=f"Skipped steps: {format_ranges(skipped, 40)}." if skipped else "",
+        tables=[
+            Table(
+                summary.ATTEMPT_COLUMNS,
+                attempts[-100:],
+                f"The last 100 of {len(attempts):,} starts." if len(attempts) > 100 else "",
+            ),
+            Table(("step", "alarm", "message"), alarms[-200:]),
+            Table(("stack file", "reason"), [(stack.name, stack.reason) for stack in record.stacks]),
+        ],
+    )

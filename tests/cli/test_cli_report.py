@@ -65,7 +65,7 @@ def test_doctor_finds_what_was_broken(run, capsys):
             record |= {"loss": "NaN", "skipped": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     out = said(capsys, "doctor", run)
-    assert "2 checkpoints of 2 cannot be used." in out and "none is whole" in out
+    assert "2 checkpoints of 2 cannot be used." in out and "none is complete" in out
     assert "step 4 to 5" in out and f"jaxcoder data trace {run} --step 4" in out
     found = json.loads(said(capsys, "doctor", run, "--json"))
     assert {finding["rule"] for finding in found} >= {"damaged_checkpoints", "skipped_steps"}

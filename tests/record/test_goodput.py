@@ -96,7 +96,7 @@ def test_clocks_that_run_backwards():
 
 def test_no_events(tmp_path):
     check_sound(account([]))
-    assert account([]).share is None and account([]).last_seen is None
+    assert account([]).share is None and not account([]).attempts
     assert read_events(tmp_path / "events.jsonl") == []
 
 

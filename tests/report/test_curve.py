@@ -8,7 +8,7 @@ import pytest
 
 from jaxcoder.errors import DataError
 from jaxcoder.record.metrics import JsonlWriter
-from jaxcoder.report.curve import draw_curve, smoothed
+from jaxcoder.report.curve import draw_curve
 
 
 def log(path, records):
@@ -54,14 +54,6 @@ def test_nothing_to_draw(tmp_path, records):
     with pytest.raises(DataError, match="no finite 'loss'"):
         draw_curve(log(tmp_path / "m.jsonl", records), tmp_path / "curve.png")
     assert not (tmp_path / "curve.png").exists()
-
-
-def test_smoothing_keeps_a_straight_line_and_calms_noise():
-    line = [float(i) for i in range(400)]
-    assert smoothed(line)[:300] == pytest.approx(line[:300])
-    noisy = [i % 2 for i in range(400)]
-    assert max(smoothed(noisy)[50:]) < 0.6
-    assert smoothed([1.0]) == [1.0] and smoothed([]) == []
 
 
 def test_matplotlib_is_lazy():

@@ -2,7 +2,6 @@
 
 import html.parser
 import json
-import random
 import re
 import time
 
@@ -14,9 +13,10 @@ from made_runs import STARTED, attempt_events, healthy
 
 from jaxcoder.record.run_record import read_run
 from jaxcoder.record.series import Series, read_columns, smoothed, thinned
-from jaxcoder.record.summary import describe, ranges, silent_for, status
-from jaxcoder.report.charts import Line, line_chart, log_ticks, nice_ticks, short, time_ticks
-from jaxcoder.report.page import page
+from jaxcoder.record.status import silent_for, status
+from jaxcoder.report.charts import Line, line_chart, short
+from jaxcoder.report.page import run_page
+from jaxcoder.report.summary import describe
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 
@@ -55,8 +55,9 @@ def check_self_contained(text: str) -> Page:
     parsed = Page(text)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in parsed.elements}
     for _, attributes in parsed.elements:
-        assert not {"src", "href", "xlink:href", "srcset"} & set(attributes)
-    assert not re.search(r"https?://|url\(|@import", text)
+        assert not {"src", "xlink:href", "srcset"} & set(attributes)
+        assert attributes.get("href", "#").startswith("#")  # the markers of a chart
+    assert not re.search(r"https?://|url\((?!#)|@import", text)
     return parsed
 
 
@@ -75,34 +76,37 @@ def test_a_run_with_restarts(tmp_path):
     for record in run.steps()[499:502]:
         record |= {"skipped": 1, "loss": "NaN"}
     record = run.read(tmp_path / "run")
-    parsed = check_self_contained(page(record, parameters=1234567, findings=[("warning", "The disk is <slow>.")]))
+    parsed = check_self_contained(
+        run_page(record, num_parameters=1234567, findings=[("warning", "The disk is <slow>.")])
+    )
     share = record.goodput.share
     for words in (
         "1,000 of 1,000 (100%)", "1,234,567 parameters", f"{share:.1%}", "30", "after step 450, which is saved.",
-        "died without a word",
+        "died without an end event",
         "the loss jumped to 9", "500 to 502", "The disk is <slow>.",
         "haskell", "issues", "host-1",
         "8.19 million", f"{run.evaluations()[-1]['eval/loss']:.4f}", "45.0%", "451 to 730",
-        "10:00", "13.0 GiB", "whole",
+        "10:00", "13.0 GiB", "complete",
     ):  # fmt: skip
         assert words in parsed.text, words
     titles = (
-        "Loss", "Bits per byte", "Gradient norm", "Learning rate", "Fill-in-the-middle", "Bits per byte of each corpus",
-        "Bits per byte of each language", "Held-out loss by position", "Throughput", "Model FLOPs utilisation",
-        "Time of a step", "Memory", "Over the whole run", "Saving", "Size", "A host's own work in a step",
+        "Loss", "Bits per byte", "Gradient norm", "Learning rate", "Fill-in-the-middle", "Bits per byte of corpora",
+        "Bits per byte of languages", "Held-out loss by position", "Throughput", "Model FLOPs utilisation",
+        "Time of a step", "Memory", "Time over the run", "Time of a save", "Size",
+        "Time of a host's own work in a step",
     )  # fmt: skip
     for title in titles:
         assert title in parsed.text, title
-    assert parsed.count("svg") == len(titles) + 1  # and the bar of goodput
+    assert parsed.count("svg") == len(titles)
     labels = [attributes["aria-label"] for tag, attributes in parsed.elements if tag == "svg"]
     assert all(labels)
 
 
 def test_the_summary_has_the_same_numbers(tmp_path):
     record = restarted(healthy()).read(tmp_path / "run")
-    said = describe(record, parameters=1234567)
+    said = describe(record, num_parameters=1234567)
     for words in (
-        "made: finished", "1,234,567 parameters", f"{record.goodput.share:.1%} of", "3, 30 steps done again", "died",
+        "made: finished", "1,234,567 parameters", f"{record.goodput.share:.1%} of", "3, 30 steps lost", "died",
         "checkpoints: 10 of 13.0 GiB", "slowest host: host-", "python", "45.0%",
     ):  # fmt: skip
         assert words in said, words
@@ -117,22 +121,22 @@ def test_files_that_are_missing(tmp_path, files):
     for name in files:
         (path / name).unlink()
     record = read_run(str(path), now=run.now)
-    check_self_contained(page(record))
+    check_self_contained(run_page(record))
     assert describe(record)
     if "events.jsonl" in files:
-        assert "wrote no events.jsonl" in page(record)
+        assert "without events.jsonl" in run_page(record)
 
 
 def test_status_in_words(tmp_path):
     run = healthy(100)
     last = run.events.pop()["time"]
     run.now = last + 20
-    assert "under way" in status(run.read(tmp_path / "run"))
+    assert "running" in status(run.read(tmp_path / "run"))
     run.now = last + 100_000
     record = run.read(tmp_path / "run")
-    assert silent_for(record) > 90_000 and "silent for 1 d" not in status(record) and "silent for" in status(record)
+    assert silent_for(record) > 90_000 and "no event for 27:" in status(record)
     (tmp_path / "run" / "events.jsonl").write_text("")
-    assert "only its metrics" in status(read_run(str(tmp_path / "run")))
+    assert "only metrics" in status(read_run(str(tmp_path / "run")))
 
 
 def test_hostile_names(tmp_path):
@@ -147,7 +151,7 @@ def test_hostile_names(tmp_path):
         {"time": STARTED + 999, "attempt": evil, "event": "begin", "hosts": evil, "mesh": evil, "device_kind": evil}
     )
     run.events.append({"time": STARTED + 1e300, "attempt": evil, "event": "end", "reason": evil, "message": evil})
-    check_self_contained(page(run.read(tmp_path / "run"), findings=[(evil, evil)]))
+    check_self_contained(run_page(run.read(tmp_path / "run"), findings=[(evil, evil)]))
 
 
 def test_a_remote_run(tmp_path):
@@ -158,7 +162,7 @@ def test_a_remote_run(tmp_path):
     memory.put(str(path), "/report-test/run", recursive=True)
     record = read_run("memory://report-test/run")
     assert record.config is not None and record.last_step == 100 and record.checkpoints == {90: "", 100: ""}
-    check_self_contained(page(record))
+    check_self_contained(run_page(record))
 
 
 def test_a_long_run_is_quick_and_its_page_small(tmp_path):
@@ -170,7 +174,7 @@ def test_a_long_run_is_quick_and_its_page_small(tmp_path):
             file.write(f'{{"step": {step + 1}{line[line.index(",") :]}\n')
     began = time.process_time()
     record = read_run(str(tmp_path))
-    text = page(record)
+    text = run_page(record)
     describe(record)
     assert time.process_time() - began < 10 and len(text) < 1_000_000
     assert record.last_step == 25_000
@@ -200,7 +204,7 @@ def test_columns(tmp_path):
     assert columns["a"].at(np.array([2, 9])).tolist()[0] == 3.5 and np.isnan(columns["a"].at(np.array([2, 9]))[1])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**9), st.floats(allow_nan=True)), max_size=20),
     st.sampled_from(["line", "faint", "dots", "dashed"]),
@@ -210,27 +214,21 @@ def test_columns(tmp_path):
 def test_any_line_can_be_drawn(points, style, is_log, from_zero):
     steps = np.array(sorted({step for step, _ in points}), np.int64)
     series = Series(steps, np.array([value for _, value in points[: len(steps)]], np.float64))
-    drawn = line_chart([Line("a<b", series, 3, style)], unit="u", is_log=is_log, from_zero=from_zero and not is_log)
+    drawn = line_chart([Line("a", series, 3, style)], label="a<b", is_log=is_log, from_zero=from_zero and not is_log)
     if drawn:
         Page(drawn)
         assert "nan" not in drawn.replace("a&lt;b", "").lower().split("aria-label")[0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.floats(1e-12, 1e12), st.floats(1.001, 1e9))
-def test_ticks_lie_within(low, factor):
-    high = low * factor
-    for ticks in (nice_ticks(low, high, 5), log_ticks(low, high), list(time_ticks(low, high))):
-        assert len(ticks) <= 13 and all(low * (1 - 1e-6) <= tick <= high * (1 + 1e-6) for tick in ticks)
-    assert short(low)
 
 
 def test_numbers_in_words():
     assert [short(value) for value in (0, 0.0003, 3e-6, 12, 3400, 250_000, 1.5e6)] == [
         "0", "0.0003", "3e-6", "12", "3.4k", "250k", "1.5M",
     ]  # fmt: skip
-    assert (
-        ranges([3, 7, 8, 9, 20]) == "3, 7 to 9, 20" and ranges(list(range(0, 40, 2)), most=3) == "0, 2, 4 and 17 more"
-    )
-    steps = random.Random(0).sample(range(100), 30)
-    assert ranges(sorted(steps), most=99).count(",") <= 29
+
+
+def test_a_page_is_the_same_every_time_and_takes_its_colours_from_the_style(tmp_path):
+    record = restarted(healthy()).read(tmp_path / "run")
+    page = run_page(record)
+    assert page == run_page(record)
+    charts = "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+    assert "var(--c0)" in charts and not re.search(r"#[0-9a-f]{6}[;\"]", charts)
