@@ -1,12 +1,12 @@
-"""What is wrong with a run, with the evidence and what to try next.
+"""Diagnose a run: what is wrong, the evidence, and what to try next.
 
-    jaxcoder doctor runs/1b                   one that goes on, or one that died
+    jaxcoder doctor runs/1b                   running, or ended
     jaxcoder doctor runs/1b --verify          also read its checkpoints and compare checksums
     jaxcoder doctor gs://BUCKET/runs/1b --json
 
-Looks at what the run wrote: gradients and spikes (with the files of their batches, when the token store is there),
-skipped steps, languages that fall behind, a context that is not used, FIM shares, waits for data, slow hosts,
-checkpoints, restarts, the watchdog's stacks, the schedule. Exits with 0 whatever it finds, and 2 when there is no run.
+Reads what the run recorded: loss and gradients (with the files of the batches, if the token store can be read), skipped
+steps, languages that fall behind, a context that is not used, FIM shares, waiting for data, slow hosts, checkpoints,
+restarts, the watchdog's stacks, the schedule. Exits with 0 whatever it finds, and with 2 when there is no run.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _MOST_FILES = 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, local or gs://, s3://")
-    parser.add_argument("--verify", action="store_true", help="read all checkpoints and compare every file's checksum")
+    parser.add_argument("--verify", action="store_true", help="read all checkpoints and verify every checksum")
     parser.add_argument("--json", action="store_true", help="the findings as a JSON list")
 
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     from jaxcoder.io.os_errors import access_errors
     from jaxcoder.record.run_record import read_run
 
-    open_address(args.run)  # a client or credentials that are missing: in one sentence
+    open_address(args.run)  # a missing client or credentials become a ConfigError
     with access_errors(args.run):
         record = read_run(args.run)
         if record.checkpoints:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def damage(run_dir: str, steps: Sequence[int], *, verify: bool) -> dict[int, str]:
-    """What is wrong with each checkpoint, "" for nothing: its manifest and the sizes of its files, or every byte."""
+    """Step -> what is damaged in its checkpoint, "" for nothing; checks sizes, with `verify` checksums."""
     from etils import epath
 
     from jaxcoder.checkpoint.discover import CHECKPOINTS, damage_of
@@ -62,7 +62,7 @@ def damage(run_dir: str, steps: Sequence[int], *, verify: bool) -> dict[int, str
 
 
 def tracer(record: "RunRecord") -> Callable[[int], list[str]] | None:
-    """Lines about the files of a step's batch; None when the run's token stores cannot be read from here."""
+    """A function from a step to lines that name the files of its batch; None if the token stores cannot be read."""
     if record.config is None or record.is_synthetic:
         return None
     from jaxcoder.data.open import open_stream
@@ -94,9 +94,6 @@ def tracer(record: "RunRecord") -> Callable[[int], list[str]] | None:
 def named(documents: "Sequence[TracedDocument]") -> str:
     """The files of a row, those with most tokens in it first."""
     largest = sorted(documents, key=lambda document: document.start - document.stop)[:_MOST_FILES]
-    files = [
-        f"{' '.join(filter(None, (document.repo_name, document.path))) or 'a file without a name'}"
-        for document in largest
-    ]
+    files = [" ".join(filter(None, (each.repo_name, each.path))) or "a file without a name" for each in largest]
     rest = f" and {len(documents) - _MOST_FILES} more" if len(documents) > _MOST_FILES else ""
     return ", ".join(files) + rest

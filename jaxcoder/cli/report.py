@@ -1,11 +1,11 @@
-"""What a run did, as one page and in the terminal.
+"""Report on a run: a summary in the terminal and one page with charts.
 
     jaxcoder report runs/1b                          a summary here, the page in runs/1b/report.html
     jaxcoder report runs/1b --output 1b.html
     jaxcoder report gs://BUCKET/runs/1b --text       no page
 
-The page needs nothing but a browser: loss, bits per byte of every corpus and language, throughput and MFU, where the
-time went over all restarts, checkpoints, memory, hosts, alarms, and how every start ended. A run may be under way.
+The page is one self-contained HTML file: loss, bits per byte of every corpus and language, throughput and MFU, goodput
+over all restarts, checkpoints, memory, hosts, alarms, and the exit reason of every start. The run may still be running.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from jaxcoder.formatting import plural
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", help="directory of a run, local or gs://, s3://")
-    parser.add_argument("--output", metavar="FILE.html", help="where the page goes (default: RUN_DIR/report.html)")
-    parser.add_argument("--text", action="store_true", help="the summary only, no page")
+    parser.add_argument("--output", metavar="FILE.html", help="the page (default: RUN_DIR/report.html)")
+    parser.add_argument("--text", action="store_true", help="print the summary, write no page")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -30,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
     from jaxcoder.report.summary import describe
 
     if args.text and args.output is not None:
-        raise ConfigError("--text writes no page and --output says where it goes: give one of them.")
-    open_address(args.run)  # a client or credentials that are missing: in one sentence
+        raise ConfigError("--text writes no page and --output names one: give one of them.")
+    open_address(args.run)  # a missing client or credentials become a ConfigError
     with access_errors(args.run):
         record = read_run(args.run)
     parameters = num_parameters(record.config.model) if record.config is not None else None
@@ -46,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         filesystem.pipe_file(inside, run_page(record, num_parameters=parameters, findings=findings).encode())
     print(f"\nThe page: {output}")
     if findings:
-        print(f"{plural(len(findings), 'finding')}: `jaxcoder doctor {args.run}` says what to try.")
+        print(f"{len(findings)} finding(s): `jaxcoder doctor {args.run}` gives evidence and remedies.")

@@ -14,10 +14,10 @@ from pathlib import Path
 from jaxcoder.formatting import format_table
 
 _TRAIN_EPILOG = """\
-The vocabulary counts the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
-model does better with fewer: the quickstart takes 4096. More text than 64 MB hardly changes the result, so of larger
-inputs an even sample is read, always the same one; --max-megabytes changes that. 8192 tokens from 20 MB take about 5
-seconds, 49152 from 64 MB about 17.
+The vocabulary includes the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
+model does better with fewer: the quickstart uses 4096. More text than 64 MB hardly changes the result, so larger inputs
+are sampled evenly and reproducibly; --max-megabytes changes the limit. 8192 tokens from 20 MB take about 5 seconds,
+49152 from 64 MB about 17.
 
   jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 4096
 
@@ -32,9 +32,9 @@ Text that spells a special token is encoded as ordinary text; special tokens ent
 
 _REPORT_EPILOG = """\
 Bytes per token by language, ids that the corpus never uses, the longest tokens, and the share of tokens that are only
-digits or only whitespace. --tokenizer takes any tokenizer.json, also of other kinds than ours, and can be given several
-times. "exact" is the share of the text that decodes to what it was: a tokenizer that loses text looks shorter than it
-is. Of more text than --max-megabytes an even sample of whole documents is measured, always the same one.
+digits or only whitespace. --tokenizer takes any tokenizer.json, also WordPiece and Unigram, and can be repeated.
+"exact" is the share of the text that encoding and decoding leaves unchanged: a tokenizer that drops text has fewer
+tokens than it needs. More text than --max-megabytes is sampled evenly and reproducibly, in complete documents.
 
   jaxcoder tokenizer report corpus/held_out.parquet --tokenizer tokenizer --tokenizer other/tokenizer.json \\
       --output report.png --output report.json
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--max-megabytes", type=float, default=64.0, help="text to read (default: %(default)s)")
     train.add_argument("--seed", type=int, default=0, help="of the sample of larger inputs (default: %(default)s)")
     train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --output-dir")
-    show = verbs.add_parser("show", help="what a tokenizer is, and how it cuts a text", epilog=_SHOW_EPILOG)
+    show = verbs.add_parser("show", help="describe a tokenizer, and encode a text", epilog=_SHOW_EPILOG)
     show.add_argument("tokenizer", type=Path, help="directory or tokenizer.json")
     show.add_argument("--text", help="text to encode")
-    report = verbs.add_parser("report", help="what tokenizers make of a corpus", epilog=_REPORT_EPILOG)
+    report = verbs.add_parser("report", help="compare tokenizers on a corpus", epilog=_REPORT_EPILOG)
     report.add_argument("documents", nargs="+", help="parquet or .jsonl files, or directories of them")
     report.add_argument("--tokenizer", action="append", required=True, help="tokenizer.json or directory; repeatable")
     report.add_argument("--output", action="append", default=[], metavar="FILE", help=".png or .json file; repeatable")
@@ -121,10 +121,9 @@ def _report(args: argparse.Namespace) -> None:
 
 def _report_text(report, most_languages: int = 20) -> str:
     """The report for a terminal: two tables, and the longest tokens."""
-
     sample, measured = report.sample, report.measured
     everything = sample.num_documents == sample.corpus_documents or sample.num_bytes == sample.corpus_bytes
-    said = "all of it" if everything else f"a sample of {sample.corpus_bytes / 1e6:,.1f} MB, seed {sample.seed}"
+    extent = "all of it" if everything else f"a sample of {sample.corpus_bytes / 1e6:,.1f} MB, seed {sample.seed}"
     languages = report.languages()
     rows = [
         [language, measured[0].languages[language][1] / 1e6, *(report.bytes_per_token(m, language) for m in measured)]
@@ -148,7 +147,7 @@ def _report_text(report, most_languages: int = 20) -> str:
     ]
     return "\n".join(
         [
-            f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents ({said})",
+            f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents ({extent})",
             "",
             "Bytes per token" + (f", {left_out} smaller languages not shown" if left_out > 0 else ""),
             format_table(["language", "MB", *(m.name for m in measured)], rows),

@@ -1,1 +1,1 @@
-"""What a run says about itself: metrics.jsonl (the source of truth), the terminal, TensorBoard, the loss curve."""
+"""What a run writes about itself: metrics.jsonl (the source of truth), events.jsonl, the console; and its readers."""

@@ -1,4 +1,4 @@
-"""Writes events.jsonl (its lines: `events.py`), and the account of seconds by what they were spent on."""
+"""Writes events.jsonl (format: `events.py`), and measures the seconds spent by category."""
 
 import json
 import os
@@ -11,19 +11,19 @@ from typing import Any
 
 import fsspec
 
-_SPENT_EVERY = 10.0  # seconds between two accounts
-_UPLOAD_EVERY = 60.0  # of a file that cannot be appended to
+_SPENT_EVERY = 10.0  # seconds between two `spent` events
+_UPLOAD_EVERY = 60.0  # seconds between two uploads of a remote file
 
 
 class EventLog:
-    """Appends one event a line, and nothing is ever taken back; other processes of the run may append too.
+    """Appends one event a line and never removes one; other processes of the run may append too.
 
-    A remote file (gs://, s3://), which cannot be appended to, is written anew now and then, and by `close`. is_writing:
-    whether this process keeps the log; otherwise only `say_end` writes.
+    A remote file (gs://, s3://) cannot be appended to: it is rewritten at most once a minute, and by `close`.
     """
 
     def __init__(self, path: str, *, attempt: str | None = None, is_writing: bool = True):
-        """attempt: hex id of this start of the run's processes."""
+        """attempt: hex id of this start of the run's processes. is_writing: whether this process writes the log;
+        otherwise only the end that its watchdog brings is written."""
         self.path = path
         self.attempt = attempt or new_attempt()
         self._is_writing, self._is_remote = is_writing, "://" in path
@@ -32,12 +32,12 @@ class EventLog:
         self._next_upload = 0.0
 
     def write(self, event: str, **fields: Any) -> None:
-        """One event, now. `fields` are plain JSON."""
+        """Writes one event with the current time. `fields` are plain JSON."""
         if self._is_writing:
             self._append(event, fields)
 
     def say_end(self, step: int, reason: str, message: str = "", *, process: int = 0) -> None:
-        """The run ends here; a process that its watchdog ends writes too, whoever keeps the log."""
+        """Writes the end of the run. A process that its watchdog ends writes it whatever `is_writing` is."""
         fields = {"step": step, "reason": reason} | ({"message": message} if message else {})
         if self._is_writing or reason == "watchdog":
             self._append("end", fields | ({"process": process} if process else {}))
@@ -69,7 +69,7 @@ class EventLog:
         self._next_upload = time.monotonic() + _UPLOAD_EVERY
 
     def close(self) -> None:
-        """What is not yet written is; closing twice is harmless."""
+        """Uploads what is pending; closing twice is harmless."""
         with self._lock:
             if self._is_remote and self._lines:
                 self._upload()
@@ -82,38 +82,38 @@ def _ends_with_newline(path: str) -> bool:
 
 
 def new_attempt() -> str:
-    """The id of a start of the run."""
+    """A random id for a start of the run."""
     return secrets.token_hex(6)
 
 
 class Spent:
-    """Seconds since the process was started, by category; what is in none of them is not accounted for.
+    """Seconds since the process was started, by category; time in no category is not counted.
 
-    Categories are measured one inside another: the outer one does not count what the inner one does.
+    Categories may nest: the outer one does not count the time of the inner one.
     """
 
     def __init__(self, log: EventLog, process_started: float):
-        """process_started: Unix seconds. The time until now is `init`."""
+        """process_started: Unix seconds. The time from then until now is `init`."""
         self._log = log
         self.seconds = {"init": max(0.0, time.time() - process_started)}
-        self._inside: list[float] = []  # of each open category, what its inner ones took
+        self._inside: list[float] = []  # for each open category: seconds of the categories inside it
         self._next = 0.0
 
     @contextmanager
     def on(self, category: str) -> Iterator[None]:
-        """What happens inside counts as `category`, also when it fails."""
-        began = time.monotonic()
+        """Counts the block as `category`, also when it raises."""
+        started = time.monotonic()
         self._inside.append(0.0)
         try:
             yield
         finally:
-            took = time.monotonic() - began
+            took = time.monotonic() - started
             self.seconds[category] = self.seconds.get(category, 0.0) + took - self._inside.pop()
             if self._inside:
                 self._inside[-1] += took
 
     def write(self, step: int, *, now: bool = False) -> None:
-        """The account after `step`, if it is time for one, or `now`."""
+        """Writes a `spent` event after `step`: every ten seconds, or `now`."""
         if now or time.monotonic() >= self._next:
             self._next = time.monotonic() + _SPENT_EVERY
             self._log.write("spent", step=step, seconds={name: round(took, 3) for name, took in self.seconds.items()})

@@ -1,8 +1,8 @@
-"""Metric writers: JSONL (the source of truth), TensorBoard, several at once; and reading the JSONL back.
+"""Writers of metrics: JSONL (the source of truth), TensorBoard, several at once; and readers of the JSONL.
 
 A line of metrics.jsonl is one JSON object: {"step": 20, "loss": 3.25, ...}. JSON has no NaN and no infinities: they are
-written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and JavaScript's `Number()` read, and which
-`read_metrics` gives back as floats.
+written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and JavaScript's `Number()` parse, and
+`read_metrics` returns them as floats.
 """
 
 import json
@@ -26,30 +26,33 @@ class JsonlWriter:
     """Appends one line per step and flushes it, so that a killed process loses at most the line it was writing.
 
     An existing file is continued: a torn last line is dropped, and with `resume_from_step` also the lines of later
-    steps, which the resumed run will write again. A remote file (gs://, s3://), which cannot be appended to, is written
-    anew every `remote_every` lines and at the end.
+    steps, which the resumed run writes again. A remote file (gs://, s3://) cannot be appended to: it is rewritten every
+    `remote_every` lines and by `close`.
     """
 
     def __init__(self, path: str | Path, *, resume_from_step: int | None = None, remote_every: int = 100):
         self.path = str(path)
         self._remote_every = remote_every
         self._is_remote = "://" in self.path
-        self._lines = _kept_lines(self.path, resume_from_step)
+        self._lines = [
+            line
+            for line, record in read_records(self.path, missing_ok=True)
+            if resume_from_step is None or record["step"] <= resume_from_step
+        ]
         self._file = None
         if not self._is_remote:
-            self._reopen()
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            kept = b"".join(self._lines)
+            if not os.path.exists(self.path) or os.path.getsize(self.path) != len(kept):
+                write_bytes(self.path, kept)
             self._lines = []
-
-    def _reopen(self) -> None:
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        kept = "".join(self._lines).encode()
-        if not os.path.exists(self.path) or os.path.getsize(self.path) != len(kept):
-            write_bytes(self.path, kept)
-        self._file = open(self.path, "ab", buffering=0)  # one write per line: a line is torn or whole, never mixed
+            # Unbuffered, one write for each line: a line can be torn, but never mixed with another.
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends {"step": step, **metrics}; values are numbers (NumPy and JAX scalars too)."""
-        line = json.dumps({"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}) + "\n"
+        record = {"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}
+        line = f"{json.dumps(record)}\n".encode()
         if self._is_remote:
             self._lines.append(line)
             if len(self._lines) % self._remote_every == 0:
@@ -57,11 +60,11 @@ class JsonlWriter:
         elif self._file is None:
             raise ValueError(f"{self.path} is closed")
         else:
-            self._file.write(line.encode())
+            self._file.write(line)
 
     def _upload(self) -> None:
         with fsspec.open(self.path, "wb") as file:
-            file.write("".join(self._lines).encode())
+            file.write(b"".join(self._lines))
 
     def close(self) -> None:
         """Flushes and closes; closing twice is harmless."""
@@ -72,41 +75,33 @@ class JsonlWriter:
             self._file = None
 
 
-def _kept_lines(path: str, resume_from_step: int | None) -> list[str]:
-    return [
-        line
-        for line, record in _records(path, missing_is_empty=True)
-        if resume_from_step is None or record["step"] <= resume_from_step
-    ]
+def read_records(path: str | Path, *, missing_ok: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, record) of every complete line, read as a stream; a line that a kill has torn is left out.
 
-
-def _records(path: str, *, missing_is_empty: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(line, record) of every whole line. A line that is no record is torn: by a kill in the middle of a write."""
+    DataError when there is no file, unless `missing_ok`. Values that are not finite are still strings.
+    """
     try:
-        with fsspec.open(path, "rb") as file:
-            content = file.read().decode(errors="replace")
+        with fsspec.open(str(path), "rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
+                    yield line, record
     except FileNotFoundError:
-        if missing_is_empty:
-            return
-        raise DataError(f"there is no metrics file {path!r}: check the path, or train first.") from None
-    for line in content.split("\n")[:-1]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            yield line + "\n", record
+        if not missing_ok:
+            raise DataError(f"there is no metrics file {str(path)!r}: check the path, or train first.") from None
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, oldest first, torn lines left out. DataError when there is no file."""
-    return [_with_floats(record) for _, record in _records(str(path), missing_is_empty=False)]
+    return [_with_floats(record) for _, record in read_records(path)]
 
 
 def last_metrics(path: str | Path, count: int) -> list[dict[str, Any]]:
     """The last `count` of `read_metrics`; [] when there is no file."""
-    newest = deque(_records(str(path), missing_is_empty=True), maxlen=count)
-    return [_with_floats(record) for _, record in newest]
+    return [_with_floats(record) for _, record in deque(read_records(path, missing_ok=True), maxlen=count)]
 
 
 def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +139,7 @@ class TensorBoardWriter:
 
 
 class MultiWriter:
-    """Hands everything to several writers. All are closed, also when closing one fails."""
+    """Writes to several writers. All are closed, also when closing one fails; the first error is raised."""
 
     def __init__(self, writers: Sequence[MetricWriter]):
         self._writers = list(writers)

@@ -4,18 +4,14 @@ The file is read in one pass: the records of 250,000 steps as dictionaries would
 """
 
 import itertools
-import json
 import re
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
-from jaxcoder.errors import DataError
-from jaxcoder.record.metrics import NOT_FINITE
+from jaxcoder.record.metrics import NOT_FINITE, read_records
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def read_columns(path: str | Path) -> Columns:
     steps: dict[str, array] = {}
     values: dict[str, array] = {}
     texts: dict[str, list[tuple[int, str]]] = {}
-    for record in _records(str(path)):
+    for _, record in read_records(path):
         step = record.pop("step")
         for key, value in record.items():
             if value.__class__ is str and value not in NOT_FINITE:
@@ -107,20 +103,6 @@ def read_columns(path: str | Path) -> Columns:
             steps[key].append(step)
             values[key].append(number)
     return Columns({key: _series(steps[key], values[key]) for key in steps}, texts)
-
-
-def _records(path: str) -> Iterator[dict]:
-    try:
-        with fsspec.open(path, "rb") as file:
-            for line in file:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
-                    yield record
-    except FileNotFoundError:
-        raise DataError(f"there is no metrics file {path!r}: check the path, or train first.") from None
 
 
 def _series(steps: array, values: array) -> Series:

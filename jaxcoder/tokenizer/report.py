@@ -1,9 +1,9 @@
-"""What tokenizers make of a corpus: bytes per token by language, ids never used, digits, whitespace, longest tokens.
+"""Measures tokenizers on a corpus: bytes per token by language, unused ids, digits, whitespace, longest tokens.
 
-Tokenizers of any kind can be put side by side: ours, and whatever else the `tokenizers` library opens. Only ordinary
-text is measured; what stands between two special parts of a document is encoded for itself, and specials are not
-counted. Larger corpora are sampled: of all documents, those with the smallest hash of (seed, number), whole, as many as
-fit under the cap. The numbers depend on the documents, the tokenizers, the cap and the seed alone.
+Compares any tokenizers that the `tokenizers` library opens. Only ordinary text is measured: text between two special
+parts of a document is encoded separately, and specials are not counted. Larger corpora are sampled: the complete
+documents with the smallest hashes of (seed, number), as many as fit under the limit. The numbers depend only on the
+documents, the tokenizers, the limit and the seed.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ _BATCH_BYTES = 1 << 20
 
 @dataclass
 class Sample:
-    """The texts that are measured, by language, and how much of the corpus they are. Bytes are of UTF-8 text."""
+    """The measured texts, and sizes of sample and corpus. Bytes are of UTF-8 text."""
 
     texts: list[tuple[str, str]]
     """(language, text), in the order of the corpus."""
@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass
 class Measured:
-    """One tokenizer on the sample. Tokens and bytes by language are `languages[language] == (tokens, bytes)`."""
+    """One tokenizer on the sample."""
 
     name: str
     fingerprint: str
@@ -57,8 +57,9 @@ class Measured:
     tokens: dict[int, bytes]
     """Ordinary ids and their bytes."""
     languages: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Language -> (tokens, bytes)."""
     exact_bytes: int = 0
-    """Bytes of the texts that decode to exactly what they were."""
+    """Bytes of the texts that encoding and decoding leaves unchanged."""
 
     @property
     def num_tokens(self) -> int:
@@ -70,7 +71,7 @@ class Measured:
 
     @property
     def unused(self) -> list[int]:
-        """Ordinary ids that the sample never uses."""
+        """Ordinary ids that do not occur in the sample."""
         return [id_ for id_ in sorted(self.tokens) if not self.counts[id_]]
 
     def longest(self, most: int = NUM_LONGEST) -> list[tuple[int, bytes, int]]:
@@ -104,10 +105,10 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class OtherTokenizer:
-    """A tokenizer.json of another kind (WordPiece, Unigram, SentencePiece's BPE), as far as a report needs it."""
+    """A tokenizer.json of another kind (WordPiece, Unigram, SentencePiece's BPE), with what a report needs."""
 
     def __init__(self, content: bytes):
-        """Raises whatever `tokenizers` raises for a file that it cannot load."""
+        """Raises the exceptions of `tokenizers` for a file that it cannot load."""
         import tokenizers
 
         self._backend = tokenizers.Tokenizer.from_str(content.decode())
@@ -124,7 +125,7 @@ class OtherTokenizer:
 
 
 def _plain(token: str) -> bytes:
-    """The bytes that a token most likely stands for: SentencePiece's blank and bytes, WordPiece's continuation."""
+    """The bytes of a token: SentencePiece's blank and byte tokens and WordPiece's continuation are translated."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
     return token.removeprefix("##").replace("\u2581", " ").encode(errors="replace")
@@ -140,7 +141,7 @@ def load_any(path: str | os.PathLike) -> Tokenizer | OtherTokenizer:
             raise
         try:
             return OtherTokenizer(file.read_bytes())
-        except Exception:  # the library raises bare Exception; what was wrong has been said already
+        except Exception:  # the library raises bare Exception; the first error names the cause
             raise refused from None
 
 
@@ -152,7 +153,7 @@ def _tokens_of(tokenizer: Tokenizer | OtherTokenizer) -> dict[int, bytes]:
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The name of each tokenizer's directory, or as much of its path as tells it from the others."""
+    """The name of each tokenizer's directory, with as much of its path as makes it unique."""
     parts = [[part for part in os.fspath(path).split("/") if part] or ["."] for path in paths]
     parts = [names[:-1] if names[-1] == "tokenizer.json" and len(names) > 1 else names for names in parts]
     for length in range(1, max(map(len, parts), default=0) + 1):
@@ -168,9 +169,9 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
 def take_sample(
     paths: Paths, *, max_bytes: int = DEFAULT_SAMPLE_BYTES, seed: int = 0, progress: Progress = SILENT
 ) -> Sample:
-    """Documents of at most `max_bytes` of text; if no whole one fits, the beginning of one. Reads the corpus once.
+    """Documents of at most `max_bytes` of text; if no document fits, the beginning of one. Reads the corpus once.
 
-    Raises ConfigError for a cap below 1, DataError like `read_documents` or if there is no text.
+    Raises ConfigError for a limit below 1, DataError like `read_documents` or if there is no text.
     """
     if max_bytes < 1:
         raise ConfigError(f"A sample of {max_bytes} bytes holds no text: allow more.")
@@ -191,7 +192,7 @@ def take_sample(
         while total > max_bytes and len(taken) > 1:
             largest, _, _, dropped = heapq.heappop(taken)
             total -= sum(map(_size, dropped))
-            limit = -largest  # nothing behind what was dropped, or small documents would be favoured
+            limit = -largest  # without it, small documents with larger hashes would still fit
         progress.advance(1, f"{corpus_bytes / 1e6:,.0f} MB")
     if not taken:
         raise DataError("There is no text to report on: give documents that are not empty.")
@@ -204,9 +205,9 @@ def take_sample(
 
 
 def _texts(document: Document) -> list[str]:
-    """The ordinary texts of a document, one for each stretch between special parts."""
-    stretches = itertools.groupby(document.parts, key=lambda part: part.special is None)
-    texts = [well_formed("".join(part.text for part in parts)) for is_text, parts in stretches if is_text]
+    """The ordinary texts of a document, one for each run of parts between special ones."""
+    runs = itertools.groupby(document.parts, key=lambda part: part.special is None)
+    texts = [well_formed("".join(part.text for part in parts)) for is_text, parts in runs if is_text]
     return [text for text in texts if text]
 
 
@@ -225,7 +226,7 @@ def _size(text: str) -> int:
 def measure(
     tokenizer: Tokenizer | OtherTokenizer, sample: Sample, *, name: str, progress: Progress = SILENT
 ) -> Measured:
-    """Encode and decode the sample with one tokenizer, on all cores."""
+    """Encodes and decodes the sample with one tokenizer, on all cores."""
     result = Measured(
         name,
         tokenizer.fingerprint,
@@ -240,7 +241,7 @@ def measure(
         return row[0], _size(row[1]), tokenizer.decode(ids) == row[1], np.array(ids, np.int64)
 
     progress.start(f"Encoding with {name}", sample.num_bytes, "bytes")
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # both libraries let go of the interpreter
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # the encoders release the GIL
         for batch in _batches(sample.texts):
             rows = list(pool.map(encode, batch))
             for language, size, is_exact, ids in rows:
@@ -270,7 +271,7 @@ def _batches(texts: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]
 
 @dataclass
 class TokenizerReport:
-    """Tokenizers side by side on one sample."""
+    """Several tokenizers on one sample."""
 
     sample: Sample
     measured: list[Measured]
@@ -281,14 +282,14 @@ class TokenizerReport:
         return sorted(sizes, key=lambda language: (-sizes[language], language))
 
     def bytes_per_token(self, measured: Measured, language: str | None = None) -> float:
-        """Of one language, or of the whole sample; 0 where no tokens are (a tokenizer may drop text)."""
+        """Of one language, or of all; 0 without tokens (a tokenizer may drop text)."""
         tokens, num_bytes = (
             (measured.num_tokens, measured.num_bytes) if language is None else measured.languages[language]
         )
         return _ratio(num_bytes, tokens)
 
     def as_json(self) -> dict:
-        """Everything, in JSON values; tokens as text, in which bytes that are no character are U+FFFD."""
+        """All numbers as plain JSON; in the text of tokens, bytes that are no character are U+FFFD."""
         sample = {key: value for key, value in vars(self.sample).items() if key != "texts"}
         return {"sample": sample, "tokenizers": [self._one(measured) for measured in self.measured]}
 
@@ -302,7 +303,9 @@ class TokenizerReport:
             }
             for language in self.languages()
         }
-        kinds = {kind: dict(zip(("tokens", "bytes"), measured.share(kind))) for kind in ("digits", "whitespace")}
+        kinds = {
+            kind: dict(zip(("tokens", "bytes"), measured.share(kind), strict=True)) for kind in ("digits", "whitespace")
+        }
         return {
             "name": measured.name,
             "fingerprint": measured.fingerprint,
@@ -323,7 +326,7 @@ class TokenizerReport:
         }
 
     def write(self, path: str | os.PathLike) -> None:
-        """Write a .json or a .png file, atomically. ConfigError for another suffix, DataError if the disk refuses."""
+        """Writes a .json or a .png file atomically. ConfigError for another suffix, DataError if writing fails."""
         path = check_output(path)
         if path.suffix == ".json":
             write_text(path, json.dumps(self.as_json(), indent=2, ensure_ascii=False) + "\n")
@@ -336,7 +339,7 @@ class TokenizerReport:
 
 
 def check_output(path: str | os.PathLike) -> Path:
-    """The path, if a report can be written under such a name: known before the work is done."""
+    """The path, checked before the work is done. ConfigError if a report cannot be written under its name."""
     path = Path(path)
     if path.suffix not in (".json", ".png"):
         raise ConfigError(f"Cannot write a report to {path}: name a file that ends in .json or .png.")
@@ -351,7 +354,7 @@ def tokenizer_report(
     seed: int = 0,
     progress: Progress = SILENT,
 ) -> TokenizerReport:
-    """Measure tokenizers (paths of any tokenizer.json) on documents. Raises DataError for what cannot be read."""
+    """Measures tokenizers (paths of any tokenizer.json) on documents. DataError for files that cannot be read."""
     loaded = [load_any(path) for path in tokenizers]
     sample = take_sample(documents, max_bytes=max_bytes, seed=seed, progress=progress)
     pairs = zip(loaded, short_names(tokenizers), strict=True)

@@ -1,4 +1,4 @@
-"""The tokenizer report as a picture (matplotlib, no display needed)."""
+"""The tokenizer report as a matplotlib figure."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ _MOST_LANGUAGES = 16
 
 def draw_report(report: TokenizerReport):
     """A matplotlib Figure: bytes per token by language; shares of digits and whitespace; how often ids are used."""
-    from matplotlib.figure import Figure  # without pyplot: no global state, no window, always the Agg canvas
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     languages = report.languages()
     shown = languages[:_MOST_LANGUAGES]
@@ -29,37 +29,36 @@ def draw_report(report: TokenizerReport):
     return figure
 
 
-def _bytes_per_token(axes, report: TokenizerReport, shown: list[str], num_languages: int) -> None:
-    rows: list[str | None] = [None, *shown]
-    height = 0.8 / len(report.measured)
-    for number, measured in enumerate(report.measured):
-        values = [report.bytes_per_token(measured, language) for language in rows]
-        places = np.arange(len(rows)) + (number - (len(report.measured) - 1) / 2) * height
-        bars = axes.barh(places, values, height * 0.92, color=_color(number), label=_label(measured))
-        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
-    axes.set_yticks(range(len(rows)), ["all", *map(_escaped, shown)])
-    axes.get_yticklabels()[0].set_fontweight("bold")
+def _grouped_bars(axes, measured: list[Measured], rows: list[str], value, fmt: str) -> None:
+    """Horizontal bars, one of each tokenizer in each row. value: from (tokenizer, number of the row) to a length."""
+    height = 0.8 / len(measured)
+    for number, each in enumerate(measured):
+        places = np.arange(len(rows)) + (number - (len(measured) - 1) / 2) * height
+        values = [value(each, row) for row in range(len(rows))]
+        bars = axes.barh(places, values, height * 0.92, color=_color(number), label=_label(each))
+        axes.bar_label(bars, fmt=fmt, fontsize=7, padding=2)
+    axes.set_yticks(range(len(rows)), rows)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
+    _plain(axes)
+
+
+def _bytes_per_token(axes, report: TokenizerReport, shown: list[str], num_languages: int) -> None:
+    languages: list[str | None] = [None, *shown]
+    names = ["all", *map(_escaped, shown)]
+    _grouped_bars(
+        axes, report.measured, names, lambda measured, row: report.bytes_per_token(measured, languages[row]), "%.2f"
+    )
+    axes.get_yticklabels()[0].set_fontweight("bold")
     rest = f" (the {len(shown)} largest of {num_languages} languages)" if num_languages > len(shown) else ""
     axes.set(title=f"bytes per token{rest}", xlabel="bytes of text per token (more means fewer tokens)")
-    axes.margins(x=0.08)
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=8, ncols=2)
-    _plain(axes)
 
 
 def _shares(axes, measured: list[Measured]) -> None:
-    kinds = ("digits", "whitespace")
-    height = 0.8 / len(measured)
-    for number, each in enumerate(measured):
-        values = [100 * each.share(kind)[0] for kind in kinds]
-        places = np.arange(len(kinds)) + (number - (len(measured) - 1) / 2) * height
-        bars = axes.barh(places, values, height * 0.92, color=_color(number))
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=2)
-    axes.set_yticks(range(len(kinds)), kinds)
-    axes.invert_yaxis()
-    axes.set(title="tokens that are nothing but", xlabel="percent of tokens")
-    axes.margins(x=0.12)
-    _plain(axes)
+    kinds = ["digits", "whitespace"]
+    _grouped_bars(axes, measured, kinds, lambda each, row: 100 * each.share(kinds[row])[0], "%.1f")
+    axes.set(title="tokens of only", xlabel="percent of tokens")
 
 
 def _uses(axes, measured: list[Measured]) -> None:
@@ -75,8 +74,7 @@ def _uses(axes, measured: list[Measured]) -> None:
 
 def _plain(axes) -> None:
     axes.title.set_fontsize(10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
 
@@ -94,5 +92,5 @@ def _label(measured: Measured) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Without the dollar sign's meaning for matplotlib."""
+    """matplotlib would read text between dollar signs as math."""
     return text.replace("$", r"\$")

@@ -204,7 +204,7 @@ def test_columns(tmp_path):
     assert columns["a"].at(np.array([2, 9])).tolist()[0] == 3.5 and np.isnan(columns["a"].at(np.array([2, 9]))[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**9), st.floats(allow_nan=True)), max_size=20),
     st.sampled_from(["line", "faint", "dots", "dashed"]),
