@@ -1,4 +1,4 @@
-"""Runs that were never trained: the files of a healthy one, made here, for tests to wreck."""
+"""Files of synthetic runs: a healthy one, into which tests inject faults."""
 
 import json
 import math
@@ -37,9 +37,9 @@ class MadeRun:
         for name, text in self.stacks.items():
             (path / "stacks").mkdir(exist_ok=True)
             (path / "stacks" / name).write_text(text)
-        for step, is_whole in self.checkpoints.items():
+        for step, is_complete in self.checkpoints.items():
             (path / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
-            if is_whole:
+            if is_complete:
                 (path / "checkpoints" / str(step) / "manifest.json").write_text("{}")
         return path
 
@@ -162,7 +162,7 @@ def attempt_events(
     compile_seconds: float = 30.0,
     step_seconds: float = STEP_SECONDS,
 ) -> list[dict]:
-    """The events of a start at `began` that took the steps ready + 1 .. last, and ended so, or without a word."""
+    """The events of a start at `began` that took the steps ready + 1 .. last; without `reason` it has no end event."""
     mine = {"attempt": name}
     begin = {
         "process_started": began, "processes": 4, "devices": 32, "device_kind": "TPU v5p",

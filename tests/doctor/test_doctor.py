@@ -1,4 +1,4 @@
-"""doctor: a healthy run is left alone; each run that was wrecked on purpose is recognised, by its own rule."""
+"""The doctor: no findings for a healthy run; each injected fault is found by its own rule."""
 
 import dataclasses
 import math
@@ -43,14 +43,14 @@ def with_config(run, **parts):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_healthy_run_is_left_alone(tmp_path, seed):
+def test_a_healthy_run_has_no_findings(tmp_path, seed):
     record = healthy(seed=seed).read(tmp_path / "run")
     assert examine(record) == []
-    said = describe(record, [])
-    assert "Nothing found." in said and all(what in " ".join(said.split()) for _, what in RULES)
+    text = describe(record, [])
+    assert "Nothing found." in text and all(what in " ".join(text.split()) for _, what in RULES)
 
 
-def test_a_short_run_and_one_that_has_just_begun_are_left_alone(tmp_path):
+def test_a_short_run_and_one_that_has_just_started_have_no_findings(tmp_path):
     short = healthy(40)
     for event in short.of("saved"):
         event["seconds"] = 1.0
@@ -61,7 +61,7 @@ def test_a_short_run_and_one_that_has_just_begun_are_left_alone(tmp_path):
     assert [finding.severity for finding in findings_of(begun, tmp_path / "begun")] == ["note"]
 
 
-def test_a_run_under_way_is_left_alone(tmp_path):
+def test_a_run_under_way_has_no_findings(tmp_path):
     run = healthy()
     run.metrics = [record for record in run.metrics if record["step"] <= 640]
     run.events = [event for event in run.events if event.get("step", 0) <= 640]
@@ -70,7 +70,7 @@ def test_a_run_under_way_is_left_alone(tmp_path):
     assert findings_of(run, tmp_path) == []
 
 
-# --- wrecks: each takes a healthy run and breaks it -------------------------------------------------------------------
+# --- faults: each changes the records of a healthy run ---
 
 
 def rising_gradients(run):
@@ -125,7 +125,7 @@ def corpus_stuck(run):
         record["eval/corpus/issues/bits_per_byte"] = 1.9
 
 
-def memorised(run):
+def memorized(run):
     for record in run.evaluations():
         record["eval/loss"] += max(record["step"] - 500, 0) / 500
         record["eval/bits_per_byte"] = record["eval/loss"] / 2.2
@@ -270,7 +270,7 @@ def other_code(run):
     run.of("begin")[1]["code"] = "beef"
 
 
-WRECKS = {
+FAULTS = {
     rising_gradients: ("gradients_rise", "warning", "since about step"),
     spiking_gradients: ("gradient_spikes", "warning", "310"),
     spiking_loss: ("loss_spikes", "note", "step 500"),
@@ -281,7 +281,7 @@ WRECKS = {
     standing_still: ("loss_does_not_fall", "warning", "stood still since about step"),
     language_rises: ("languages_behind", "warning", "haskell"),
     corpus_stuck: ("languages_behind", "warning", "issues"),
-    memorised: ("held_out_rises", "warning", "memorized"),
+    memorized: ("held_out_rises", "warning", "memorized"),
     no_context: ("context_unused", "warning", "512-1023"),
     end_of_context: ("context_unused", "warning", "far end is not learned"),
     no_fim: ("fim_shares", "error", "data.fim_rate asks for 50.0%"),
@@ -308,7 +308,7 @@ WRECKS = {
     silent: ("not_moving", "error", "1:23:20"),
     other_code: ("code_changed", "note", "code c0de to beef"),
 }
-MAY_SAY_TOO = {
+ALSO_FOUND = {
     diverged: {"held_out_rises"},
     too_fast: {"loss_spikes"},
     rare_saves: {"failures", "low_goodput"},
@@ -318,17 +318,17 @@ MAY_SAY_TOO = {
 }
 
 
-@pytest.mark.parametrize("wreck", WRECKS, ids=lambda wreck: wreck.__name__)
-def test_a_wreck_is_recognised(tmp_path, wreck):
-    rule, severity, words = WRECKS[wreck]
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_found(tmp_path, fault):
+    rule, severity, words = FAULTS[fault]
     run = healthy()
-    wreck(run)
+    fault(run)
     record = run.read(tmp_path / "run")
     found = examine(record)
     mine = [finding for finding in found if finding.rule == rule and finding.severity == severity]
     assert mine, [finding.what for finding in found]
     assert words in " ".join(" ".join((finding.what, *finding.evidence)) for finding in mine)
-    others = {finding.rule for finding in found} - {rule} - MAY_SAY_TOO.get(wreck, set())
+    others = {finding.rule for finding in found} - {rule} - ALSO_FOUND.get(fault, set())
     assert not others, [finding.what for finding in found]
     for finding in found:
         assert finding.severity in SEVERITIES and finding.evidence and finding.try_next
@@ -340,12 +340,12 @@ def test_a_wreck_is_recognised(tmp_path, wreck):
     )
 
 
-def test_every_rule_has_a_wreck():
-    fired = {rule for rule, _, _ in WRECKS.values()} | {"cannot_be_read"}
+def test_every_rule_has_a_fault():
+    fired = {rule for rule, _, _ in FAULTS.values()} | {"cannot_be_read"}
     assert fired == {rule.__name__ for rule, _ in RULES}
 
 
-def test_the_silent_process_and_where_the_others_stood(tmp_path):
+def test_the_silent_process_and_where_the_others_waited(tmp_path):
     run = healthy()
     stuck_process(run)
     (finding,) = findings_of(run, tmp_path, "watchdog")
@@ -362,7 +362,7 @@ def test_batches_are_traced(tmp_path):
     assert sum("octocat" in line for line in finding.evidence) == 10 and "and 20 more lines" in finding.evidence[-1]
 
 
-def test_the_interval_it_suggests_is_youngs(tmp_path):
+def test_the_suggested_interval_is_youngs(tmp_path):
     run = healthy()
     rare_saves(run)
     (finding,) = findings_of(run, tmp_path, "checkpoints_rare")
@@ -385,7 +385,7 @@ def test_fim_shares_within_chance_are_fine(tmp_path):
         assert findings_of(run, tmp_path / str(trial), "fim_shares") == []
 
 
-def test_random_tokens_teach_nothing_and_that_is_fine(tmp_path):
+def test_random_tokens_need_not_be_learned(tmp_path):
     run = healthy()
     no_learning(run)
     with_config(run, data={"store": "synthetic"})
@@ -402,7 +402,7 @@ def test_old_runs_and_configurations_of_other_versions(tmp_path):
     assert "warp is unknown" in " ".join(line for finding in found for line in finding.evidence)
 
 
-def test_numbers_that_are_none(tmp_path):
+def test_values_that_are_no_numbers(tmp_path):
     draw = np.random.default_rng(0)
     run = healthy(200)
     for record in run.metrics:
@@ -419,7 +419,7 @@ def test_an_evaluation_alone(tmp_path):
     assert {finding.rule for finding in findings_of(run, tmp_path)} <= {"cannot_be_read", "schedule_ended"}
 
 
-def test_a_command_is_the_runs_own_with_the_option_replaced(tmp_path):
+def test_the_command_of_the_run_with_options_replaced(tmp_path):
     run = healthy(20)
     run.of("begin")[0]["command"] = (
         "jaxcoder train made --num-steps=20 --optimizer.peak_learning_rate 3e-4 --tensorboard --steps 3"

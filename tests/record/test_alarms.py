@@ -1,4 +1,4 @@
-"""The three rules on series of numbers: silent on a healthy run, and each noticing its own fault."""
+"""The three alarms on series of numbers: silent on a healthy run, each raised by its own fault."""
 
 import math
 import random
@@ -34,10 +34,10 @@ def test_a_loss_spike():
     alarm = LossSpike()
     found = [alarm(step, metrics) for step, metrics in enumerate(series, 1)][1000]
     assert found.message.startswith(f"the loss jumped to {series[1000]['loss']:.4f}, from about 1.2")
-    # A loss that stays up becomes the usual one, and is not said again at every step.
+    # A loss that stays up becomes the mean and raises no alarm at every step.
     up = series[:1000] + [{"loss": 3.0 + 0.01 * (step % 3)} for step in range(3000)]
-    said = rules_of(Alarms(), up)
-    assert 1 <= len(said) <= 10 and said[0] == ("loss_spike", 1001)
+    raised = rules_of(Alarms(), up)
+    assert 1 <= len(raised) <= 10 and raised[0] == ("loss_spike", 1001)
 
 
 def test_a_loss_that_is_not_finite_is_no_spike_and_spoils_nothing():
@@ -84,12 +84,13 @@ def test_a_language_that_is_forgotten():
     assert rule(300, evaluation(1.6, 1.91, 1.7)) is None  # within the margin
     alarm = rule(400, evaluation(1.5, 1.95, 1.65))
     assert alarm.message == (
-        "held-out bits per byte rise while the mean falls: cobol from 1.9000 (step 200) to 1.9500, mean 1.8500 to 1.6500"
+        "held-out bits per byte rise while the mean falls: "
+        "cobol from 1.9000 (step 200) to 1.9500, mean 1.8500 to 1.6500"
     )
-    assert rule(500, evaluation(1.4, 1.96, 1.6)) is None  # said already
+    assert rule(500, evaluation(1.4, 1.96, 1.6)) is None  # raised already
     assert rule(600, evaluation(1.4, 2.1, 1.6)) is not None  # worse still
     assert rule(700, evaluation(1.3, 1.7, 1.4)) is None
-    assert rule(800, evaluation(1.5, 1.9, 1.6)) is None  # everything is worse: that is no matter of a language
+    assert rule(800, evaluation(1.5, 1.9, 1.6)) is None  # everything is worse: not one language
 
 
 def test_a_rule_is_quiet_for_a_while_and_remembers_after_a_restart():

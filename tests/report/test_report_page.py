@@ -1,4 +1,4 @@
-"""The report: a page that needs nothing else, with the run's numbers in it, small and quick also for a long run."""
+"""The report: a self-contained page with the numbers of the run, small and fast also for a long run."""
 
 import html.parser
 import json
@@ -104,12 +104,12 @@ def test_a_run_with_restarts(tmp_path):
 
 def test_the_summary_has_the_same_numbers(tmp_path):
     record = restarted(healthy()).read(tmp_path / "run")
-    said = describe(record, num_parameters=1234567)
+    text = describe(record, num_parameters=1234567)
     for words in (
         "made: finished", "1,234,567 parameters", f"{record.goodput.share:.1%} of", "3, 30 steps lost", "died",
         "checkpoints: 10 of 13.0 GiB", "slowest host: host-", "python", "45.0%",
     ):  # fmt: skip
-        assert words in said, words
+        assert words in text, words
 
 
 @pytest.mark.parametrize(

@@ -42,13 +42,13 @@ def wordpiece(tmp_path):
 
 
 @pytest.fixture
-def ours(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "ours")
-    return tmp_path / "ours"
+def bpe(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "bpe")
+    return tmp_path / "bpe"
 
 
-def test_counts(tokenizer, corpus, ours):
-    report = tokenizer_report(corpus, [ours])
+def test_counts(tokenizer, corpus, bpe):
+    report = tokenizer_report(corpus, [bpe])
     (measured,) = report.measured
     texts = {"python": TEXTS["python"], "c": [*TEXTS["c"], "ab", "\U0001f600 1"], "(none)": ["?"]}
     for language, of_language in texts.items():
@@ -77,10 +77,10 @@ def test_kinds():
     ]  # fmt: skip
 
 
-def test_other_kinds_of_tokenizers_side_by_side(corpus, ours, wordpiece):
-    report = tokenizer_report(corpus, [ours, wordpiece])
+def test_other_kinds_of_tokenizers_side_by_side(corpus, bpe, wordpiece):
+    report = tokenizer_report(corpus, [bpe, wordpiece])
     first, second = report.measured
-    assert (first.name, second.name) == ("ours", "wordpiece")
+    assert (first.name, second.name) == ("bpe", "wordpiece")
     backend = tokenizers.Tokenizer.from_file(str(wordpiece / "tokenizer.json"))
     texts = [text for texts in TEXTS.values() for text in texts] + ["ab", "\U0001f600 1"]
     assert second.num_tokens == sum(len(backend.encode(text, add_special_tokens=False).ids) for text in texts)
@@ -89,7 +89,7 @@ def test_other_kinds_of_tokenizers_side_by_side(corpus, ours, wordpiece):
     assert all(b"##" not in token for token in second.tokens.values())
 
 
-def test_the_sample_is_even_whole_and_always_the_same(tmp_path, tokenizer):
+def test_the_sample_is_even_of_complete_documents_and_reproducible(tmp_path, tokenizer):
     documents = [Document.from_text(f"{i:04}" * (1 + i % 7), lang="a" if i % 2 else "b") for i in range(2000)]
     write_documents(documents, tmp_path / "d.jsonl")
     sample = take_sample(tmp_path / "d.jsonl", max_bytes=8000, seed=1)
@@ -122,10 +122,10 @@ def run(*words):
     return command.run(parser.parse_args([str(word) for word in words]))
 
 
-def test_the_command_prints_a_table_and_writes_files(corpus, ours, wordpiece, tmp_path, capsys):
+def test_the_command_prints_a_table_and_writes_files(corpus, bpe, wordpiece, tmp_path, capsys):
     def report(name):
         outputs = [word for suffix in ("png", "json") for word in ("--output", tmp_path / f"{name}.{suffix}")]
-        assert not run("report", corpus, "--tokenizer", ours, "--tokenizer", wordpiece, *outputs)
+        assert not run("report", corpus, "--tokenizer", bpe, "--tokenizer", wordpiece, *outputs)
         return [(tmp_path / f"{name}.{suffix}").read_bytes() for suffix in ("png", "json")]
 
     first = report("first")
@@ -140,11 +140,11 @@ def test_the_command_prints_a_table_and_writes_files(corpus, ours, wordpiece, tm
     assert content["tokenizers"][0]["num_unused"] == len(content["tokenizers"][0]["unused_ids"])
 
 
-def test_refusals(corpus, ours, tmp_path):
+def test_refusals(corpus, bpe, tmp_path):
     with pytest.raises(ConfigError, match=r"ends in \.json or \.png"):
-        run("report", corpus, "--tokenizer", ours, "--output", tmp_path / "report.txt")
+        run("report", corpus, "--tokenizer", bpe, "--output", tmp_path / "report.txt")
     with pytest.raises(ConfigError, match="positive"):
-        run("report", corpus, "--tokenizer", ours, "--max-megabytes", 0)
+        run("report", corpus, "--tokenizer", bpe, "--max-megabytes", 0)
     with pytest.raises(DataError, match="Cannot read the tokenizer"):
         load_any(tmp_path / "none")
     (tmp_path / "bad.json").write_text("{}")
@@ -152,4 +152,4 @@ def test_refusals(corpus, ours, tmp_path):
         load_any(tmp_path / "bad.json")
     write_documents([Document(())], tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match="no text"):
-        run("report", tmp_path / "empty.jsonl", "--tokenizer", ours)
+        run("report", tmp_path / "empty.jsonl", "--tokenizer", bpe)
