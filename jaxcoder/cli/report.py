@@ -46,4 +46,4 @@ def run(args: argparse.Namespace) -> None:
         filesystem.pipe_file(inside, run_page(record, num_parameters=parameters, findings=findings).encode())
     print(f"\nThe page: {output}")
     if findings:
-        print(f"{len(findings)} finding(s): `jaxcoder doctor {args.run}` gives evidence and remedies.")
+        print(f"{plural(len(findings), 'finding')}: `jaxcoder doctor {args.run}` gives evidence and remedies.")
