@@ -53,7 +53,7 @@ def _all(args: argparse.Namespace) -> Report:
                 device=device, contestant="ours", kernel="both", length=length, heads=heads, groups=groups,
                 head_dim=head_dim, dropout_rate=rate, is_walked=False,
             )  # fmt: skip
-            row[device] = _cell(estimate(case, patience=PATIENCE, memory=memory))
+            row[device] = _cell(estimate(case, timeout=PATIENCE, memory=memory))
             attention.say(f"[{number}/{len(configured)}] {device} {shape} {length}: {row[device]}")
         rows.append(row)
     return Report(
@@ -78,7 +78,7 @@ def _long(args: argparse.Namespace) -> Report:
                 device=args.device, contestant="ours", kernel=kernel, length=length, heads=LONG_HEADS,
                 head_dim=args.head_dim, is_walked=False,
             )  # fmt: skip
-            found = estimate(case, patience=PATIENCE, memory=memory)
+            found = estimate(case, timeout=PATIENCE, memory=memory)
             blocks = contestant("ours").blocks_of(case)
             attention.say(f"{args.device} {kernel} {length}: {_cell(found)} MiB")
             rows.append(

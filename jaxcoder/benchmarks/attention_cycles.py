@@ -122,13 +122,13 @@ class Estimate:
         return self.vmem is not None
 
 
-def estimate(case: Case, *, patience: float = 900.0, memory: "Memory | None" = None) -> Estimate:
-    """The estimate of a case, from `memory` if it is there, else from a process of its own of at most `patience` s."""
+def estimate(case: Case, *, timeout: float = 900.0, memory: "Memory | None" = None) -> Estimate:
+    """The estimate of a case, from `memory` if it is there, else from a process of its own of at most `timeout` s."""
     if memory is not None and (known := memory.get(case)) is not None:
         return known
-    found = _in_a_process(case, patience)
+    found = _in_a_process(case, timeout)
     if case.is_walked and not found.compiles:
-        bare = _in_a_process(replace(case, is_walked=False), patience)
+        bare = _in_a_process(replace(case, is_walked=False), timeout)
         # The real schedule compiles the same code; what is missing is only the walk.
         found = replace(found, vmem=bare.vmem, error=found.error if bare.compiles else bare.error)
     if memory is not None:
@@ -200,15 +200,15 @@ def _version(package: str) -> str:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def _in_a_process(case: Case, patience: float) -> Estimate:
+def _in_a_process(case: Case, timeout: float) -> Estimate:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_static_llo_profile_to={folder}" if case.is_walked else ""
-        done = compile_case(case, flags, patience)
+        done = compile_case(case, flags, timeout)
         profiles = "".join(path.read_text(errors="replace") for path in Path(folder).glob("*.textproto"))
     seconds = time.perf_counter() - start
     if done is None:
-        return Estimate(cycles=None, vmem=None, seconds=seconds, error=f"not in {patience:.0f} s")
+        return Estimate(cycles=None, vmem=None, seconds=seconds, error=f"not in {timeout:.0f} s")
     answers = [line for line in done.stdout.splitlines() if line.startswith("COMPILED ")]
     vmem = json.loads(answers[0].removeprefix("COMPILED ")) if answers else None
     # Written once the walk is done: whole even where the compiler stumbles over something later.
@@ -220,14 +220,14 @@ def _in_a_process(case: Case, patience: float) -> Estimate:
     return Estimate(cycles=cycles[0] if len(cycles) == 1 else None, vmem=vmem, seconds=seconds, error=error)
 
 
-def compile_case(case: Case, flags: str, patience: float) -> subprocess.CompletedProcess | None:
-    """A process that compiles a case with flags of libtpu; None where it takes more than `patience` seconds."""
+def compile_case(case: Case, flags: str, timeout: float) -> subprocess.CompletedProcess | None:
+    """A process that compiles a case with flags of libtpu; None where it takes more than `timeout` seconds."""
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "LIBTPU_INIT_ARGS": flags}
     command = [sys.executable, "-m", __name__, json.dumps(asdict(case))]
     environment = environment_with(variables)
     try:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return None
 

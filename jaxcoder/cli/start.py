@@ -41,7 +41,7 @@ def start_processes(args: argparse.Namespace) -> int:
         coordinator=args.coordinator,
         num_processes=args.num_processes,
         process_id=args.process_id,
-        patience=args.initialization_timeout,
+        timeout=args.initialization_timeout,
     )
     if index == 0:
         _warn_of_unseen()

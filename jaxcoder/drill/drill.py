@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxcoder.drill.faults import PATIENCE_SECONDS, Scene, Strike, choose, is_right, kinds
+from jaxcoder.drill.faults import TIMEOUT_SECONDS, Scene, Strike, choose, is_right, kinds
 from jaxcoder.drill.processes import (
     DrillError,
     Layout,
@@ -121,7 +121,7 @@ def _wait_to_the_end(start: Start, run: RunFiles) -> None:
     step = -1
     while run.last_step() > step:
         step = run.last_step()
-        if start.wait(PATIENCE_SECONDS):
+        if start.wait(TIMEOUT_SECONDS):
             break
     if set(start.codes()) != {0}:
         raise DrillError(f"the run did not finish, its exit codes are {start.codes()}: {start.last_words()}")
@@ -216,7 +216,7 @@ class Lane:
             outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {strike.prompt:.0f} are enough")
         outcome.codes = [code if index in others else None for index, code in enumerate(start.codes())]
         start.signal(signal.SIGKILL)
-        start.wait(PATIENCE_SECONDS)
+        start.wait(TIMEOUT_SECONDS)
         for index, right in strike.codes.items():
             if not is_right(outcome.codes[index], right):
                 outcome.problems.append(f"process {index} ended with {outcome.codes[index]}, not {right}")
@@ -231,10 +231,10 @@ class Lane:
             now, step = self.run.metrics_file()
             return step > expected and (now != file or last <= expected)
 
-        wait_until(lambda: trains() or len(start.running()) < self.layout.processes, PATIENCE_SECONDS, period=0.02)
+        wait_until(lambda: trains() or len(start.running()) < self.layout.processes, TIMEOUT_SECONDS, period=0.02)
         seconds = time.monotonic() - start.began
         if trains():
             return seconds
         if len(start.running()) < self.layout.processes:
             raise DrillError(f"a start ended with {start.codes()}: {start.last_words()}")
-        raise DrillError(f"a start made no step in {PATIENCE_SECONDS:.0f} s: {start.last_words()}")
+        raise DrillError(f"a start made no step in {TIMEOUT_SECONDS:.0f} s: {start.last_words()}")

@@ -18,7 +18,7 @@ from jaxcoder.errors import EXIT_SIGTERM, EXIT_USER_ERROR, EXIT_WATCHDOG, Config
 
 SLACK_SECONDS = 25.0
 """For Python to notice, write its stacks and end, on a machine with more processes than cores."""
-PATIENCE_SECONDS = 180.0
+TIMEOUT_SECONDS = 180.0
 """For a few steps of a run that is under way, or for a start."""
 
 ANY_FAILURE, ANY_ERROR = "any but 0 and 2", "any but 0"
@@ -38,9 +38,9 @@ class Scene:
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """DrillError if it does not come about, or the run ends before it."""
-        wait_until(lambda: condition() or bool(self._ended()), PATIENCE_SECONDS)
+        wait_until(lambda: condition() or bool(self._ended()), TIMEOUT_SECONDS)
         if self._ended() or not condition():
-            why = f"ended with {self.start.codes()}" if self._ended() else f"was not there in {PATIENCE_SECONDS:.0f} s"
+            why = f"ended with {self.start.codes()}" if self._ended() else f"was not there in {TIMEOUT_SECONDS:.0f} s"
             raise DrillError(f"before the fault, while waiting for {what}, it {why}: {self.start.last_words()}")
 
     def _ended(self) -> bool:

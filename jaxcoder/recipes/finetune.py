@@ -30,7 +30,7 @@ from jaxcoder.io.atomic import write_text
 from jaxcoder.recipes.pretrain import pretrain
 from jaxcoder.recipes.start import open_weights
 from jaxcoder.record.alarms import LANGUAGE_PREFIX, languages_of
-from jaxcoder.runtime import held_alone
+from jaxcoder.runtime import acquire_run_lock
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import open_streams
@@ -88,7 +88,7 @@ def finetune(
     root = Path(output_dir)
     is_shared = (root / "before.json").exists()
     RunDirectory.of(config).claim(config, accept_config_change=accept_config_change, is_shared=is_shared)
-    with held_alone(str(root), lock=LOCK):
+    with acquire_run_lock(str(root), lock=LOCK):
         before = measured_before(config, weights, root / "before.json")
         result = pretrain(config, accept_config_change=accept_config_change, directory_is_shared=True)
         result.raise_late_stop()

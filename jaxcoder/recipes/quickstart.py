@@ -26,7 +26,7 @@ from jaxcoder.formatting import format_bytes
 from jaxcoder.io.atomic import atomic_directory, is_left_over, write_text
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
-from jaxcoder.runtime import held_alone
+from jaxcoder.runtime import acquire_run_lock
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 
@@ -85,7 +85,7 @@ def quickstart(
     num_steps = config.num_steps if num_steps is None else num_steps
     settings = {"source": str(source.resolve()) if source else None, "num_steps": num_steps}
     check_claim(paths, settings)
-    with held_alone(str(paths.root), lock=LOCK):
+    with acquire_run_lock(str(paths.root), lock=LOCK):
         claim(paths, settings)
         return stages(paths, config, source=source, num_steps=num_steps, progress=progress)
 

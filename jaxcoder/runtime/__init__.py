@@ -17,21 +17,21 @@ from jaxcoder.runtime.environment import (
     share_cache,
     user_cache,
 )
-from jaxcoder.runtime.process_group import Peers
+from jaxcoder.runtime.process_group import ProcessGroup
 from jaxcoder.runtime.resources import (
     explain_out_of_memory,
     is_out_of_memory,
     out_of_memory_explained,
 )
-from jaxcoder.runtime.run_lock import held_alone
-from jaxcoder.runtime.signals import CommonStop, GracefulStop, Terminated, on_signal, sigterm_raises
+from jaxcoder.runtime.run_lock import acquire_run_lock
+from jaxcoder.runtime.signals import CoordinatedStop, GracefulStop, Terminated, on_signal, sigterm_raises
 from jaxcoder.runtime.watchdog import Watchdog
 
 __all__ = [
     "CACHE_BYTES",
-    "CommonStop",
+    "CoordinatedStop",
     "GracefulStop",
-    "Peers",
+    "ProcessGroup",
     "Terminated",
     "Watchdog",
     "check_accelerator",
@@ -41,7 +41,7 @@ __all__ = [
     "explain_out_of_memory",
     "find_gpu",
     "find_tpu",
-    "held_alone",
+    "acquire_run_lock",
     "initialize",
     "is_out_of_memory",
     "join",

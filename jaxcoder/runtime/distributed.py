@@ -6,11 +6,11 @@ import os
 from jaxcoder.errors import ConfigError, LostProcessError
 from jaxcoder.formatting import plural
 from jaxcoder.runtime.processes import Processes, TpuPod, find_processes
-from jaxcoder.runtime.roster import answer_roll, call_roll
+from jaxcoder.runtime.roster import gather_roster, report_to_roster
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 900
+TIMEOUT_SECONDS = 900
 """So long a process waits for the others: hosts of a pod fetch images and start minutes apart."""
 
 HEARTBEAT_SECONDS = 600
@@ -22,17 +22,17 @@ def join(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    patience: float = PATIENCE_SECONDS,
+    timeout: float = TIMEOUT_SECONDS,
 ) -> int:
     """Meets the other processes of the run, where there are any, and returns the index of this one (0 if alone).
 
     Who they are is found by `processes.py`. Call it after `initialize` and before JAX sees a device. Process 0 says
-    whom it waits for. After `patience` seconds LostProcessError names who is missing; ConfigError for flags or variables
+    whom it waits for. After `timeout` seconds LostProcessError names who is missing; ConfigError for flags or variables
     that cannot be.
     """
     found = find_processes(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     if isinstance(found, TpuPod):
-        found = _in_tpu_pod(patience)
+        found = _in_tpu_pod(timeout)
     if found is None:
         return 0
     import jax
@@ -40,10 +40,10 @@ def join(
     if found.index == 0:
         others = plural(found.count - 1, "other process", "other processes")
         logger.info(f"Waiting at {found.coordinator} for {others} (as {found.source} says).")
-        hosts = call_roll(found, patience)
+        hosts = gather_roster(found, timeout)
         logger.info(f"All {found.count} processes are here: {_counted(hosts)}.")
     else:
-        answer_roll(found, patience)
+        report_to_roster(found, timeout)
     try:
         jax.distributed.initialize(
             found.coordinator,
@@ -60,12 +60,12 @@ def join(
     return found.index
 
 
-def _in_tpu_pod(patience: float) -> Processes | None:
+def _in_tpu_pod(timeout: float) -> Processes | None:
     """Asks the machines' own metadata, through JAX. ConfigError where that does not answer."""
     from jaxcoder.compat import detect_tpu_pod
 
     try:
-        coordinator, count, index = detect_tpu_pod(int(patience))
+        coordinator, count, index = detect_tpu_pod(int(timeout))
     except Exception as error:  # whatever a metadata server does
         raise ConfigError(
             f"this host does not say which one of its TPU pod it is ({error}): give --coordinator, --num-processes and "

@@ -21,12 +21,12 @@ _GOODBYE_SECONDS = 15.0
 """Process 0 waits so long for the others to have ended: JAX ends them roughly when it goes."""
 
 
-class Peers:
+class ProcessGroup:
     """One for each run; every process makes it at the same point. A context manager: an error that leaves it is told to
     the others, so that they need not wait for somebody who is gone."""
 
-    def __init__(self, patience: float = 600.0):
-        """patience: seconds to wait for a post of another process."""
+    def __init__(self, timeout: float = 600.0):
+        """timeout: seconds to wait for a post of another process."""
         import jax
 
         from jaxcoder.compat import coordination_client
@@ -38,7 +38,7 @@ class Peers:
         self._client = coordination_client() if self.count > 1 else None
         self._board: dict[str, str] = {}
         self._prefix = f"jaxcoder/{next(_runs)}"
-        self._patience = patience
+        self._timeout = timeout
 
     def name(self, index: int) -> str:
         """ "process 3 (host-d)"."""
@@ -84,7 +84,7 @@ class Peers:
         """What process `who` posts under `key`. LostProcessError if it has ended, or posts nothing for too long."""
         if self._client is None:
             return self._board[key]
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + self._timeout
         while True:
             try:
                 return self._client.blocking_key_value_get(f"{self._prefix}/{key}", 2000)
@@ -94,7 +94,7 @@ class Peers:
             self.check_failed()
             if time.monotonic() > deadline:
                 raise LostProcessError(
-                    f"{self.name(who)} said nothing for {self._patience:.0f} seconds ({key}): look at its log."
+                    f"{self.name(who)} said nothing for {self._timeout:.0f} seconds ({key}): look at its log."
                 )
 
     def agree(self, topic: str, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:
@@ -121,7 +121,7 @@ class Peers:
             raise _rebuilt(**verdict)
         return verdict["result"]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Learns the names of all hosts."""
         self.hosts = self.agree("hosts", self.host, list)
 
@@ -154,8 +154,8 @@ class Peers:
         except Exception:  # process 0 is gone: there is nobody to tell
             pass
 
-    def __enter__(self) -> "Peers":
-        self.meet()
+    def __enter__(self) -> "ProcessGroup":
+        self.barrier()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:

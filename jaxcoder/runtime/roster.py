@@ -20,7 +20,7 @@ _MOST_NAMED = 8
 _LONGEST_LINE = 400
 
 
-def call_roll(found: Processes, patience: float) -> list[str]:
+def gather_roster(found: Processes, timeout: float) -> list[str]:
     """In process 0: returns the hosts' names by process once all are there. They may go on when this returns.
 
     Raises ConfigError if the port is taken or two processes have one index, LostProcessError naming who is missing.
@@ -34,7 +34,7 @@ def call_roll(found: Processes, patience: float) -> list[str]:
             "it), or give another coordinator."
         ) from error
     arrivals = _Arrivals(found)
-    deadline, next_word = time.monotonic() + patience, time.monotonic() + _FIRST_WORD
+    deadline, next_word = time.monotonic() + timeout, time.monotonic() + _FIRST_WORD
     with listening, selectors.DefaultSelector() as ready:
         listening.setblocking(False)
         ready.register(listening, selectors.EVENT_READ)
@@ -48,7 +48,7 @@ def call_roll(found: Processes, patience: float) -> list[str]:
                 now = time.monotonic()
                 if now > deadline:
                     raise LostProcessError(
-                        f"{arrivals.words()} did not arrive within {patience:.0f} seconds: see that "
+                        f"{arrivals.words()} did not arrive within {timeout:.0f} seconds: see that "
                         f"{'they were' if len(arrivals.missing) > 1 else 'it was'} started with the same coordinator "
                         f"({found.coordinator}) and can reach it."
                     )
@@ -146,12 +146,12 @@ class _Arrivals:
             connection.close()
 
 
-def answer_roll(found: Processes, patience: float) -> None:
+def report_to_roster(found: Processes, timeout: float) -> None:
     """In every other process: returns when process 0 has seen all. LostProcessError where it cannot be reached;
     JaxcoderError with what it says."""
     host, _, port = found.coordinator.rpartition(":")
     hello = f"jaxcoder {found.index} {found.count} {socket.gethostname()}\n".encode()
-    deadline, reason = time.monotonic() + patience, "no answer"
+    deadline, reason = time.monotonic() + timeout, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
@@ -168,6 +168,6 @@ def answer_roll(found: Processes, patience: float) -> None:
             reason = error.strerror or str(error)
         time.sleep(0.5)
     raise LostProcessError(
-        f"process {found.index} of {found.count} waited {patience:.0f} seconds for process 0 at {found.coordinator} "
+        f"process {found.index} of {found.count} waited {timeout:.0f} seconds for process 0 at {found.coordinator} "
         f"({reason}): see that it was started and can be reached."
     )

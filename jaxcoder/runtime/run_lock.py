@@ -20,10 +20,10 @@ _EXPIRED_SECONDS = 35.0  # a lease that has not been renewed for so long belongs
 
 
 @contextmanager
-def held_alone(directory: str, *, lock: str = ".lock", patience: float = 3.0) -> Iterator[None]:
+def acquire_run_lock(directory: str, *, lock: str = ".lock", timeout: float = 3.0) -> Iterator[None]:
     """Holds `directory` for this process inside the block; the lock ends with the process, however that ends.
 
-    Waits `patience` seconds for a process that is just ending, then raises JaxcoderError. A remote directory (gs://,
+    Waits `timeout` seconds for a process that is just ending, then raises JaxcoderError. A remote directory (gs://,
     s3://) is held by a file that is renewed: one that a killed process left is waited out, some 35 seconds. A file
     system without locks is not held.
     """
@@ -33,7 +33,7 @@ def held_alone(directory: str, *, lock: str = ".lock", patience: float = 3.0) ->
         return
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, lock), "a+") as file:
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while not _take(file.fileno()):
             if time.monotonic() > deadline:
                 file.seek(0)

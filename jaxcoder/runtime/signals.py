@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM
-from jaxcoder.runtime.process_group import Peers
+from jaxcoder.runtime.process_group import ProcessGroup
 
 
 class GracefulStop:
@@ -76,7 +76,7 @@ def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
-class CommonStop:
+class CoordinatedStop:
     """A stop that all processes of a run make after the same step, whichever of them was asked, and when.
 
     The one that is asked tells the others, through JAX's coordination service, a step that none of them can have begun:
@@ -86,8 +86,8 @@ class CommonStop:
     LEAD = 3
     _KEY = "stop/after_step"
 
-    def __init__(self, stop: GracefulStop, peers: Peers):
-        self._stop, self._peers = stop, peers
+    def __init__(self, stop: GracefulStop, group: ProcessGroup):
+        self._stop, self._group = stop, group
         self._after: int | None = None
 
     @property
@@ -95,14 +95,14 @@ class CommonStop:
         """Of this process's own signal; 143 where another process was asked."""
         return self._stop.exit_code or EXIT_SIGTERM
 
-    def is_now(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether to stop after `step`; asked after every step, in every process."""
-        if self._peers.count == 1:
+        if self._group.count == 1:
             return self._stop.requested is not None
         if self._after is None and self._stop.requested is not None:
-            self._peers.post_first(self._KEY, str(step + self.LEAD))
+            self._group.post_first(self._KEY, str(step + self.LEAD))
         if self._after is None:
-            after = self._peers.read(self._KEY)
+            after = self._group.read(self._KEY)
             if after is None:
                 return False
             self._after = int(after)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from jaxcoder.config import WatchdogConfig
 from jaxcoder.errors import EXIT_WATCHDOG
-from jaxcoder.runtime.process_group import Peers, ended_error
+from jaxcoder.runtime.process_group import ProcessGroup, ended_error
 
 STEP, DATA = "step", "data"
 """Phases of a step, which watchdog.step_seconds limits together; every other phase has watchdog.start_seconds. But for
@@ -53,14 +53,14 @@ class Watchdog:
 
     def __init__(
         self,
-        peers: Peers,
+        group: ProcessGroup,
         limits: WatchdogConfig,
         *,
         stacks: Callable[[int], str],
         on_end: Callable[[str, int], object],
     ):
-        self._peers, self._limits, self._stacks, self._on_end = peers, limits, stacks, on_end
-        self._interval = max(2.0, peers.count / 32)  # process 0 answers all of them
+        self._group, self._limits, self._stacks, self._on_end = group, limits, stacks, on_end
+        self._interval = max(2.0, group.count / 32)  # process 0 answers all of them
         self._standing: tuple[str, int, float] = ("start", 0, time.monotonic())
         self._busy = math.nan
         self._beats: dict[int, dict[str, Any]] = {}
@@ -76,21 +76,21 @@ class Watchdog:
         is_same = before_step == step and {before, phase} <= {DATA, STEP}
         self._standing = (phase, step, since if is_same else time.monotonic())
 
-    def worked(self, seconds: float) -> None:
+    def record_host_work(self, seconds: float) -> None:
         """The host worked so long on a step, waiting for data included and for devices not."""
         self._busy = seconds if math.isnan(self._busy) else 0.9 * self._busy + 0.1 * seconds
 
     def host_work(self) -> HostWork | None:
         """Of the processes that have answered lately; None in a single process or before there is anything."""
         busy = {index: beat["busy"] for index, beat in self._beats.items() if beat["busy"] is not None}
-        if self._peers.count == 1 or not busy:
+        if self._group.count == 1 or not busy:
             return None
         slowest = max(busy, key=busy.__getitem__)
         return HostWork(slowest, busy[slowest], statistics.median(busy.values()), len(busy))
 
     def __enter__(self) -> "Watchdog":
         threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
-        if self._peers.count > 1:
+        if self._group.count > 1:
             self._heartbeat = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
             self._heartbeat.start()
         return self
@@ -110,9 +110,9 @@ class Watchdog:
             busy = None if math.isnan(self._busy) else self._busy
             beat = {"number": number, "phase": phase, "step": step, "busy": busy}
             try:
-                self._peers.post(f"beat/{self._peers.index}", json.dumps(beat))
-                beats = {int(index): json.loads(text) for index, text in self._peers.posted("beat").items()}
-                self._failed = self._peers.failed()
+                self._group.post(f"beat/{self._group.index}", json.dumps(beat))
+                beats = {int(index): json.loads(text) for index, text in self._group.posted("beat").items()}
+                self._failed = self._group.failed()
             except Exception:  # process 0 is gone or does not answer; the other thread sees that this one is late
                 continue
             now = time.monotonic()
@@ -122,11 +122,11 @@ class Watchdog:
             self._beats, self._last_round = beats, now
             if self._failed and not self._stop.wait(_GRACE):
                 index, end = next(iter(self._failed.items()))
-                error = ended_error(self._peers.name(index), end)
+                error = ended_error(self._group.name(index), end)
                 self._end(str(error), error.exit_code, with_stacks=False)
         try:
             farewell = json.dumps({"phase": _LEFT, "step": self._standing[1], "busy": None})
-            self._peers.post(f"beat/{self._peers.index}", farewell)
+            self._group.post(f"beat/{self._group.index}", farewell)
         except Exception:  # process 0 has left before
             pass
 
@@ -147,7 +147,7 @@ class Watchdog:
             if limit is not None and now - since - asleep > limit:
                 self._end(self._sentence(phase, step, limit, name), EXIT_WATCHDOG, with_stacks=True)
             least = self._limits.step_seconds
-            if least is not None and now - woken > least and any(self._quiet(i) > least for i in self.silent()):
+            if least is not None and now - woken > least and any(self._quiet(i) > least for i in self.silent_processes()):
                 sentence = f"{_place(phase, step)} cannot go on (watchdog.step_seconds {least:g}): "
                 self._end(sentence + self._suspect(phase, step), EXIT_WATCHDOG, with_stacks=True)
 
@@ -156,31 +156,31 @@ class Watchdog:
         return f"{at} has taken longer than {limit:g} seconds (watchdog.{name}): {self._suspect(phase, step)}"
 
     def _suspect(self, phase: str, step: int) -> str:
-        if self._peers.count == 1:
+        if self._group.count == 1:
             return "this process stands still."
         for index, end in self._failed.items():
-            return f"{self._peers.name(index)} has ended ({end['message']})."
-        silent = self.silent()
+            return f"{self._group.name(index)} has ended ({end['message']})."
+        silent = self.silent_processes()
         if silent:
-            names = " and ".join(f"{self._peers.name(index)}" for index in silent[:4])
+            names = " and ".join(f"{self._group.name(index)}" for index in silent[:4])
             more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
             return f"{names}{more} has not answered for {self._quiet(silent[0]):.0f} seconds."
         behind = [index for index, beat in sorted(self._beats.items()) if beat["step"] < step]
         waiting = [index for index, beat in sorted(self._beats.items()) if beat["phase"] == DATA]
         for indices, what in ((behind, "is behind, in"), (waiting, "waits for its data in")):
-            if indices and indices != list(range(self._peers.count)):
+            if indices and indices != list(range(self._group.count)):
                 first = self._beats[indices[0]]
-                return f"{self._peers.name(indices[0])} {what} {first['phase']} of step {first['step']:,}."
+                return f"{self._group.name(indices[0])} {what} {first['phase']} of step {first['step']:,}."
         return "all processes answer, and all stand there: the devices or the network between them are stuck."
 
-    def silent(self) -> list[int]:
+    def silent_processes(self) -> list[int]:
         """Processes that have posted nothing for a while; process 0 where nothing can be posted."""
-        patience = 2.5 * self._interval + 1
-        if time.monotonic() - self._last_round > patience and self._peers.index != 0:
+        timeout = 2.5 * self._interval + 1
+        if time.monotonic() - self._last_round > timeout and self._group.index != 0:
             return [0]
         left = {index for index, beat in self._beats.items() if beat["phase"] == _LEFT}
-        others = set(range(self._peers.count)) - left - {self._peers.index}
-        return sorted(index for index in others if self._quiet(index) > patience)
+        others = set(range(self._group.count)) - left - {self._group.index}
+        return sorted(index for index in others if self._quiet(index) > timeout)
 
     def _quiet(self, index: int) -> float:
         """Seconds since a process was last heard of."""
@@ -191,21 +191,21 @@ class Watchdog:
 
     def _end(self, sentence: str, code: int, *, with_stacks: bool) -> None:
         """Does not return."""
-        silent = self.silent()
+        silent = self.silent_processes()
         step = self._standing[1]
         words = threading.Thread(target=self._last_words, args=(sentence, step, with_stacks), daemon=True)
         words.start()
         words.join(_LAST_WORDS)  # a file system may be what hangs
         if 0 not in silent:  # it keeps the board
             farewell = threading.Thread(
-                target=self._peers.say_end, args=(sentence, code), kwargs={"absent": len(silent)}, daemon=True
+                target=self._group.say_end, args=(sentence, code), kwargs={"absent": len(silent)}, daemon=True
             )
             farewell.start()
             farewell.join(_LAST_WORDS + 2)
         os._exit(code)
 
     def _last_words(self, sentence: str, step: int, with_stacks: bool) -> None:
-        print(f"\njaxcoder: error: {self._peers.name(self._peers.index)}: {sentence}", file=sys.stderr, flush=True)
+        print(f"\njaxcoder: error: {self._group.name(self._group.index)}: {sentence}", file=sys.stderr, flush=True)
         if with_stacks:
             try:
                 path = self._stacks(step)

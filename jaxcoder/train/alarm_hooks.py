@@ -1,4 +1,4 @@
-"""What the loop does about the numbers of a step: says alarms, names the files of a spike, stops after many skips."""
+"""Hooks on the metrics of each step: log alarms, list the files of a loss spike, end the run after many skipped steps."""
 
 import logging
 import math
@@ -17,12 +17,12 @@ from jaxcoder.train.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
-_MOST_LINES = 24
-_MOST_DOCUMENTS = 20_000_000  # the table of more would take gigabytes of this process's memory
-_REMEMBERED = 2000  # records that alarms are brought up to date with after a restart
+_MAX_LINES = 24
+_MAX_DOCUMENTS = 20_000_000  # the table of more documents would take gigabytes of memory
+_HISTORY = 2000  # records that the alarms read after a restart
 
 
-class Watch:
+class AlarmHooks:
     """Called with the metrics of every step, and with those of every evaluation, in order.
 
     step, samples: where the run continues. Raises TrainingError when too many steps in a row were skipped.
@@ -44,7 +44,7 @@ class Watch:
         self._alarms = Alarms()
         self._skipped_in_row = 0
         if step:
-            self._alarms.catch_up(last_metrics(directory.metrics_file, _REMEMBERED))
+            self._alarms.catch_up(last_metrics(directory.metrics_file, _HISTORY))
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> None:
         if "skipped" in metrics:
@@ -53,7 +53,7 @@ class Watch:
             self._writer.write(step, {f"alarm/{alarm.rule}": alarm.message})
             logger.warning(f"step {step:,}: {alarm.rule}: {alarm.message}")
             if alarm.rule == LossSpike.name:
-                self._say_files(step)
+                self._log_files(step)
 
     def _count_skips(self, step: int, metrics: Mapping[str, Any]) -> None:
         if not metrics["skipped"]:
@@ -67,7 +67,7 @@ class Watch:
         so_far = f"{metrics['skipped_steps']:.0f} so far"
         logger.warning(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
         if self._skipped_in_row == 1:
-            self._say_files(step)
+            self._log_files(step)
         limit = self._config.optimizer.max_skipped_steps
         if self._skipped_in_row >= limit:
             first = step - limit + 1
@@ -78,16 +78,16 @@ class Watch:
                 "the last checkpoint."
             )
 
-    def _say_files(self, step: int) -> None:
+    def _log_files(self, step: int) -> None:
         if not isinstance(self._stream, SampleStream):
             return
         command = f"jaxcoder data trace {self._directory.path} --step {step}"
-        if sum(store.num_documents for store in self._stream.stores) > _MOST_DOCUMENTS:
+        if sum(store.num_documents for store in self._stream.stores) > _MAX_DOCUMENTS:
             logger.warning(f"  `{command}` lists the files in its batch")
             return
         tracer = Tracer(self._stream, self._history, self._config.num_steps)
         for number, line in enumerate(describe_batch(tracer, step)):
-            if number == _MOST_LINES:
+            if number == _MAX_LINES:
                 logger.warning(f"  and more: `{command}` lists them all")
                 break
             logger.warning(f"  {line}")

@@ -23,7 +23,7 @@ from jaxcoder.config import RunConfig, fields
 from jaxcoder.data.stream import SampleStream, WindowStream
 from jaxcoder.errors import ConfigError, DataError, JaxcoderError
 from jaxcoder.formatting import format_bytes
-from jaxcoder.runtime import Peers
+from jaxcoder.runtime import ProcessGroup
 from jaxcoder.train.inputs import HeldOutStream
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ _CLOCK_SECONDS = 5.0  # logs of hosts that differ by more cannot be laid side by
 _ROOM = 1.1  # of a checkpoint: its arrays and a little more
 
 
-def check_configuration(config: RunConfig, peers: Peers, decide: Callable[[], object]) -> None:
+def check_configuration(config: RunConfig, group: ProcessGroup, decide: Callable[[], object]) -> None:
     """ConfigError in every process if one has another configuration, source, version or kind of device than process 0;
     then what `decide` (in process 0 alone) raises about the configuration that all share."""
     mine = {
@@ -53,14 +53,14 @@ def check_configuration(config: RunConfig, peers: Peers, decide: Callable[[], ob
             for what, advice in _ADVICE.items():
                 if different := _differences(everyone[0][what], facts[what]):
                     said = "; ".join(
-                        f"{peers.name(index)} has {name} {theirs} and {peers.name(0)} {ours}"
+                        f"{group.name(index)} has {name} {theirs} and {group.name(0)} {ours}"
                         for name, ours, theirs in different[:_MOST_FIELDS]
                     )
                     more = f"; and {len(different) - _MOST_FIELDS} more" if len(different) > _MOST_FIELDS else ""
                     raise ConfigError(f"the hosts do not agree: {said}{more}. {advice}")
         decide()
 
-    peers.agree("configuration", mine, compare)
+    group.agree("configuration", mine, compare)
 
 
 _ADVICE = {
@@ -70,7 +70,7 @@ _ADVICE = {
 }
 
 
-def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], peers: Peers) -> None:
+def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: ProcessGroup) -> None:
     """DataError in every process if one reads another version of a token store than process 0."""
     stores = stream.stores if isinstance(stream, SampleStream) else []
     stores = [*stores, *(store for other in held_out for store in other.stream.stores)]
@@ -80,27 +80,27 @@ def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], peers: P
         for index, facts in enumerate(everyone[1:], start=1):
             for path, ours, theirs in _differences(everyone[0], facts):
                 raise DataError(
-                    f"the hosts do not agree: {peers.name(index)} has another version of the token store {path} than "
-                    f"{peers.name(0)} (their manifests are {theirs} and {ours}): give all hosts the same copy."
+                    f"the hosts do not agree: {group.name(index)} has another version of the token store {path} than "
+                    f"{group.name(0)} (their manifests are {theirs} and {ours}): give all hosts the same copy."
                 )
 
-    peers.agree("data", mine, compare)
+    group.agree("data", mine, compare)
 
 
-def check_clocks(peers: Peers) -> None:
+def check_clocks(group: ProcessGroup) -> None:
     """Warns of clocks that are far from process 0's; all have just heard one answer, so they read theirs together."""
-    peers.agree("now", None, lambda _: None)
+    group.agree("now", None, lambda _: None)
 
     def compare(times: list[float]) -> list[str]:
         late = [(index, seconds - times[0]) for index, seconds in enumerate(times)]
         return [
-            f"the clock of {peers.name(index)} is {abs(apart):.0f} seconds "
-            f"{'ahead of' if apart > 0 else 'behind'} that of {peers.name(0)}: set both by NTP, or logs mislead."
+            f"the clock of {group.name(index)} is {abs(apart):.0f} seconds "
+            f"{'ahead of' if apart > 0 else 'behind'} that of {group.name(0)}: set both by NTP, or logs mislead."
             for index, apart in late
             if abs(apart) > _CLOCK_SECONDS
         ]
 
-    for line in peers.agree("clocks", time.time(), compare):
+    for line in group.agree("clocks", time.time(), compare):
         logger.warning(line)
 
 

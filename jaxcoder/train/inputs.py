@@ -1,4 +1,4 @@
-"""From the data room to the devices: which streams a run reads, and batches laid out on the mesh.
+"""The input pipeline: the streams that a run reads, and its batches sharded over the mesh.
 
 Shapes: B global batch, S sequence.
 """
@@ -38,7 +38,7 @@ class HeldOutStream(NamedTuple):
 
 
 def open_streams(config: RunConfig) -> tuple[WindowStream, list[HeldOutStream], Tokenizer | None]:
-    """What the run trains on, what it is evaluated on, and the tokenizer of all of it (None if synthetic).
+    """(training stream, held-out streams, tokenizer of all of them or None if the data is synthetic).
 
     Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared. DataError if a
     store of up to a gigabyte holds altered files; larger ones are checked as they are read.
@@ -69,7 +69,7 @@ def _name(name: str, path: str) -> str:
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which contiguous part of a global batch, of how many equal ones, this process places.
+    """(index, count): which of `count` equal contiguous parts of a global batch this process loads.
 
     Processes that hold the same rows (their devices differ in `tensor` alone) read the same part.
     """
@@ -87,7 +87,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def own_share(batch: Batch, mesh: Mesh) -> Batch:
-    """The rows of a global batch that this process places."""
+    """The rows of a global batch that this process loads."""
     index, count = host_share(mesh)
     size = len(batch.inputs) // count
     return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
@@ -123,8 +123,8 @@ def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int)
 
 
 @contextlib.contextmanager
-def placed_ahead(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Iterator[tuple[Batch, Batch]]]:
-    """(on the host, on the devices) of each batch; the next `ahead` are already being copied while one is used."""
+def prefetch_to_devices(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Iterator[tuple[Batch, Batch]]]:
+    """(on the host, on the devices) of each batch; the next `ahead` ones are already being copied."""
 
     def generate():
         placed = deque((batch, place(batch, mesh)) for batch in itertools.islice(batches, ahead))

@@ -1,5 +1,4 @@
-"""A profile of a few steps of a run, for XProf, TensorBoard or Perfetto: of those that were asked for, or of the next
-ones when a signal comes."""
+"""Profiles of a few steps, for XProf, TensorBoard or Perfetto: of chosen steps, or of the next ones after a signal."""
 
 import logging
 from collections.abc import Callable
@@ -32,13 +31,13 @@ class ProfileSteps:
         return steps
 
 
-_AT_ONCE = 3  # steps after a request
+_REQUESTED_STEPS = 3  # after a signal
 
 
 class Profiler:
     """Records what host and devices do during some steps into `directory`. A context manager around the loop.
 
-    Each process records its own; one that gets a request does so alone.
+    Each process records its own; a request concerns only the process that gets it.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class Profiler:
         directory: str,
         on_end: Callable[[int, int], object] = lambda first, last: None,
     ):
-        """on_end: told the first and the last step of a profile that was written."""
+        """on_end: called with the first and the last step of each profile."""
         self._steps, self._directory, self._on_end = steps, directory, on_end
         self._is_requested = False
         self._running: ProfileSteps | None = None
@@ -57,13 +56,13 @@ class Profiler:
         self._is_requested = True
 
     def before(self, step: int) -> None:
-        """The step that will be number `step` is about to be dispatched."""
+        """Step number `step` is about to be dispatched."""
         if self._running is not None:
             return
         if self._steps is not None and step == self._steps.first:
             self._running = self._steps
         elif self._is_requested:
-            self._running = ProfileSteps(first=step, last=step + _AT_ONCE - 1)
+            self._running = ProfileSteps(first=step, last=step + _REQUESTED_STEPS - 1)
         if self._running is not None:
             self._is_requested = False
             jax.profiler.start_trace(self._directory)
@@ -79,7 +78,7 @@ class Profiler:
         jax.profiler.stop_trace()
         logger.info(
             f"Profile of steps {first} to {step}: {self._directory} "
-            "(look at it with `xprof`, or `tensorboard` and its profile plugin)"
+            "(open it with `xprof`, or `tensorboard` and its profile plugin)"
         )
         self._on_end(first, step)
 

@@ -1,8 +1,8 @@
-"""The state that a run begins or goes on with: its newest checkpoint, other weights (`init_from`), or random ones.
+"""The initial state of a run: its newest checkpoint, other weights (`init_from`), or random ones.
 
-Other weights are opened and compared with the run before anything is computed. Only they are taken; optimizer, step,
-data and schedule begin anew. What can be opened here are checkpoints of ours; whoever knows other formats hands `train`
-an opener of its own (`jaxcoder/recipes/start.py`).
+Other weights are opened and compared with the run before anything is computed. Only the weights are taken: optimizer,
+step, data and schedule start from zero. jaxcoder's own checkpoints are opened here; for other formats `train` takes an
+opener (`jaxcoder/recipes/start.py`).
 """
 
 from collections.abc import Callable
@@ -27,17 +27,17 @@ ARCHITECTURE = (
     "num_layers", "embed_dim", "num_heads", "head_dim", "mlp_dim", "num_kv_heads", "vocab_size", "max_seq_len",
     "activation", "layer_norm_epsilon",
 )  # fmt: skip
-"""Fields of ModelConfig that weights depend on; dropout and the initial standard deviation are free."""
+"""Fields of ModelConfig that weights depend on: all but dropout and the initial standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartingWeights:
-    """A model on disk, opened and not yet read."""
+    """A model on disk, opened but not read yet."""
 
     path: str
     model: ModelConfig
     tokenizer: Tokenizer | None
-    """The one that lies beside the weights."""
+    """The one saved with the weights."""
     load: Callable[[Model], Model]
     """The weights in the shapes, dtypes and shardings of an abstract model, whose mesh is in scope."""
 
@@ -46,9 +46,9 @@ OpenWeights = Callable[[str], StartingWeights]
 
 
 def open_own_weights(path: str) -> StartingWeights:
-    """The newest whole checkpoint of a run of ours, or the one checkpoint, at `path`. CheckpointError if it is none."""
+    """The newest complete checkpoint of the run, or the one checkpoint, at `path`. CheckpointError if there is none."""
     if not is_checkpoint(path):
-        there = "holds no checkpoint of ours" if epath.Path(path).exists() else "does not exist"
+        there = "holds no checkpoint of jaxcoder" if epath.Path(path).exists() else "does not exist"
         raise CheckpointError(
             f"init_from is `{path}`, which {there}: give a run's directory or one of its checkpoints; weights in "
             "PyTorch format become one with `jaxcoder convert from-hf`."
@@ -61,7 +61,7 @@ def open_own_weights(path: str) -> StartingWeights:
         check_arrays(targets, saved, f"the checkpoint {directory}")
         return unflatten_tree(abstract, array_files.load(directory, targets), "params/")
 
-    return StartingWeights(path=str(directory), model=manifest.model, tokenizer=tokenizer_beside(directory), load=load)
+    return StartingWeights(path=str(directory), model=manifest.model, tokenizer=saved_tokenizer(directory), load=load)
 
 
 def starting_weights(
@@ -81,72 +81,72 @@ def starting_weights(
 
 def check_model(path: str, model: ModelConfig, config: RunConfig) -> None:
     """Raises CheckpointError unless the run's model has the architecture `model` of the weights at `path`."""
-    theirs, ours = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (model, config.model))
-    different = [name for name in ARCHITECTURE if theirs[name] != ours[name]]
+    given, wanted = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (model, config.model))
+    different = [name for name in ARCHITECTURE if given[name] != wanted[name]]
     if different:
-        said = "; ".join(f"model.{name} is {ours[name]} and theirs {theirs[name]}" for name in different)
-        options = " ".join(f"--model.{name.replace('_', '-')} {theirs[name]}" for name in different)
+        fields = "; ".join(f"model.{name} is {wanted[name]} and theirs {given[name]}" for name in different)
+        options = " ".join(f"--model.{name.replace('_', '-')} {given[name]}" for name in different)
         raise CheckpointError(
-            f"the run cannot begin with the weights of `{path}`, which are another model: {said}. "
+            f"the run cannot start from the weights of `{path}`, which are another model: {fields}. "
             f"Give other weights, or `{options}`."
         )
 
 
-def check_tokenizer(path: str, theirs: Tokenizer | None, ours: Tokenizer | None) -> None:
+def check_tokenizer(path: str, saved: Tokenizer | None, used: Tokenizer | None) -> None:
     """Raises CheckpointError if the run's data was encoded with other ids than the weights at `path` were trained on.
 
-    Without a tokenizer on one side (synthetic data, weights alone) there is nothing to compare.
+    saved: of the weights. used: of the run's data. Either is None where there is none (synthetic data, weights alone).
     """
-    if theirs is None or ours is None or theirs.fingerprint == ours.fingerprint or _ids(theirs) == _ids(ours):
+    if saved is None or used is None or saved.fingerprint == used.fingerprint or _ids(saved) == _ids(used):
         return
     raise CheckpointError(
-        f"the weights of `{path}` were trained with another tokenizer (fingerprint {theirs.fingerprint[:12]}, "
-        f"{theirs.vocab_size} ids) than the run's token store was built with ({ours.fingerprint[:12]}, "
-        f"{ours.vocab_size} ids): build the store anew with the tokenizer that lies beside the weights "
+        f"the weights of `{path}` were trained with another tokenizer (fingerprint {saved.fingerprint[:12]}, "
+        f"{saved.vocab_size} ids) than the run's token store was built with ({used.fingerprint[:12]}, "
+        f"{used.vocab_size} ids): build the store again with the tokenizer in the directory of the weights "
         "(`jaxcoder data build --tokenizer`), or give other weights."
     )
 
 
-def tokenizer_beside(directory: epath.PathLike) -> Tokenizer | None:
-    """The tokenizer that was saved with a checkpoint of ours."""
+def saved_tokenizer(directory: epath.PathLike) -> Tokenizer | None:
+    """The tokenizer that was saved with a checkpoint."""
     path = epath.Path(directory) / TOKENIZER
     return Tokenizer.load(str(path)) if (path / "tokenizer.json").exists() else None
 
 
-def begin(config: RunConfig, weights: StartingWeights) -> TrainState:
-    """The state of step 0 with these weights and a fresh optimizer; call with the run's mesh in scope."""
+def initialize_from(config: RunConfig, weights: StartingWeights) -> TrainState:
+    """The state of step 0 with these weights and a new optimizer state; call with the run's mesh in scope."""
     model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
     return jax.jit(lambda model: state_of(model, config), donate_argnums=0)(model)
 
 
-def restore_or_begin(
+def restore_or_initialize(
     config: RunConfig,
     mesh: Mesh,
     checkpointer: Checkpointer,
     weights: StartingWeights | None,
     tokenizer: Tokenizer | None,
 ) -> tuple[TrainState, int, int]:
-    """The newest good checkpoint on this mesh, whatever mesh wrote it, or the weights that the run begins with, or
-    random ones; its step and samples."""
+    """(state, step, samples): the newest complete checkpoint, on this mesh whatever mesh wrote it; else `weights`; else
+    random weights."""
     step = checkpointer.latest_step()
     if step is None and weights is not None:
-        return begin(config, weights), 0, 0
+        return initialize_from(config, weights), 0, 0
     if step is None and config.init_from:
         raise CheckpointError(
-            f"no checkpoint in `{checkpointer.directory}` is whole, so the run cannot go on: delete that directory to "
-            f"begin again with the weights of `{config.init_from}`."
+            f"no checkpoint in `{checkpointer.directory}` is complete, so the run cannot continue: delete that directory to "
+            f"start again from the weights of `{config.init_from}`."
         )
     if step is None:
         return jax.jit(lambda: initial_state(config))(), 0, 0
     saved = checkpointer.directory / str(step)
-    check_tokenizer(str(saved), tokenizer_beside(saved), tokenizer)
+    check_tokenizer(str(saved), saved_tokenizer(saved), tokenizer)
     abstract = abstract_state(config, mesh)
     samples = checkpointer.manifest(step).metadata["samples"]
     return unflatten_state(abstract, checkpointer.restore(step, flatten_state(abstract))), step, samples
 
 
 def _ids(tokenizer: Tokenizer) -> list[tuple[bool, bytes] | None]:
-    """What every id stands for: files may be written in several ways and mean the same."""
+    """The bytes of every id: two files that differ may mean the same tokenizer."""
     used = tokenizer.valid_ids(tokenizer.vocab_size)
     return [
         (tokenizer.is_special(id_), tokenizer.decode_bytes([id_])) if is_used else None

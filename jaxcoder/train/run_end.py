@@ -1,9 +1,8 @@
-"""How a run ends: said in events.jsonl, and a failure of the devices' collectives put down to the process that is gone."""
+"""The end of a run: its exit reason in events.jsonl, and failed collectives attributed to the process that has ended."""
 
 import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import jax
 
@@ -17,42 +16,37 @@ from jaxcoder.errors import (
 )
 from jaxcoder.io.os_errors import is_disk_full
 from jaxcoder.record.event_log import EventLog, Spent
-from jaxcoder.runtime import Peers, Terminated, Watchdog, is_out_of_memory
+from jaxcoder.runtime import ProcessGroup, Terminated, Watchdog, is_out_of_memory
 
-_SILENCE_SECONDS = 12.0  # until a process that is gone has missed its posts
-
-
-@dataclass
-class Ending:
-    """step: the last one that is known to be done; the loop keeps it."""
-
-    step: int = 0
+_SILENCE_SECONDS = 12.0  # until a process that has ended has missed its heartbeats
 
 
 @contextlib.contextmanager
-def endings_told(events: EventLog, spent: Spent, peers: Peers, watchdog: Watchdog) -> Iterator[Ending]:
-    """However the block ends, the event log says it, with the account of time.
+def record_run_end(
+    events: EventLog, spent: Spent, group: ProcessGroup, watchdog: Watchdog, step: Callable[[], int]
+) -> Iterator[None]:
+    """Records the exit reason and the account of time in events.jsonl, however the block ends. step: the last one.
 
-    An error of JAX because another process is gone becomes a LostProcessError that names it.
+    An error of JAX that another process has caused by ending becomes a LostProcessError that names the process.
     """
-    ending = Ending()
+    reason, message = "finished", ""
     try:
-        try:
-            yield ending
-        except Exception as error:
-            lost = find_lost(error, peers, watchdog)
-            if lost is None:
-                raise
-            raise lost from error
+        yield
+    except Exception as error:
+        lost = find_lost(error, group, watchdog)
+        reason, message = exit_reason(lost or error), str(lost or error)
+        if lost is None:
+            raise
+        raise lost from error
     except BaseException as error:
-        spent.write(ending.step, now=True)
-        events.say_end(ending.step, reason_of(error), str(error))
+        reason, message = exit_reason(error), str(error)
         raise
-    spent.write(ending.step, now=True)
-    events.say_end(ending.step, "finished")
+    finally:
+        spent.write(step(), now=True)
+        events.say_end(step(), reason, message)
 
 
-def reason_of(error: BaseException) -> str:
+def exit_reason(error: BaseException) -> str:
     """ "SIGTERM", "Ctrl-C" or "error"."""
     if isinstance(error, Interrupted):
         return {EXIT_SIGTERM: "SIGTERM", EXIT_CTRL_C: "Ctrl-C"}.get(error.exit_code, "error")
@@ -61,30 +55,30 @@ def reason_of(error: BaseException) -> str:
     return "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "error"
 
 
-def find_lost(error: Exception, peers: Peers, watchdog: Watchdog) -> JaxcoderError | None:
-    """The sentence that names the process whose loss explains `error`; None if it is about something else."""
+def find_lost(error: Exception, group: ProcessGroup, watchdog: Watchdog) -> JaxcoderError | None:
+    """The error that names the process whose end explains `error`; None if the cause is another one."""
     if isinstance(error, CheckpointError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # all processes save together
-    is_ours = isinstance(error, JaxcoderError) or is_out_of_memory(error) or is_disk_full(error)
-    if peers.count == 1 or is_ours or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError):
+    is_explained = isinstance(error, JaxcoderError) or is_out_of_memory(error) or is_disk_full(error)
+    if group.count == 1 or is_explained or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError):
         return None
     deadline = time.monotonic() + _SILENCE_SECONDS
     while time.monotonic() < deadline:
         try:
-            peers.check_failed()
-        except JaxcoderError as ended:
-            return ended
-        except Exception:  # process 0 is gone, through which all speak
+            group.check_failed()
+        except JaxcoderError as failed:
+            return failed
+        except Exception:  # process 0, which runs the coordination service, has ended
             break
-        if watchdog.silent():
+        if watchdog.silent_processes():
             break
         time.sleep(0.5)
-    silent = watchdog.silent()
+    silent = watchdog.silent_processes()
     if not silent:
         return None
-    names = ", ".join(peers.name(index) for index in silent[:4])
+    names = ", ".join(group.name(index) for index in silent[:4])
     first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return LostProcessError(
-        f"{names} {'does' if len(silent) == 1 else 'do'} not answer any more, so the run cannot go on "
-        f"({first_line}): look at its log; the same command continues from the newest checkpoint."
+        f"{names} {'does' if len(silent) == 1 else 'do'} not respond any more, so the run cannot continue "
+        f"({first_line}): see its log; the same command continues from the newest checkpoint."
     )

@@ -9,7 +9,7 @@ from jaxcoder_configs.smoke import smoke
 
 from jaxcoder.cli.main import main
 from jaxcoder.config.serialize import to_json
-from jaxcoder.runtime import held_alone
+from jaxcoder.runtime import acquire_run_lock
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_a_config_of_another_version_names_its_fields(capsys, tmp_path):
 def test_two_runs_in_one_directory(tmp_path):
     """The second one, in a process of its own, says who holds the directory and leaves it."""
     command = [sys.executable, "-m", "jaxcoder.cli.main", "train", "smoke", "--data", "synthetic"]
-    with held_alone(str(tmp_path / "runs" / "smoke")):
+    with acquire_run_lock(str(tmp_path / "runs" / "smoke")):
         second = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2 and "Traceback" not in second.stderr
     assert "runs/smoke` is in use by process" in second.stderr and "give another --output-dir" in second.stderr

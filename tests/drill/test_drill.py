@@ -54,15 +54,15 @@ import jax
 from jaxcoder.train import loop
 from jaxcoder.train.state import initial_state
 
-restore_or_begin = loop.restore_or_begin
+restore_or_initialize = loop.restore_or_initialize
 
 def broken(config, mesh, *rest):
-    state, step, samples = restore_or_begin(config, mesh, *rest)
+    state, step, samples = restore_or_initialize(config, mesh, *rest)
     if step:
         {break_it}
     return state, step, samples
 
-loop.restore_or_begin = broken
+loop.restore_or_initialize = broken
 if __name__ == "__main__":
     from jaxcoder.cli.main import main
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""One of two processes that try out `Peers`: prints what it saw, a line each."""
+"""One of two processes that try out `ProcessGroup`: prints what it saw, a line each."""
 
 import os
 import sys
@@ -12,31 +12,31 @@ from jaxcoder.errors import DataError, JaxcoderError
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60)
+    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
     assert jax.process_count() == 2
-    peers = runtime.Peers(patience=30)
-    with peers:
-        print("hosts", len(peers.hosts))
-        print("agreed", peers.agree("sum", 10 + index, sum))
+    group = runtime.ProcessGroup(timeout=30)
+    with group:
+        print("hosts", len(group.hosts))
+        print("agreed", group.agree("sum", 10 + index, sum))
 
         def refuse(everyone: list[int]) -> None:
-            raise DataError(f"{peers.name(1)} has {everyone[1]} and {peers.name(0)} {everyone[0]}.")
+            raise DataError(f"{group.name(1)} has {everyone[1]} and {group.name(0)} {everyone[0]}.")
 
         try:
-            peers.agree("refused", index, refuse)
+            group.agree("refused", index, refuse)
         except JaxcoderError as error:
             print("refused", type(error).__name__, error)
-        peers.post_first("who", str(index))
-        peers.agree("posted", None, lambda _: None)
-        print("first", peers.read("who"), peers.read("nothing"))
-        peers.post(f"number/{index}", str(index))
-        peers.agree("numbers", None, lambda _: None)
-        print("posted", sorted(peers.posted("number").items()))
+        group.post_first("who", str(index))
+        group.agree("posted", None, lambda _: None)
+        print("first", group.read("who"), group.read("nothing"))
+        group.post(f"number/{index}", str(index))
+        group.agree("numbers", None, lambda _: None)
+        print("posted", sorted(group.posted("number").items()))
         if index == 1:
             raise DataError("the store of process 1 is gone")
         began = time.monotonic()
         try:
-            peers.agree("after the end", None, lambda _: None)
+            group.agree("after the end", None, lambda _: None)
         except JaxcoderError as error:
             print("ended", error.exit_code, time.monotonic() - began < 10, error)
             raise

@@ -13,9 +13,9 @@ SECONDS = 12.0  # longer than any grace
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, patience=60)
+    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
     limits = WatchdogConfig(step_seconds=60.0, start_seconds=60.0)
-    with runtime.Peers() as peers, runtime.Watchdog(peers, limits, stacks=str, on_end=print) as watchdog:
+    with runtime.ProcessGroup() as group, runtime.Watchdog(group, limits, stacks=str, on_end=print) as watchdog:
         watchdog.enter("save", 7)
         if index == 0:
             time.sleep(SECONDS)

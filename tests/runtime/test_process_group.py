@@ -56,14 +56,14 @@ def test_two_processes_agree_and_one_leaves():
 STANDING = """
 import sys, time
 from jaxcoder.config import WatchdogConfig
-from jaxcoder.runtime import Peers, Watchdog
+from jaxcoder.runtime import ProcessGroup, Watchdog
 
 def inner_function_that_hangs():
     time.sleep(float(sys.argv[4]))
 
 limits = WatchdogConfig(step_seconds=float(sys.argv[2]), start_seconds=float(sys.argv[3]))
 said = lambda message, step: print("SAID", step, message, flush=True)
-with Peers() as peers, Watchdog(peers, limits, stacks=lambda step: sys.argv[1], on_end=said) as watchdog:
+with ProcessGroup() as group, Watchdog(group, limits, stacks=lambda step: sys.argv[1], on_end=said) as watchdog:
     for phase, step, seconds in ("restore", 0, 1.5), ("data", 1, 0.4), ("step", 1, 0.4), ("data", 2, 0.4), ("step", 2, 0):
         watchdog.enter(phase, step)
         time.sleep(seconds)

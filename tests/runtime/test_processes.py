@@ -172,7 +172,7 @@ def test_a_process_that_never_arrives_is_named(tmp_path):
     """And a port that is in use: one sentence each."""
     code = (
         "import sys; from jaxcoder import runtime; from jaxcoder.errors import JaxcoderError\n"
-        "try: runtime.join(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), patience=3)\n"
+        "try: runtime.join(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), timeout=3)\n"
         "except JaxcoderError as error: print('SAID', error)"
     )
     with socket.socket(socket.AF_INET6) as busy:

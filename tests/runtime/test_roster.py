@@ -10,7 +10,7 @@ import pytest
 from jaxcoder.errors import ConfigError, JaxcoderError
 from jaxcoder.runtime import roster as roll_call
 from jaxcoder.runtime.processes import Processes
-from jaxcoder.runtime.roster import answer_roll, call_roll
+from jaxcoder.runtime.roster import gather_roster, report_to_roster
 
 
 def process(port: int, index: int, count: int, hosts=None) -> Processes:
@@ -27,10 +27,10 @@ def port() -> int:
 def test_all_are_let_go_together(port):
     """In any order; the port is free again for JAX."""
     with ThreadPoolExecutor(8) as pool:
-        early = [pool.submit(answer_roll, process(port, index, 8), 60) for index in (7, 3, 5)]
+        early = [pool.submit(report_to_roster, process(port, index, 8), 60) for index in (7, 3, 5)]
         time.sleep(0.3)
-        calling = pool.submit(call_roll, process(port, 0, 8), 60)
-        late = [pool.submit(answer_roll, process(port, index, 8), 60) for index in (1, 2, 4, 6)]
+        calling = pool.submit(gather_roster, process(port, 0, 8), 60)
+        late = [pool.submit(report_to_roster, process(port, index, 8), 60) for index in (1, 2, 4, 6)]
         assert calling.result() == [socket.gethostname()] * 8
         for answer in early + late:
             assert answer.result() is None
@@ -41,11 +41,11 @@ def test_missing_processes_are_logged_and_named(port, monkeypatch, caplog):
     caplog.set_level("INFO", "jaxcoder")
     monkeypatch.setattr(roll_call, "_FIRST_WORD", 1.5)
     with ThreadPoolExecutor(2) as pool:
-        answer = pool.submit(answer_roll, process(port, 1, 4), 60)
+        answer = pool.submit(report_to_roster, process(port, 1, 4), 60)
         with pytest.raises(
             JaxcoderError, match=r"processes 2 \(host-c\), 3 \(host-d\) of 4 did not arrive within 3 sec"
         ):
-            call_roll(process(port, 0, 4, ("host-a", "host-b", "host-c", "host-d")), 3)
+            gather_roster(process(port, 0, 4, ("host-a", "host-b", "host-c", "host-d")), 3)
         with pytest.raises(JaxcoderError, match=r"process 0 says: processes 2 .* did not arrive"):
             answer.result()
     assert caplog.messages == ["Waiting for processes 2 (host-c), 3 (host-d) of 4."]
@@ -54,10 +54,10 @@ def test_missing_processes_are_logged_and_named(port, monkeypatch, caplog):
 def test_two_with_one_index_and_another_count(port):
     for index, count, said in ((1, 3, "two processes are number 1"), (2, 4, "told of 4 processes and process 0")):
         with ThreadPoolExecutor(3) as pool:
-            calling = pool.submit(call_roll, process(port, 0, 3), 20)
-            first = pool.submit(answer_roll, process(port, 1, 3), 20)
+            calling = pool.submit(gather_roster, process(port, 0, 3), 20)
+            first = pool.submit(report_to_roster, process(port, 1, 3), 20)
             time.sleep(0.5)
-            other = pool.submit(answer_roll, process(port, index, count), 20)
+            other = pool.submit(report_to_roster, process(port, index, count), 20)
             with pytest.raises(ConfigError, match=said):
                 calling.result()
             for answer in (first, other):
@@ -70,7 +70,7 @@ def test_two_with_one_index_and_another_count(port):
 )
 def test_strangers_do_not_count(port, noise):
     with ThreadPoolExecutor(2) as pool:
-        calling = pool.submit(call_roll, process(port, 0, 2), 20)
+        calling = pool.submit(gather_roster, process(port, 0, 2), 20)
         for _ in range(50):
             try:
                 with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -78,18 +78,18 @@ def test_strangers_do_not_count(port, noise):
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-        answer = pool.submit(answer_roll, process(port, 1, 2), 20)
+        answer = pool.submit(report_to_roster, process(port, 1, 2), 20)
         assert len(calling.result()) == 2 and answer.result() is None
 
 
 def test_who_dies_while_waiting_is_missing_again(port):
     with ThreadPoolExecutor(2) as pool:
-        calling = pool.submit(call_roll, process(port, 0, 3), 20)
+        calling = pool.submit(gather_roster, process(port, 0, 3), 20)
         time.sleep(0.3)
         with socket.create_connection(("127.0.0.1", port)) as dying:
             dying.sendall(b"jaxcoder 1 3 host-b\n")
             time.sleep(0.3)
-        answers = [threading.Thread(target=answer_roll, args=(process(port, index, 3), 20)) for index in (1, 2)]
+        answers = [threading.Thread(target=report_to_roster, args=(process(port, index, 3), 20)) for index in (1, 2)]
         for answer in answers:
             answer.start()
         assert len(calling.result()) == 3

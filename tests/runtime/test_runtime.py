@@ -165,18 +165,18 @@ def test_a_signal_inside_a_callback_that_cannot_fail_is_not_lost(number, name):
 
 def test_a_directory_is_held_by_one_process(tmp_path):
     code = (
-        "import sys, time; from jaxcoder.runtime import held_alone\n"
-        "with held_alone(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+        "import sys, time; from jaxcoder.runtime import acquire_run_lock\n"
+        "with acquire_run_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
     )
     run = str(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     with pytest.raises(JaxcoderError, match=f"`{run}` is in use by process {process.pid} of .*: wait"):
-        with runtime.held_alone(run, patience=0.2):
+        with runtime.acquire_run_lock(run, timeout=0.2):
             pass
     process.kill()
     process.wait()
-    with runtime.held_alone(run), runtime.held_alone(run, lock=".another"):
+    with runtime.acquire_run_lock(run), runtime.acquire_run_lock(run, lock=".another"):
         pass
 
 
@@ -306,7 +306,7 @@ from jaxcoder.errors import JaxcoderError
 from jaxcoder.runtime import run_lock as held
 held._RENEW_SECONDS, held._EXPIRED_SECONDS = 0.3, 4.0
 try:
-    with held.held_alone(sys.argv[1]):
+    with held.acquire_run_lock(sys.argv[1]):
         print("HELD", flush=True)
         time.sleep(float(sys.argv[2]))
 except JaxcoderError as error:

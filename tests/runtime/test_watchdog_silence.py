@@ -9,7 +9,7 @@ from jaxcoder.runtime import Watchdog
 LIMITS = WatchdogConfig(step_seconds=1.5, start_seconds=60)
 
 
-class Peers:
+class ProcessGroup:
     """Of process 0; process 1 has answered once."""
 
     count, index = 2, 0
@@ -34,13 +34,13 @@ def ends(phase: str, monkeypatch, seconds: float) -> list[str]:
     """What the watchdog of process 0 says in a save, if anything."""
     said, is_over = [], threading.Event()
     monkeypatch.setattr(Watchdog, "_end", lambda self, sentence, *_, **__: (said.append(sentence), is_over.set()))
-    peers = Peers(phase)
-    watchdog = Watchdog(peers, LIMITS, stacks=str, on_end=lambda *_: None)
+    group = ProcessGroup(phase)
+    watchdog = Watchdog(group, LIMITS, stacks=str, on_end=lambda *_: None)
     watchdog._interval = 0.1
     with watchdog:
         watchdog.enter("save", 5)
         is_over.wait(seconds)
-    assert peers.posts[-1]["phase"] == "left"
+    assert group.posts[-1]["phase"] == "left"
     return said
 
 

@@ -19,7 +19,7 @@ from jaxcoder.train.state import flatten_state
 
 
 class TwoHosts:
-    """Peers whose second process differs as told: `alter` gets what it would have handed in."""
+    """ProcessGroup whose second process differs as told: `alter` gets what it would have handed in."""
 
     count, index = 2, 0
 

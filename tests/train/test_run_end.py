@@ -13,8 +13,8 @@ RESET = "UNKNOWN: Gloo all-reduce failed: Connection reset by peer"
 
 
 def people(*silent: int):
-    peers = SimpleNamespace(count=2, name=lambda index: f"process {index} (host-{index})", check_ended=lambda: None)
-    return peers, SimpleNamespace(silent=lambda: list(silent))
+    group = SimpleNamespace(count=2, name=lambda index: f"process {index} (host-{index})", check_ended=lambda: None)
+    return group, SimpleNamespace(silent=lambda: list(silent))
 
 
 def save_failed(cause: Exception) -> CheckpointError:

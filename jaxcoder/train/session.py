@@ -1,0 +1,276 @@
+"""The resources of a training run, opened in the order in which they depend on each other and closed in reverse.
+
+Hosts are compared and the run's directory is claimed before anything is computed, so that a wrong start costs seconds
+and changes nothing on disk.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.sharding import Mesh
+
+import jaxcoder
+from jaxcoder.checkpoint.checkpointer import Checkpointer
+from jaxcoder.config import RunConfig
+from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.data.loader import Batch, batches
+from jaxcoder.errors import ConfigError
+from jaxcoder.formatting import plural
+from jaxcoder.models.flops import num_parameters
+from jaxcoder.protocols import MetricWriter
+from jaxcoder.record.console import TrainingProgress, clear_live_line
+from jaxcoder.record.event_log import EventLog, Spent, new_attempt
+from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
+from jaxcoder.runtime import (
+    CoordinatedStop,
+    GracefulStop,
+    ProcessGroup,
+    Watchdog,
+    acquire_run_lock,
+    on_signal,
+    out_of_memory_explained,
+    process_started,
+    resume_command,
+    share_cache,
+)
+from jaxcoder.sharding.mesh import make_mesh
+from jaxcoder.train import host_check
+from jaxcoder.train.alarm_hooks import AlarmHooks
+from jaxcoder.train.evaluate import HeldOut
+from jaxcoder.train.inputs import host_share, open_streams, prefetch_to_devices
+from jaxcoder.train.memory_estimate import saved_bytes
+from jaxcoder.train.profile import Profiler, ProfileSteps
+from jaxcoder.train.restore import OpenWeights, restore_or_initialize, starting_weights
+from jaxcoder.train.run_directory import RunDirectory
+from jaxcoder.train.run_end import record_run_end
+from jaxcoder.train.state import TrainState
+from jaxcoder.train.step_log import StepLog
+
+AlterBatch = Callable[[int, Batch], Batch]
+"""(step, this process's share of its batch) -> what is trained on instead."""
+
+_HOSTS_EVERY = 30.0  # seconds between two records of the slowest host
+
+logger = logging.getLogger(__name__)
+
+
+class TrainSession:
+    """A context manager around the loop, which advances `state`, `step` and `samples`.
+
+    config: with the sizes of the mesh filled in. state, step, samples: completed optimizer steps and the windows that
+    they consumed. batches: (on the host, on the devices) of every step that is left.
+    """
+
+    state: TrainState
+    step: int
+    samples: int
+    batches: Iterator[tuple[Batch, Batch]]
+    writer: MetricWriter
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        accept_config_change: bool,
+        directory_is_shared: bool,
+        open_weights: OpenWeights,
+        profile_steps: ProfileSteps | None,
+        alter_batch: AlterBatch | None,
+    ):
+        self.config = config
+        self.directory = RunDirectory.of(config)
+        self._accept_config_change, self._directory_is_shared = accept_config_change, directory_is_shared
+        self._open_weights, self._profile_steps, self._alter_batch = open_weights, profile_steps, alter_batch
+        self._next_hosts = time.monotonic() + _HOSTS_EVERY
+
+    def __enter__(self) -> "TrainSession":
+        with contextlib.ExitStack() as stack:
+            stack.callback(clear_live_line)
+            # An error of one process is posted to the others, which would otherwise wait for it in a collective.
+            self.group = stack.enter_context(ProcessGroup())
+            self._check_hosts()
+            self._claim_directory(stack)
+            self._start_monitoring(stack)
+            self._restore(stack)
+            self._open_input_and_output(stack)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: object) -> bool | None:
+        return self._exits.__exit__(*exc_info)
+
+    def _check_hosts(self) -> None:
+        """All processes run the same configuration on the same data; raises before the directory is touched."""
+        host_check.check_configuration(self.config, self.group, self._validate)
+        self.config = dataclasses.replace(self.config, mesh=resolve_mesh(self.config.mesh, len(jax.devices())))
+        self.mesh = make_mesh(self.config.mesh)
+        self._stream, self._held_out_streams, self.tokenizer = open_streams(self.config)
+        self.token_bytes = self._stream.token_bytes
+        host_check.check_data(self._stream, self._held_out_streams, self.group)
+
+    def _validate(self) -> None:
+        validate(self.config, len(jax.devices()))
+        if self._profile_steps is not None and self._profile_steps.first > self.config.num_steps:
+            raise ConfigError(
+                f"--profile-steps starts at step {self._profile_steps.first:,}, but the run has "
+                f"{self.config.num_steps:,} steps: give earlier ones."
+            )
+
+    def _claim_directory(self, stack: contextlib.ExitStack) -> None:
+        """Process 0 alone claims the directory and holds its lock."""
+        self._weights = starting_weights(
+            self.config, self.tokenizer, self.directory.checkpoints, self._open_weights
+        )
+
+        def claim(_: object) -> None:
+            self.directory.claim(
+                self.config, accept_config_change=self._accept_config_change, is_shared=self._directory_is_shared
+            )
+            host_check.check_disk(self.directory.path, saved_bytes(self.config))
+            stack.enter_context(acquire_run_lock(self.directory.path))
+
+        self.group.agree("claim", None, claim)
+        if self.group.count > 1:
+            share_cache(self.directory.compiled)
+
+    def _start_monitoring(self, stack: contextlib.ExitStack) -> None:
+        """Events, the account of time, signals and the watchdog: everything after this is recorded if it fails."""
+        group, directory, enter = self.group, self.directory, stack.enter_context
+        attempt = group.agree("attempt", new_attempt(), lambda ids: ids[0])
+        events = EventLog(directory.events_file, attempt=attempt, is_writing=group.index == 0)
+        self.events = enter(contextlib.closing(events))
+        self.spent = Spent(events, process_started())
+        self._record_begin()
+        self.stop_signal = enter(GracefulStop())
+        self.stop = CoordinatedStop(self.stop_signal, group)
+        self.watchdog = enter(
+            Watchdog(
+                group,
+                self.config.watchdog,
+                stacks=lambda step: directory.stacks_file(step, group.index),
+                on_end=lambda message, step: events.say_end(step, "watchdog", message, process=group.index),
+            )
+        )
+        self.step = 0
+        enter(record_run_end(events, self.spent, group, self.watchdog, lambda: self.step))
+        enter(out_of_memory_explained(self.config))
+        enter(jax.set_mesh(self.mesh))
+        host_check.check_clocks(group)
+        host_check.check_devices(self.mesh)
+
+    def _record_begin(self) -> None:
+        self.events.write(
+            "begin",
+            process_started=process_started(),
+            processes=self.group.count,
+            devices=self.mesh.size,
+            device_kind=self.mesh.devices.flat[0].device_kind,
+            hosts=self.group.hosts,
+            mesh=dict(self.mesh.shape),
+            version=jaxcoder.__version__,
+            code=host_check.source_hash(),
+            jax=jax.__version__,
+            command=resume_command(),
+        )
+
+    def _restore(self, stack: contextlib.ExitStack) -> None:
+        self.checkpointer = stack.enter_context(
+            Checkpointer(
+                self.directory.checkpoints,
+                self.config.checkpoint,
+                run=self.config,
+                save_tokenizer=self.tokenizer.save if self.tokenizer else None,
+            )
+        )
+        logger.info(describe(self.config, self.mesh))
+        with self.spent.on("restore"):
+            self.state, self.step, self.samples = restore_or_initialize(
+                self.config, self.mesh, self.checkpointer, self._weights, self.tokenizer
+            )
+        if self.step:
+            logger.info(f"Continuing after step {self.step:,}.")
+
+    def _open_input_and_output(self, stack: contextlib.ExitStack) -> None:
+        config, directory, enter = self.config, self.directory, stack.enter_context
+        self.writer = enter(contextlib.closing(self._open_writers()))
+        if self.group.index == 0:
+            directory.adopt(config)
+        self.events.write("ready", step=self.step, samples=self.samples)
+        self.alarm_hooks = AlarmHooks(
+            config, self._stream, directory, self.writer, step=self.step, samples=self.samples
+        )
+        self.log = StepLog(config, self.writer, TrainingProgress(config.num_steps), self.alarm_hooks)
+        self.held_out = HeldOut(config, self._held_out_streams, self.mesh) if self._held_out_streams else None
+        self.profiler = enter(
+            Profiler(
+                self._profile_steps,
+                directory.profile,
+                lambda first, last: self.events.write("profile", first=first, last=last, directory=directory.profile),
+            )
+        )
+        enter(on_signal(signal.SIGUSR1, self.profiler.request))
+        self.batches = enter(self._open_batches())
+
+    def _open_writers(self) -> MetricWriter:
+        """metrics.jsonl, and TensorBoard when asked for, in process 0. Lines after the restored step are dropped."""
+        writers: list[MetricWriter] = []
+        if self.group.index == 0:
+            writers.append(JsonlWriter(self.directory.metrics_file, resume_from_step=self.step))
+            if self.config.tensorboard:
+                writers.append(TensorBoardWriter(self.directory.tensorboard, resume_from_step=self.step))
+        return MultiWriter(writers)
+
+    @contextlib.contextmanager
+    def _open_batches(self) -> Iterator[Iterator[tuple[Batch, Batch]]]:
+        """Read by worker processes; the next two batches are already being copied to the devices."""
+        index, count = host_share(self.mesh)
+        with batches(
+            self._stream,
+            global_batch_size=self.config.global_batch_size,
+            stages=self.config.data.stages,
+            first_sample=self.samples,
+            process_index=index,
+            process_count=count,
+        ) as source:
+            source = itertools.islice(source, self.config.num_steps - self.step)
+            if self._alter_batch is not None:
+                source = map(self._alter_batch, itertools.count(self.step + 1), source)
+            with prefetch_to_devices(source, self.mesh) as prefetched:
+                yield prefetched
+
+    def record_progress(self) -> None:
+        """Writes finished saves, the account of time and the slowest host, where they are due."""
+        for saved in self.checkpointer.take_finished():
+            self.events.write(
+                "saved", step=saved.step, blocked=saved.blocked, seconds=saved.seconds, bytes=saved.num_bytes
+            )
+        self.spent.write(self.step)
+        if time.monotonic() > self._next_hosts and (work := self.watchdog.host_work()) is not None:
+            self._next_hosts = time.monotonic() + _HOSTS_EVERY
+            self.writer.write(
+                self.step,
+                {
+                    "hosts/slowest": work.slowest,
+                    "hosts/slowest_name": self.group.hosts[work.slowest],
+                    "hosts/slowest_seconds": work.seconds,
+                    "hosts/median_seconds": work.median,
+                    "hosts/count": work.count,
+                },
+            )
+
+
+def describe(config: RunConfig, mesh: Mesh) -> str:
+    """One line: the model, the batch, the devices and the mesh."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    tokens = config.global_batch_size * config.model.max_seq_len
+    return (
+        f"Training {config.name}: {num_parameters(config.model):,} parameters, {tokens:,} tokens a step, "
+        f"{config.num_steps:,} steps, on {plural(mesh.size, mesh.devices.flat[0].device_kind + ' device')} "
+        f"as a mesh of {axes}."
+    )
