@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 import jaxcoder
 from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import RunConfig
-from jaxcoder.config.validate import resolve_mesh, validate
+from jaxcoder.config.mesh import resolve_mesh
+from jaxcoder.config.validate import validate
 from jaxcoder.data.loader import Batch, batches
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import plural

@@ -51,10 +51,10 @@ def test_every_kind(tmp_path):
 BROKEN = """
 import sys
 import jax
-from jaxcoder.train import loop
+from jaxcoder.train import session
 from jaxcoder.train.state import initial_state
 
-restore_or_initialize = loop.restore_or_initialize
+restore_or_initialize = session.restore_or_initialize
 
 def broken(config, mesh, *rest):
     state, step, samples = restore_or_initialize(config, mesh, *rest)
@@ -62,7 +62,7 @@ def broken(config, mesh, *rest):
         {break_it}
     return state, step, samples
 
-loop.restore_or_initialize = broken
+session.restore_or_initialize = broken
 if __name__ == "__main__":
     from jaxcoder.cli.main import main
     sys.exit(main())

@@ -26,7 +26,7 @@ class ProcessGroup:
     def posted(self, directory: str) -> dict[str, str]:
         return {"1": json.dumps(self.other)}
 
-    def ended(self) -> dict:
+    def failed(self) -> dict:
         return {}
 
 

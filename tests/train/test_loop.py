@@ -226,7 +226,7 @@ def test_a_stop_after_the_last_step_is_handed_on(run_on_mesh, tmp_path, monkeypa
 
 def test_what_a_killed_process_left_is_no_stranger(run_on_mesh, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json.partial").write_text("{")
+    (tmp_path / "run" / ".config.json.tmp123").write_text("{")
     assert run_on_mesh(config(tmp_path / "run", num_steps=1)).step == 1
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="is a file: give another --output-dir"):

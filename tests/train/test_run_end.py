@@ -14,7 +14,7 @@ RESET = "UNKNOWN: Gloo all-reduce failed: Connection reset by peer"
 
 def people(*silent: int):
     group = SimpleNamespace(count=2, name=lambda index: f"process {index} (host-{index})", check_ended=lambda: None)
-    return group, SimpleNamespace(silent=lambda: list(silent))
+    return group, SimpleNamespace(silent_processes=lambda: list(silent))
 
 
 def save_failed(cause: Exception) -> CheckpointError:
@@ -28,7 +28,7 @@ def test_a_process_that_is_gone_is_named(error):
     """In a save too: its exit code lets a scheduler start the run again, a CheckpointError's would not."""
     lost = find_lost(error, *people(1))
     assert isinstance(lost, LostProcessError) and lost.exit_code == 75
-    assert "process 1 (host-1) does not answer any more" in str(lost) and "Connection reset" in str(lost)
+    assert "process 1 (host-1) does not respond any more" in str(lost) and "Connection reset" in str(lost)
 
 
 @pytest.mark.parametrize(
