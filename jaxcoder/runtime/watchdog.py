@@ -147,7 +147,11 @@ class Watchdog:
             if limit is not None and now - since - asleep > limit:
                 self._end(self._sentence(phase, step, limit, name), EXIT_WATCHDOG, with_stacks=True)
             least = self._limits.step_seconds
-            if least is not None and now - woken > least and any(self._quiet(i) > least for i in self.silent_processes()):
+            if (
+                least is not None
+                and now - woken > least
+                and any(self._quiet(i) > least for i in self.silent_processes())
+            ):
                 sentence = f"{_place(phase, step)} cannot go on (watchdog.step_seconds {least:g}): "
                 self._end(sentence + self._suspect(phase, step), EXIT_WATCHDOG, with_stacks=True)
 

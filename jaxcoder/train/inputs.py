@@ -123,7 +123,9 @@ def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int)
 
 
 @contextlib.contextmanager
-def prefetch_to_devices(batches: Iterator[Batch], mesh: Mesh, ahead: int = 2) -> Iterator[Iterator[tuple[Batch, Batch]]]:
+def prefetch_to_devices(
+    batches: Iterator[Batch], mesh: Mesh, ahead: int = 2
+) -> Iterator[Iterator[tuple[Batch, Batch]]]:
     """(on the host, on the devices) of each batch; the next `ahead` ones are already being copied."""
 
     def generate():

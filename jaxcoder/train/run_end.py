@@ -60,7 +60,11 @@ def find_lost(error: Exception, group: ProcessGroup, watchdog: Watchdog) -> Jaxc
     if isinstance(error, CheckpointError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # all processes save together
     is_explained = isinstance(error, JaxcoderError) or is_out_of_memory(error) or is_disk_full(error)
-    if group.count == 1 or is_explained or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError):
+    if (
+        group.count == 1
+        or is_explained
+        or not isinstance(error, jax.errors.JaxRuntimeError | RuntimeError | ValueError)
+    ):
         return None
     deadline = time.monotonic() + _SILENCE_SECONDS
     while time.monotonic() < deadline:

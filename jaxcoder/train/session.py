@@ -125,9 +125,7 @@ class TrainSession:
 
     def _claim_directory(self, stack: contextlib.ExitStack) -> None:
         """Process 0 alone claims the directory and holds its lock."""
-        self._weights = starting_weights(
-            self.config, self.tokenizer, self.directory.checkpoints, self._open_weights
-        )
+        self._weights = starting_weights(self.config, self.tokenizer, self.directory.checkpoints, self._open_weights)
 
         def claim(_: object) -> None:
             self.directory.claim(
