@@ -1,20 +1,19 @@
-"""`jaxcoder bench encode`: text to ids on one core, tiktoken's path beside the `tokenizers` library, on real files.
+"""`jaxcoder bench encode`: text to ids on one core, tiktoken next to the `tokenizers` library, on real files.
 
-Both have to give the same ids for every file, or there is no result.
+Both must give the same ids for every file.
 """
 
 import argparse
 
-from jaxcoder.benchmarks.measure import Report, environment, side_by_side, stdlib_sources
+from jaxcoder.benchmarks.fim import add_corpus_arguments, corpus
+from jaxcoder.benchmarks.measure import Report, add_runs_argument, environment, time_in_turns
 from jaxcoder.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", help="directory or tokenizer.json; by default one is trained on the code")
-    parser.add_argument("--code-megabytes", type=float, default=40.0, help="code to read (default %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=49152, help="of the one trained here (default %(default)s)")
-    parser.add_argument("--megabytes", type=float, default=4.0, help="of it to encode (default %(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
+    add_corpus_arguments(parser)
+    parser.add_argument("--megabytes", type=float, default=4.0, help="of the code to encode (default %(default)s)")
+    add_runs_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -23,12 +22,9 @@ def run(args: argparse.Namespace) -> Report:
     import tokenizers
 
     from jaxcoder.tokenizer.encoders import tokenizers_encoder
-    from jaxcoder.tokenizer.tokenizer import Tokenizer
-    from jaxcoder.tokenizer.train import train_tokenizer
 
-    everything = stdlib_sources(most_bytes=int(args.code_megabytes * 1e6))
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else train_tokenizer(everything, args.vocab_size)
-    texts = everything[:: max(1, int(sum(map(len, everything)) / (args.megabytes * 1e6)))]
+    all_texts, tokenizer = corpus(args)
+    texts = all_texts[:: max(1, int(sum(map(len, all_texts)) / (args.megabytes * 1e6)))]
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save(directory)
         backend = tokenizers.Tokenizer.from_file(f"{directory}/tokenizer.json")
@@ -36,21 +32,20 @@ def run(args: argparse.Namespace) -> Report:
     for text in texts:
         if tokenizer.encode(text) != reference(text):
             raise DataError(
-                f"{tokenizer.encoder_name} and tokenizers give other ids for a text that begins {text[:40]!r}: do not "
-                "build a store with this tokenizer, and report it."
+                f"{tokenizer.encoder_name} and tokenizers give different ids for text that starts with {text[:40]!r}: "
+                "do not build a store with this tokenizer, and report the bug."
             )
-    ours = f"jaxcoder ({tokenizer.encoder_name})"
-    theirs, batched = "tokenizers, encode", "tokenizers, encode_batch_fast"
-    contestants = {
-        ours: lambda: [tokenizer.encode(text) for text in texts],
-        theirs: lambda: [reference(text) for text in texts],
-        batched: lambda: backend.encode_batch_fast(texts, add_special_tokens=False),
+    own, baseline = f"jaxcoder ({tokenizer.encoder_name})", "tokenizers, encode"
+    calls = {
+        own: lambda: [tokenizer.encode(text) for text in texts],
+        baseline: lambda: [reference(text) for text in texts],
+        "tokenizers, encode_batch_fast": lambda: backend.encode_batch_fast(texts, add_special_tokens=False),
     }
-    seconds = side_by_side(contestants, runs=args.runs, least_seconds=0.3)
+    seconds = time_in_turns(calls, runs=args.runs, min_seconds=0.3)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
     rows = [
-        {"way": name, "mb": megabytes / taken, "mtok": num_tokens / taken / 1e6, "times": seconds[theirs] / taken}
+        {"name": name, "mb": megabytes / taken, "mtok": num_tokens / taken / 1e6, "ratio": seconds[baseline] / taken}
         for name, taken in seconds.items()
     ]
     return Report(
@@ -62,8 +57,8 @@ def run(args: argparse.Namespace) -> Report:
             "vocabulary": tokenizer.vocab_size,
             "runs": args.runs,
         },
-        columns={"way": "way", "mb": "MB/s/core", "mtok": "Mtoken/s/core", "times": "x tokenizers"},
+        columns={"name": "", "mb": "MB/s/core", "mtok": "Mtoken/s/core", "ratio": "x tokenizers"},
         rows=rows,
-        targets={"several MB/s/core (3)": megabytes / seconds[ours] >= 3},
+        targets={"several MB/s/core (3)": megabytes / seconds[own] >= 3},
         environment=environment(["tiktoken", "tokenizers"]),
     )

@@ -1,58 +1,61 @@
-"""What the benchmarks share: timing contestants side by side, real code to time them on, and the report.
+"""Shared by the benchmarks: timing in turns, real source code as input, and the report.
 
-Rates of what runs on one core are per second of processor time, so that on a machine with other work they stay
-comparable; those of training and decoding, which use every core or an accelerator, are per second on the wall. The
-contestants take turns in every run, and the median over the runs counts.
+Work on one core is measured in seconds of processor time, so that figures stay comparable on a machine with other load.
+Training and decoding, which use every core or an accelerator, are measured in wall-clock time. All candidates take
+turns in every run, and the median over the runs is reported.
 """
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
+import os
+import platform
 import statistics
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jaxcoder
+from jaxcoder.errors import ConfigError
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one benchmark found.
+    """The figures of one benchmark.
 
-    columns: key in the rows -> heading. targets: what was asked for -> whether it was met. is_test: a target that is
-    missed is a failure, and the command's exit code says so.
+    columns: key in the rows -> heading. targets: requirement -> whether it is met. is_test: an unmet target is a
+    failure, with exit code 1.
     """
 
     title: str
-    settings: dict[str, Any]
     columns: dict[str, str]
     rows: list[dict[str, Any]]
-    targets: dict[str, bool]
-    environment: dict[str, Any]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    targets: dict[str, bool] = dataclasses.field(default_factory=dict)
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
     is_test: bool = False
 
     @property
     def exit_code(self) -> int:
-        """1 for a test that failed, else 0."""
         return int(self.is_test and not all(self.targets.values()))
 
     def text(self) -> str:
         """A table for the terminal."""
-        cells = [list(self.columns.values())] + [[_shown(row.get(key)) for key in self.columns] for row in self.rows]
+        cells = [list(self.columns.values())] + [[_cell(row.get(key)) for key in self.columns] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         table = [
-            "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(line))
+            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(line)).rstrip()
             for line in (zip(row, widths, strict=True) for row in cells)
         ]
-        said = ", ".join(f"{name} {value}" for name, value in self.settings.items())
-        hardware = ", ".join(f"{name} {value}" for name, value in self.environment.items())
+        footers = [", ".join(f"{k} {v}" for k, v in pairs.items()) for pairs in (self.settings, self.environment)]
         targets = [f"{'met' if met else 'MISSED'}: {target}" for target, met in self.targets.items()]
-        return "\n".join([self.title, "", *table, "", *targets, *([""] if targets else []), said, hardware])
+        return "\n".join([self.title, "", *table, "", *targets, *([""] if targets else []), *footers])
 
-    def write(self, path: Path) -> None:
-        """The same as JSON, with every figure whole."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+    def figures(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
 
 
 class Reports:
@@ -66,53 +69,68 @@ class Reports:
     def text(self) -> str:
         return "\n\n\n".join(report.text() for report in self.reports)
 
-    def write(self, path: Path) -> None:
-        figures = [dataclasses.asdict(report) for report in self.reports]
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    def figures(self) -> list[dict[str, Any]]:
+        return [report.figures() for report in self.reports]
 
 
-def _shown(value: Any) -> str:
+def publish(report: Report | Reports, output: Path | None) -> int:
+    """Prints a report, writes its figures to `output` as JSON, and returns the exit code."""
+    print(report.text())
+    if output is not None:
+        output.write_text(json.dumps(report.figures(), indent=2) + "\n", encoding="utf-8")
+        print(f"\nWrote {output}")
+    return report.exit_code
+
+
+def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
-def side_by_side(
-    contestants: dict[str, Callable[[], object]],
+def time_in_turns(
+    calls: dict[str, Callable[[], object]],
     *,
     runs: int,
-    least_seconds: float,
+    min_seconds: float = 0.0,
     clock: Callable[[], float] = time.process_time,
 ) -> dict[str, float]:
-    """Median seconds of one call of each by `clock` (processor time), over `runs` runs in which all take turns.
+    """Median seconds of one call of each by `clock`, over `runs` runs in which all take turns.
 
-    Short ones are called several times in a row, so that a measurement takes `least_seconds`; each is called once
-    before, to warm up.
+    Short calls are repeated so that a measurement takes `min_seconds`; each is called once first, to warm up.
     """
-    calls = {}
-    for name, call in contestants.items():
+    repeats = {}
+    for name, call in calls.items():
         call()
-        calls[name] = max(1, round(least_seconds / max(_seconds(call, 1, clock), 1e-6))) if least_seconds else 1
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+        repeats[name] = max(1, round(min_seconds / max(_seconds(call, 1, clock), 1e-6))) if min_seconds else 1
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(runs):
-        for name, call in contestants.items():
-            seconds[name].append(_seconds(call, calls[name], clock))
+        for name, call in calls.items():
+            seconds[name].append(_seconds(call, repeats[name], clock))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _seconds(call: Callable[[], object], times: int, clock: Callable[[], float]) -> float:
+def _seconds(call: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
     start = clock()
-    for _ in range(times):
+    for _ in range(repeats):
         call()
-    return (clock() - start) / times
+    return (clock() - start) / repeats
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+
+
+def add_runs_argument(parser: argparse.ArgumentParser, default: int = 5) -> None:
+    parser.add_argument("--runs", type=int, default=default, help="the median of so many runs (default %(default)s)")
 
 
 def add_clock_argument(parser: argparse.ArgumentParser) -> None:
-    """For benchmarks that use every core, and so are measured on the wall."""
+    """For benchmarks that use every core, and are measured in wall-clock time."""
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="count seconds of processor time: on a busy machine, with OMP_NUM_THREADS=1 (CPUs only)",
+        help="measure processor time: on a busy machine, with OMP_NUM_THREADS=1 (CPUs only)",
     )
 
 
@@ -121,13 +139,18 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
 
 
 def clock_name(args: argparse.Namespace) -> str:
-    return "of processor time" if args.processor_time else "on the wall"
+    return "of processor time" if args.processor_time else "wall-clock"
 
 
-def stdlib_sources(most_bytes: int) -> list[str]:
-    """Texts of the running Python's own library, in order of their paths, up to `most_bytes` of them."""
-    import sysconfig
+def check_at_least(least: int, **options: int) -> None:
+    """ConfigError for an option below `least`."""
+    for name, value in options.items():
+        if value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give at least {least}.")
 
+
+def stdlib_sources(max_bytes: int) -> list[str]:
+    """Texts of the running Python's own library, in order of their paths, up to `max_bytes` of them."""
     texts, size = [], 0
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
@@ -140,36 +163,26 @@ def stdlib_sources(most_bytes: int) -> list[str]:
         if text:
             texts.append(text)
             size += len(text.encode())
-        if size >= most_bytes:
+        if size >= max_bytes:
             break
     return texts
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
     """The processor, the number of cores, and the versions that the figures belong to."""
-    import importlib.metadata
-    import os
-    import platform
-
-    import jaxcoder
-
-    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
-        "python": ".".join(map(str, sys.version_info[:3])),
+        "python": platform.python_version(),
         "jaxcoder": jaxcoder.__version__,
-        **versions,
+        **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def _processor() -> str:
-    import platform
-
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        named = []
-    return named[0] if named else platform.processor() or platform.machine()
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

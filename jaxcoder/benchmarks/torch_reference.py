@@ -1,7 +1,7 @@
-"""The other side of the benchmarks: GPTBigCode of `transformers` with torch's AdamW, doing the step that ours does.
+"""The PyTorch reference: GPTBigCode of `transformers` with torch's AdamW, doing jaxcoder's training step.
 
-Imported by name and only when asked for: the package does not depend on torch. The schedule and the groups of decay are
-written from the definition (facts of the original's training) and share no code with `jaxcoder/train`.
+torch is imported on demand: the package does not depend on it. The schedule and the decay groups are written from their
+definition (the original's training settings) and share no code with `jaxcoder/train`.
 
 Shapes: B batch, S sequence.
 """
@@ -33,7 +33,7 @@ def import_torch(purpose: str) -> tuple[ModuleType, ModuleType]:
 
 
 def device(jax_platform: str) -> str | None:
-    """Where torch computes beside JAX on this platform; None without torch, or where torch cannot follow."""
+    """The torch device that matches JAX's platform; None without torch or without such a device."""
     try:
         torch, _ = import_torch("")
     except MissingExtraError:
@@ -44,14 +44,14 @@ def device(jax_platform: str) -> str | None:
 
 
 def wait(device: str) -> None:
-    """Until everything that was asked of the device is done."""
+    """Waits until all work of the device is finished."""
     if device == "cuda":
         import_torch("")[0].cuda.synchronize()
 
 
 def open_model(directory: str | Path, *, attention: str = "eager"):
     """The fp32 model that a directory in Hugging Face's format holds, with every dropout off."""
-    _, transformers = import_torch("PyTorch's side")
+    _, transformers = import_torch("the PyTorch reference")
     transformers.utils.logging.disable_progress_bar()
     off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     return transformers.GPTBigCodeForCausalLM.from_pretrained(
@@ -61,7 +61,7 @@ def open_model(directory: str | Path, *, attention: str = "eager"):
 
 def make_model(keys: Mapping[str, Any], tensors: Mapping[str, Any], *, attention: str, device: str = "cpu"):
     """A model out of the keys of config.json and numpy arrays under Hugging Face's names, on `device`."""
-    torch, transformers = import_torch("PyTorch's side")
+    torch, transformers = import_torch("the PyTorch reference")
     known = {key: value for key, value in keys.items() if key not in ("architectures", "model_type", "torch_dtype")}
     config = transformers.GPTBigCodeConfig(**known, attn_implementation=attention)
     with torch.device(device):
@@ -71,8 +71,20 @@ def make_model(keys: Mapping[str, Any], tensors: Mapping[str, Any], *, attention
         for name, array in tensors.items():
             parameters.pop(name).copy_(torch.from_numpy(array.copy()))
     if parameters:
-        raise AssertionError(f"PyTorch's model has parameters that ours has not: {', '.join(parameters)}")
+        raise AssertionError(f"PyTorch's model has parameters that jaxcoder's lacks: {', '.join(parameters)}")
     return model
+
+
+def hf_tensors(model) -> dict[str, Any]:
+    """The weights of a jaxcoder model as numpy arrays under Hugging Face's names."""
+    import numpy as np
+
+    from jaxcoder.checkpoint.names import flatten_tree
+    from jaxcoder.convert.hf_names import entries, to_hf_tensor
+
+    flat = {name: np.asarray(array) for name, array in flatten_tree(model, "params/").items()}
+    config = model.config
+    return {e.hf_name: to_hf_tensor(e, [flat[name] for name in e.jax_dims], config) for e in entries(config)}
 
 
 def learning_rates(config: OptimizerConfig, num_steps: int) -> Iterator[float]:
@@ -91,8 +103,8 @@ class TorchTrainer:
     """One model and its AdamW; a call does one step. Matrices and embeddings decay, biases and norms do not."""
 
     def __init__(self, model, config: OptimizerConfig, *, dtype: str = "float32", compiled: bool = False):
-        """dtype "bfloat16" is autocast: fp32 weights and moments, bf16 matmuls, as on our side."""
-        self._torch, _ = import_torch("PyTorch's side")
+        """dtype "bfloat16" is autocast: fp32 weights and moments, bf16 matmuls, as in jaxcoder."""
+        self._torch, _ = import_torch("the PyTorch reference")
         self.model = model.train()
         self._config, self._dtype = config, getattr(self._torch, dtype)
         self._parameters = dict(model.named_parameters())  # the tied embedding counts once
@@ -110,7 +122,7 @@ class TorchTrainer:
         self._loss = self._torch.compile(self._summed_loss) if compiled else self._summed_loss
 
     def __call__(self, inputs, targets, loss_mask, rate: float):
-        """inputs, targets (B, S) int64; loss_mask (B, S) fp32. Returns loss and norm as tensors, not waited for."""
+        """inputs, targets (B, S) int64; loss_mask (B, S) fp32. Returns loss and norm as tensors, unsynchronized."""
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(inputs, targets, loss_mask) / loss_mask.sum()
         loss.backward()
@@ -135,7 +147,7 @@ class TorchTrainer:
 
 def train(model, batches, config: OptimizerConfig) -> tuple[list[StepResult], dict[str, Any]]:
     """One step on each batch (anything with inputs, targets and loss_mask, numpy): the curve, the weights after it."""
-    torch, _ = import_torch("PyTorch's side")
+    torch, _ = import_torch("the PyTorch reference")
     step, results = TorchTrainer(model, config), []
     for batch, rate in zip(batches, learning_rates(config, len(batches)), strict=True):
         ids = (torch.from_numpy(part.astype("int64")) for part in (batch.inputs, batch.targets))

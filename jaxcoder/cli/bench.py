@@ -1,54 +1,45 @@
-"""Measure, side by side, what the documentation claims; every figure of docs/performance.md comes from here.
+"""Measure fill-in-the-middle, encoding, loading, training, decoding, attention and checkpoints on this machine.
 
-    jaxcoder bench fim                          fill-in-the-middle from cached ids, and the way of Megatron
-    jaxcoder bench fim --fim-rate 1             every piece is cut
-    jaxcoder bench encode --output encode.json  text to ids: tiktoken's path and the `tokenizers` library
-    jaxcoder bench loader                       store to host batches, memory, and what accelerators eat
-    jaxcoder bench train                        the step of the 164M model, PyTorch's beside it, a bare matmul
-    jaxcoder bench decode                       greedy decoding of one prompt and of eight, `transformers` beside it
-    jaxcoder bench compile                      compiling at 164M and 15.5B; starting a run with the cache
-    jaxcoder bench checkpoint                   what a save costs a run, and what a restart takes
-    jaxcoder bench attention --device tpu:v5p   our attention kernels beside JAX's and tokamax's, in static cycles
-    jaxcoder bench cross-entropy --device v5p   the loss and its gradients, as compiled for a mesh of TPUs
-    jaxcoder bench parity HF_DIR                ten steps from these weights give PyTorch's curve
+    jaxcoder bench fim                          fill-in-the-middle from cached ids
+    jaxcoder bench fim --fim-rate 1             every document is transformed
+    jaxcoder bench encode --output encode.json  text to ids: tiktoken and the `tokenizers` library
+    jaxcoder bench loader                       token store to host batches
+    jaxcoder bench train                        the training step of the 164M model, PyTorch's, and a bare matmul
+    jaxcoder bench decode                       greedy decoding of one prompt and of eight, and `transformers`
+    jaxcoder bench attention                    the attention backends of this machine
+    jaxcoder bench checkpoint                   what a save costs a run, and how long a restart takes
 
-PyTorch's rows need the extra `bench`, cycles of TPUs `bench-tpu`. Times are medians of several runs in one process, in
-which the contestants take turns.
-Rates of `fim`, `encode` and `loader` are per second of processor time, but a machine with other work to do still slows
-them down: compare rows of one table.
+PyTorch's rows need the extra `bench`. Times are medians of several runs in which all candidates take turns. Rates of
+`fim`, `encode` and `loader` are per second of processor time; other load on the machine still slows them down, so
+compare rows of one table. Measurements of absent hardware are in `benchmarks/` of a checkout.
 """
 
 import argparse
 import importlib
-from pathlib import Path
 
-BENCHMARKS: dict[str, tuple[str, str]] = {
-    "fim": ("jaxcoder.benchmarks.fim", "fill-in-the-middle on windows of token ids"),
-    "encode": ("jaxcoder.benchmarks.encode", "text to token ids"),
-    "loader": ("jaxcoder.benchmarks.loader", "the whole stream, from the store to host batches"),
-    "train": ("jaxcoder.benchmarks.training", "the training step, beside PyTorch's and a bare matmul"),
-    "decode": ("jaxcoder.benchmarks.decoding", "greedy decoding, beside transformers' `generate`"),
-    "compile": ("jaxcoder.benchmarks.compiling", "compiling the step, and starting with and without the cache"),
-    "checkpoint": ("jaxcoder.benchmarks.checkpointing", "a save's time and memory, and starting again"),
-    "attention": ("jaxcoder.benchmarks.attention", "attention beside splash, tokamax and cuDNN; static cycles of TPUs"),
-    "cross-entropy": ("jaxcoder.benchmarks.cross_entropy", "loss and gradients on a mesh, compiled for absent TPUs"),
-    "parity": ("jaxcoder.benchmarks.parity", "the curve of our training beside PyTorch's (a test)"),
+BENCHMARKS: dict[str, str] = {
+    "fim": "fill-in-the-middle on windows of token ids",
+    "encode": "text to token ids",
+    "loader": "the sample stream, from the token store to host batches",
+    "train": "the training step, next to PyTorch's and a bare matmul",
+    "decode": "greedy decoding, next to transformers' `generate`",
+    "attention": "attention backends on this machine's CPU or GPU",
+    "checkpoint": "time and memory of a save, and time of a restart",
 }
-"""Name -> module with `add_arguments(parser)` and `run(args) -> Report | Reports`, and the one-line help."""
+"""Name -> one-line help. jaxcoder/benchmarks/NAME.py has `add_arguments(parser)` and `run(args) -> Report`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from jaxcoder.benchmarks.measure import add_output_argument
+
     names = parser.add_subparsers(dest="name", metavar="BENCHMARK", required=True)
-    for name, (module, summary) in BENCHMARKS.items():
-        one = names.add_parser(name, help=summary)
-        importlib.import_module(module).add_arguments(one)
-        one.add_argument("--output", type=Path, metavar="FILE", help="also write the figures as JSON")
+    for name, summary in BENCHMARKS.items():
+        benchmark = names.add_parser(name, help=summary)
+        importlib.import_module(f"jaxcoder.benchmarks.{name}").add_arguments(benchmark)
+        add_output_argument(benchmark)
 
 
 def run(args: argparse.Namespace) -> int:
-    report = importlib.import_module(BENCHMARKS[args.name][0]).run(args)
-    print(report.text())
-    if args.output is not None:
-        report.write(args.output)
-        print(f"\nWrote {args.output}")
-    return report.exit_code
+    from jaxcoder.benchmarks.measure import publish
+
+    return publish(importlib.import_module(f"jaxcoder.benchmarks.{args.name}").run(args), args.output)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxcoder.benchmarks.checkpointing import plain_write
+from jaxcoder.benchmarks.checkpoint import plain_write
 from jaxcoder.cli.main import main
 
 COMMAND = ["bench", "checkpoint", "--config", "smoke", "--runs", "1"]
@@ -17,8 +17,8 @@ def figures(command, output):
 
 def test_a_save(tmp_path):
     (saving,) = figures([*COMMAND, "--no-restart", "--directory", str(tmp_path)], tmp_path / "figures.json")
-    floor, save = saving["rows"]
-    assert 0 < save["blocked"] <= save["whole"] and floor["whole"] > 0 and save["peak"] > 1
+    plain, save = saving["rows"]
+    assert 0 < save["blocked"] <= save["total"] and plain["total"] > 0 and save["peak"] > 1
     assert list(tmp_path.iterdir()) == [tmp_path / "figures.json"]
 
 

@@ -1,11 +1,13 @@
-"""`jaxcoder bench loader` at small size, and the large store that it reads."""
+"""`jaxcoder bench loader` and benchmarks/data at small size."""
 
 import json
 
 import numpy as np
 import pytest
 
-from jaxcoder.benchmarks.large_store import make_large_store
+from benchmarks import command
+from benchmarks.data import large_loader
+from benchmarks.data.large_store import make_large_store
 from jaxcoder.cli.main import main
 from jaxcoder.data.build import build_store
 from jaxcoder.data.trace import documents_within
@@ -45,13 +47,22 @@ def test_a_large_store_reads_like_the_small_one(small, tmp_path):
         make_large_store(small, tmp_path / "large", 1)
 
 
-def test_the_command(small, tmp_path, capsys):
-    words = ["--store-tokens", "1e5", "--seq-len", "64", "--batches", "2", "--runs", "1", "--memory-tokens", "6e3"]
-    assert main(["bench", "loader", "--store", small.path, *words, "--output", str(tmp_path / "loader.json")]) == 0
+def test_loader(small, tmp_path):
+    output = tmp_path / "loader.json"
+    options = ["--seq-len", "64", "--batches", "2", "--runs", "1", "--output", str(output)]
+    assert main(["bench", "loader", "--store", small.path, *options]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert rows[-2]["name"] == "host batches, with FIM" and all(row["mtok"] > 0 for row in rows)
+
+
+def test_large_loader(small, tmp_path, capsys):
+    options = ["--store-tokens", "1e5", "--seq-len", "64", "--batches", "2", "--runs", "1", "--memory-tokens", "6e3"]
+    output = tmp_path / "loader.json"
+    assert command.main(large_loader, ["--store", small.path, *options, "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "host batches, with FIM" in printed and "share of a core" in printed and "Mtoken streamed" in printed
-    speed, appetite, memory = json.loads((tmp_path / "loader.json").read_text())
-    assert all(row["mtok"] > 0 for row in speed["rows"] if "mtok" in row)
-    billion = next(row for row in appetite["rows"] if row["model"] == "starcoderbase_1b")
+    speed, consumption, memory = json.loads(output.read_text())
+    assert all(row["mtok"] > 0 for row in speed["rows"])
+    billion = next(row for row in consumption["rows"] if row["model"] == "starcoderbase_1b")
     assert billion["TPU v5p chip"] == pytest.approx(0.025, rel=0.02)  # 229.5e12 FLOP/s over 9.1e9 a token
     assert len(memory["rows"]) == 11

@@ -1,11 +1,13 @@
-"""`jaxcoder bench train`, `decode` and `compile` at tiny sizes; PyTorch's rows where torch is installed."""
+"""`jaxcoder bench train` and `decode`, and benchmarks/training, at tiny sizes; PyTorch where it is installed."""
 
 import json
 import sys
 
 import pytest
 
-from jaxcoder.benchmarks.measure import Report, Reports, side_by_side
+from benchmarks import command as laboratory
+from benchmarks.training import compile_step
+from jaxcoder.benchmarks.measure import Report, Reports, time_in_turns
 from jaxcoder.cli.main import main
 
 WITH_TORCH = ["without torch", "with torch"]
@@ -18,7 +20,11 @@ COMMANDS = {
 
 def figures(command, tmp_path, capsys):
     output = tmp_path / "figures.json"
-    assert main(["bench", *command, "--output", str(output)]) == 0
+    arguments = [*command[1:], "--output", str(output)]
+    run = (
+        laboratory.main(compile_step, arguments) if command[0] == "compile" else main(["bench", command[0], *arguments])
+    )
+    assert run == 0
     return json.loads(output.read_text()), capsys.readouterr().out
 
 
@@ -34,12 +40,12 @@ def has_torch(request, monkeypatch):
 def test_train(has_torch, tmp_path, capsys):
     found, said = figures([*COMMANDS["train"], "--peak-tflops", "0.1"], tmp_path, capsys)
     assert "124,480" not in said and "1 x 32 tokens, float32" in said and "MFU of 0.1 TFLOP/s" in said
-    ways = {row["way"]: row for row in found["rows"]}
-    assert ways["jaxcoder"]["tokens"] > 0 and ways["matmul, JAX, 64 x 64"]["tflops"] > 0
-    assert has_torch == ("matmul, PyTorch, 64 x 64" in ways) == ("PyTorch: left out" not in said)
+    names = {row["name"]: row for row in found["rows"]}
+    assert names["jaxcoder"]["tokens"] > 0 and names["matmul, JAX, 64 x 64"]["tflops"] > 0
+    assert has_torch == ("matmul, PyTorch, 64 x 64" in names) == ("PyTorch: left out" not in said)
     if has_torch:
         losses = {row["loss"] for row in found["rows"] if "loss" in row}
-        assert ways.keys() >= {"PyTorch, sdpa", "PyTorch, eager"} and len(losses) == 1  # the same work
+        assert names.keys() >= {"PyTorch, sdpa", "PyTorch, eager"} and len(losses) == 1  # the same work
 
 
 def test_decode(has_torch, tmp_path, capsys):
@@ -47,9 +53,9 @@ def test_decode(has_torch, tmp_path, capsys):
     assert ["1 prompt of 9 tokens" in found[0]["title"], "3 prompts of 9 tokens" in found[1]["title"]] == [True, True]
     for report in found:
         ours = report["rows"][0]
-        assert ours["way"] == "jaxcoder" and ours["tokens"] > 0 and ours["first"] > 0
+        assert ours["name"] == "jaxcoder" and ours["tokens"] > 0 and ours["first"] > 0
         if has_torch:
-            assert report["settings"]["prompts with the same answer"] == "100 %"
+            assert report["settings"]["prompts with the same completion"] == "100 %"
     assert has_torch == ("PyTorch: left out" not in said)
 
 
@@ -63,8 +69,8 @@ def test_compile(tmp_path, capsys):
 def test_start(tmp_path, capsys):
     command = ["compile", "--config", "smoke", "--devices", "1", "--start", "smoke", "--start-seq-len", "32"]
     found, _ = figures(command, tmp_path, capsys)
-    ways = [row["way"] for row in found[1]["rows"]]
-    assert ways == ["without the cache", "cache, empty", "cache, filled by the run before"]
+    names = [row["name"] for row in found[1]["rows"]]
+    assert names == ["without the cache", "empty cache", "cache filled by the previous run"]
     assert all(row["seconds"] > 0 for row in found[1]["rows"])
 
 
@@ -73,8 +79,7 @@ def test_start(tmp_path, capsys):
     [
         (["train", "--batch-size", "0"], "--batch-size is 0: give at least 1."),
         (["decode", "--new-tokens", "1"], "--new-tokens is 1: give at least 2."),
-        (["compile", "--devices", "0"], "--devices and --runs take numbers of at least 1."),
-        (["compile", "--config", "smok", "--devices", "1"], "smok"),
+        (["attention", "--length", "0"], "--length is 0: give at least 1."),
     ],
 )
 def test_refusals(arguments, said, capsys):
@@ -84,10 +89,10 @@ def test_refusals(arguments, said, capsys):
 
 def test_a_clock_of_choice():
     ticks = iter(range(100))
-    assert side_by_side({"a": int}, runs=3, least_seconds=0.0, clock=lambda: float(next(ticks))) == {"a": 1.0}
+    assert time_in_turns({"a": int}, runs=3, clock=lambda: float(next(ticks))) == {"a": 1.0}
 
 
 @pytest.mark.parametrize("met, is_test, code", [(True, True, 0), (False, True, 1), (False, False, 0)])
 def test_exit_codes(met, is_test, code):
-    report = Report("t", {}, {"way": "way"}, [{"way": "x"}], {"target": met}, {}, is_test=is_test)
+    report = Report(title="t", columns={"name": ""}, rows=[{"name": "x"}], targets={"target": met}, is_test=is_test)
     assert report.exit_code == code and Reports([report]).text() == report.text()

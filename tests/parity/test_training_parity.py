@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcoder.benchmarks.parity import Curve, their_tensors, train_ours
-from jaxcoder.cli.main import main
+from benchmarks import command
+from benchmarks.training import parity
+from benchmarks.training.parity import Curve, train_jaxcoder
+from jaxcoder.benchmarks.torch_reference import hf_tensors
 from jaxcoder.config import ComputeConfig, DataConfig, MeshConfig, OptimizerConfig, RunConfig
 from jaxcoder.data.loader import Batch
 from jaxcoder.inference.load import load_model
@@ -28,7 +30,7 @@ def curve(kind: str, *, optimizer=OPTIMIZER, mesh=MeshConfig(fsdp=1), microbatch
     compute = ComputeConfig(dtype="float32", remat=remat, loss_chunk_tokens=40)
     mesh = make_mesh(mesh)
     model, architecture, _ = load_model(GOLDEN / "hf" / kind, compute=compute, mesh=mesh)
-    before = their_tensors(model)
+    before = hf_tensors(model)
     windows = golden["windows"].astype(np.int32)
     steps, batch_size, length = golden["loss_masks"].shape
     config = RunConfig(
@@ -46,7 +48,7 @@ def curve(kind: str, *, optimizer=OPTIMIZER, mesh=MeshConfig(fsdp=1), microbatch
         Batch(window[:, :-1], window[:, 1:], mask.astype(np.float32), places, None)
         for window, mask in zip(windows, golden["loss_masks"], strict=True)
     ]
-    ours = train_ours(model, config, batches, mesh)
+    ours = train_jaxcoder(model, config, batches, mesh)
     return ours, golden, {name: float(np.linalg.norm(ours.weights[name] - before[name])) for name in before}
 
 
@@ -79,27 +81,27 @@ def test_faults_show(monkeypatch):
     assert abs(moved["transformer.ln_f.weight"] / expected["transformer.ln_f.weight"] - 1) > 5e-3
 
 
-# --- jaxcoder bench parity -------------------------------------------------------------------------------------------
+# --- python -m benchmarks.training.parity -------------------------------------------------------------------------------
 
 
 def test_the_command_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    assert main(["bench", "parity", str(GOLDEN / "hf" / "mqa")]) == 2
+    assert command.main(parity, [str(GOLDEN / "hf" / "mqa")]) == 2
     assert "needs the extra `bench`: run `pip install 'jaxcoder[bench]'`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tolerance, code", [("1e-3", 0), ("0", 1)])
 def test_the_command(tolerance, code, capsys):
     pytest.importorskip("torch", reason="torch is not installed: `pip install 'jaxcoder[bench]'`")
-    command = ["bench", "parity", str(GOLDEN / "hf" / "mha"), "--steps", "3", "--seq-len", "20"]
-    assert main([*command, "--tolerance", tolerance]) == code
+    arguments = [str(GOLDEN / "hf" / "mha"), "--steps", "3", "--seq-len", "20"]
+    assert command.main(parity, [*arguments, "--tolerance", tolerance]) == code
     said = capsys.readouterr().out
     assert ("met" if code == 0 else "MISSED") + ": losses within" in said and "random" in said
 
 
 def test_the_command_refuses(tmp_path, capsys):
     pytest.importorskip("torch", reason="torch is not installed: `pip install 'jaxcoder[bench]'`")
-    assert main(["bench", "parity", str(tmp_path)]) == 2
+    assert command.main(parity, [str(tmp_path)]) == 2
     assert "is no directory that transformers can open" in capsys.readouterr().err
-    assert main(["bench", "parity", str(GOLDEN / "hf" / "mqa"), "--seq-len", "65"]) == 2
+    assert command.main(parity, [str(GOLDEN / "hf" / "mqa"), "--seq-len", "65"]) == 2
     assert "has positions for 1 to 64" in capsys.readouterr().err

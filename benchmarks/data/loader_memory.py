@@ -1,7 +1,7 @@
-"""Memory of a process that streams from a store: `python -m jaxcoder.benchmarks.loader_memory STORE TOKENS SEQ_LEN`.
+"""Memory of a process that streams from a store: `python -m benchmarks.data.loader_memory STORE TOKENS SEQ_LEN`.
 
-Prints a JSON list of {"tokens", "megabytes"}: resident memory after the first batch and at ten more places, the last
-after TOKENS tokens. A process of its own, so that nothing else is in the figure.
+Prints a JSON list of {"tokens", "megabytes"}: resident memory after the first batch and at ten more points, the last
+after TOKENS tokens. It runs in its own process, so that only the loader's memory is measured.
 """
 
 import json
@@ -22,7 +22,7 @@ def main(path: str, num_tokens: int, seq_len: int) -> None:
     num_batches = max(num_tokens // (BATCH_SIZE * seq_len), 11)
     figures = []
     with batches(stream, global_batch_size=BATCH_SIZE, first_sample=0) as source:
-        for number, _ in zip(range(num_batches), source):
+        for number, _ in zip(range(num_batches), source, strict=False):
             if number == 0 or (number + 1) % (num_batches // 10) == 0:
                 figures.append({"tokens": (number + 1) * BATCH_SIZE * seq_len, "megabytes": host_memory() / 1e6})
     print(json.dumps(figures))

@@ -1,15 +1,15 @@
 """tokamax's splash attention (extra `bench-tpu`) as cases of the estimator: forward, and the fused backward kernel.
 
-Its tables of blocks lie in scalar memory, which the estimator reads as 0, but with a full mask it has none: every tile
+Its tables of blocks lie in scalar cache, which the estimator reads as 0, but with a full mask it has none: every tile
 is visited without a mask. That cost of a tile times the tiles that its own rule visits under a causal mask and
 documents is a bound from below of what it takes: masks, the sorting of its tables and the sums outside come on top.
 """
 
-from jaxcoder.benchmarks.attention_cycles import Case
+from benchmarks.attention.cycles import Case
 
 KERNELS = ("forward", "dkv")
 FLOP = {"forward": 4, "dkv": 10}
-"""See `attention_ours.FLOP`; its dkv kernel makes dQ too."""
+"""See flash_tpu.FLOP; its dkv kernel makes dQ too."""
 COUNTED = ("tiles", "blocks of queries")
 
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
@@ -22,11 +22,11 @@ SETTINGS: dict[str, dict[str, dict[str, int]]] = {
         "dkv": {"block_q": 1024, "block_kv": 1024, "block_kv_compute": 512, "k_layout": 1, "scheduler": 1},
     },
 }
-"""Device -> kernel -> the best settings that `--tune` found."""
+"""Device -> kernel -> the best settings that tune.py found."""
 
 
 def choices(kernel: str) -> dict[str, tuple[int, ...]]:
-    """Values that `--tune` tries. k_layout: 1 head_dim, 2 positions in lanes; scheduler: 1 the experimental one."""
+    """Values that tune.py tries. k_layout: 1 head_dim, 2 positions in lanes; scheduler: 1 the experimental one."""
     return {
         "block_q": (512, 1024, 2048),
         "block_kv": (512, 1024, 2048),
@@ -41,14 +41,14 @@ def allows(kernel: str, settings: dict[str, int]) -> bool:
 
 
 def trace(case: Case):
-    """See `attention_cycles.CONTESTANTS`. A full mask; with `segments`, ids are compared in every tile."""
+    """See `cycles.implementation`. A full mask; with `segments`, ids are compared in every tile."""
     import jax
     import jax.numpy as jnp
     from tokamax._src.ops.experimental.tpu.splash_attention import base
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
     from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
-    if case.segments and case.is_walked:
+    if case.segments and case.is_estimated:
         # Its schedule of documents is data, so every tile is visited, and the ids are compared in every tile.
         splash._refine_mask_info_with_segments = lambda info, *_, **__: (info, None, None)
     names = ("block_q", "block_kv", "block_kv_compute")
@@ -74,7 +74,7 @@ def trace(case: Case):
 
 
 def full_steps(case: Case) -> tuple[float, ...]:
-    """What COUNTED names of the estimated case, whose mask is full."""
+    """Counts of COUNTED in the estimated program, whose mask is full."""
     rows, columns = case.length // case.option("block_q"), case.length // case.option("block_kv")
     return float(case.heads * rows * columns), float(case.heads * rows)
 
@@ -99,7 +99,7 @@ def visited(case: Case, segment_ids=None):
 
 
 def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
-    """What COUNTED names of the tiles that are visited; every sequence of the batch visits the same ones."""
+    """Counts of COUNTED over the visited tiles; every sequence of the batch visits the same ones."""
     batch = case.batch if segment_ids is None else len(segment_ids)
     tiles = visited(case, segment_ids)
     return float(batch * case.heads * tiles.sum()), float(batch * case.heads * len(tiles))

@@ -1,16 +1,16 @@
 """JAX's own splash attention as cases of the estimator: causal, one key/value head.
 
-Its tables of blocks lie in scalar memory, which the estimator reads as 0, so they are replaced by arithmetic on the
-grid's indices: the same blocks are visited, and the same ones are fetched ahead. Only this benchmark does that. Its
+Its tables of blocks lie in scalar cache, which the estimator reads as 0, so they are replaced by arithmetic on the
+grid's indices: the same blocks are visited, and the same ones are fetched ahead. Its
 backward is two kernels, dkv and dq.
 """
 
-from jaxcoder.benchmarks.attention_cycles import Case
+from benchmarks.attention.cycles import Case
 
 KERNELS = ("forward", "inference", "dkv", "dq")
-"""`inference` is the forward kernel without the log-sum-exp, which ours always writes, and without segment ids."""
+"""`inference` is the forward kernel without the log-sum-exp, which jaxcoder always writes, and without segment ids."""
 FLOP = {"forward": 4, "inference": 4, "dkv": 8, "dq": 6}
-"""Of the matmuls that the kernel runs, two, four or three; see `attention_ours.FLOP`."""
+"""Of the matmuls that the kernel runs, two, four or three; see flash_tpu.FLOP."""
 COUNTED = ("tiles", "blocks of queries")
 
 SETTINGS: dict[str, dict[str, dict[str, int]]] = {
@@ -27,11 +27,11 @@ SETTINGS: dict[str, dict[str, dict[str, int]]] = {
         "dq": {"block_q": 1024, "block_kv": 1024},
     },
 }
-"""Device -> kernel -> the best settings that `--tune` found."""
+"""Device -> kernel -> the best settings that tune.py found."""
 
 
 def choices(kernel: str) -> dict[str, tuple[int, ...]]:
-    """Values that `--tune` tries. k_layout: 1 head_dim in lanes, 2 positions in lanes."""
+    """Values that tune.py tries. k_layout: 1 head_dim in lanes, 2 positions in lanes."""
     blocks = {"block_q": (512, 1024, 2048), "block_kv": (512, 1024, 2048)}
     if kernel == "dq":  # it has no steps within a block
         return blocks
@@ -43,7 +43,7 @@ def allows(kernel: str, settings: dict[str, int]) -> bool:
 
 
 def trace(case: Case):
-    """See `attention_cycles.CONTESTANTS`."""
+    """See `cycles.implementation`."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -52,7 +52,7 @@ def trace(case: Case):
     settings = dict(case.settings)
     block_q, block_kv = settings["block_q"], settings["block_kv"]
     compute, k_layout = settings.get("block_kv_compute", block_kv), splash.QKVLayout(settings.get("k_layout", 1))
-    if case.is_walked:
+    if case.is_estimated:
         splash._next_nonzero = _arithmetic(block_q, block_kv)
     kernel = splash.make_splash_mqa_single_device(
         mask=masks.MultiHeadMask([masks.CausalMask((case.length, case.length))] * case.heads),
@@ -93,7 +93,7 @@ def _arithmetic(block_q: int, block_kv: int):
 
 
 def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
-    """What COUNTED names, of a case: documents change nothing, every tile with a causal entry is visited."""
+    """Counts of COUNTED: documents change nothing, every tile with a causal entry is visited."""
     block_q, block_kv = case.option("block_q"), case.option("block_kv")
     rows = case.length // block_q
     tiles = sum(min(-(-(i + 1) * block_q // block_kv), case.length // block_kv) for i in range(rows))

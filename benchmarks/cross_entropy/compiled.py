@@ -1,31 +1,27 @@
-"""`jaxcoder bench cross-entropy`: loss and both gradients on a mesh, as compiled for TPUs that need not be there.
+"""Cross-entropy loss and both gradients on a mesh of eight TPUs, as compiled; no TPU is needed, libtpu is.
 
-    jaxcoder bench cross-entropy --device v5p --mesh 8x1 2x4 1x8
-    jaxcoder bench cross-entropy --device v6e --embed-dim 2048 --chunks 1024 4096
+    python -m benchmarks.cross_entropy.compiled --device v5p --mesh 8x1 2x4 1x8
+    python -m benchmarks.cross_entropy.compiled --device v6e --embed-dim 2048 --chunks 1024 4096
 
-Every way (cross_entropy_ways.py) and chunk is compiled alone for 8 described chips, in a process of its own: its
-temporary memory, the FLOPs of its matmuls with the trips of its loops, the compiler's estimate of its cycles (matmuls
-and what is fused with them; no transfers between chips), and what it sends. Sequences, one a device along fsdp, are
-split over `tensor` and the vocabulary too, as in training. Needs libtpu.
+Every variant (variants.py) and chunk size is compiled in its own process for 8 described chips: temporary memory, FLOPs
+of the matmuls with the trip counts of their loops, the compiler's cycle estimate (matmuls and what is fused with them;
+no collectives), and bytes sent. Sequences, one a device along fsdp, are sharded over `tensor`, as is the vocabulary.
 """
 
 import argparse
 import importlib.metadata
 import json
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-from jaxcoder.benchmarks.attention_cycles import CHIPS
+from benchmarks import command
+from benchmarks.attention.cycles import DEVICES
 from jaxcoder.benchmarks.measure import Report, environment
-from jaxcoder.errors import ConfigError
-from jaxcoder.runtime import environment_with
+from jaxcoder.errors import ConfigError, JaxcoderError
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x4", "v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "7x": "tpu7x:2x2x1"}
 """Of eight devices each."""
 COLUMNS = {
-    "mesh": "fsdp x tensor", "way": "way", "chunk": "chunk", "temporaries": "MiB", "matmuls": "matmuls",
+    "mesh": "fsdp x tensor", "variant": "variant", "chunk": "chunk", "temporaries": "MiB", "matmuls": "matmuls",
     "cycles": "Mcycles", "of_peak": "% of peak, 3 matmuls", "collectives": "collectives", "sent": "MiB sent",
 }  # fmt: skip
 
@@ -37,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embed-dim", type=int, default=6144, help="default %(default)s")
     parser.add_argument("--vocab-size", type=int, default=49152, help="default %(default)s")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="tokens or rows")
-    parser.add_argument("--ways", nargs="+", help="some of the ways (default: all)")
+    parser.add_argument("--variants", nargs="+", help="some of the variants (default: all)")
 
 
 def run(args: argparse.Namespace) -> Report:
-    from jaxcoder.benchmarks.cross_entropy_ways import WAYS
+    from benchmarks.cross_entropy.variants import VARIANTS
 
     _libtpu_version()
     rows = []
@@ -49,41 +45,40 @@ def run(args: argparse.Namespace) -> Report:
         fsdp, _, tensor = mesh.partition("x")
         if not (fsdp.isdigit() and tensor.isdigit() and int(fsdp) * int(tensor) == 8):
             raise ConfigError(f"--mesh takes sizes of fsdp and tensor whose product is 8, as 2x4, and got `{mesh}`.")
-        for way in args.ways or WAYS:
-            if way not in WAYS:
-                raise ConfigError(f"--ways takes some of {', '.join(WAYS)}, and got `{way}`.")
-            most = args.vocab_size // int(tensor) if way.startswith("vocabulary") else args.tokens
-            chunks = [most] if way == "whole" else sorted({min(chunk, most) for chunk in args.chunks})
-            rows += [_row(args, way, int(fsdp), int(tensor), chunk) for chunk in chunks]
+        for variant in args.variants or VARIANTS:
+            if variant not in VARIANTS:
+                raise ConfigError(f"--variants takes some of {', '.join(VARIANTS)}, and got `{variant}`.")
+            most = args.vocab_size // int(tensor) if variant.startswith("vocabulary") else args.tokens
+            chunks = [most] if variant == "whole" else sorted({min(chunk, most) for chunk in args.chunks})
+            rows += [_row(args, variant, int(fsdp), int(tensor), chunk) for chunk in chunks]
     settings = dict(tokens=args.tokens, embed=args.embed_dim, vocabulary=args.vocab_size)
     versions = environment(("jax",)) | {"libtpu": _libtpu_version()}
-    return Report(f"Cross-entropy on {args.device}", settings, COLUMNS, rows, {}, versions)
+    return Report(
+        title=f"Cross-entropy on {args.device}", columns=COLUMNS, rows=rows, settings=settings, environment=versions
+    )
 
 
 def _libtpu_version() -> str:
     try:
         return importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("bench cross-entropy needs libtpu, which compiles: pip install 'jaxcoder[tpu]'.") from None
+        raise ConfigError("this needs libtpu, which compiles: pip install 'jaxcoder[tpu]'.") from None
 
 
-def _row(args: argparse.Namespace, way: str, fsdp: int, tensor: int, chunk: int) -> dict:
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        case = [args.device, way, fsdp, tensor, args.tokens, args.embed_dim, args.vocab_size, chunk, str(answer)]
-        code = f"import json, sys; from {__name__} import _compile; _compile(*json.loads(sys.argv[1]))"
-        settings = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-        command = [sys.executable, "-c", code, json.dumps(case)]
-        done = subprocess.run(command, env=environment_with(settings), capture_output=True, text=True)
-        if not answer.exists():
-            raise ConfigError(f"The compiler gave no program for {case[:-1]}; it ended with {done.stderr[-300:]!r}.")
-        found = json.loads(answer.read_text())
+def _row(args: argparse.Namespace, variant: str, fsdp: int, tensor: int, chunk: int) -> dict:
+    case = [args.device, variant, fsdp, tensor, args.tokens, args.embed_dim, args.vocab_size, chunk]
+    settings = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    done = command.run_module("benchmarks.cross_entropy.compiled", "--case", json.dumps(case), variables=settings)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("COMPILED ")]
+    if not answers:
+        raise JaxcoderError(f"the compiler gave no program for {case}: {done.stderr[-300:]}")
+    found = json.loads(answers[0].removeprefix("COMPILED "))
     one_matmul = 2 * args.tokens * args.embed_dim * args.vocab_size / tensor
-    peak = CHIPS[args.device].flop_per_cycle * CHIPS[args.device].cores
+    peak = DEVICES[args.device].flop_per_cycle * DEVICES[args.device].cores
     cycles, counts = found["cycles"], found["collectives"]
     return {
         "mesh": f"{fsdp} x {tensor}",
-        "way": way,
+        "variant": variant,
         "chunk": chunk,
         "temporaries": found["temporaries"] / 2**20,
         "matmuls": found["flops"] / one_matmul,
@@ -94,21 +89,21 @@ def _row(args: argparse.Namespace, way: str, fsdp: int, tensor: int, chunk: int)
     }
 
 
-def _compile(device, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk, answer) -> None:
+def compile_case(device: str, *case) -> None:
+    """Prints the figures of a case; runs in a process of its own."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device]).devices
-    found = figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk)
-    Path(answer).write_text(json.dumps(found))
+    print("COMPILED", json.dumps(figures(devices, *case)), flush=True)
 
 
-def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) -> dict:
-    """What the compiled program of a way needs and does, on one of eight devices, which may be described only."""
+def figures(devices, variant, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) -> dict:
+    """What the compiled program of a variant needs and does, on one of eight devices, which may be described only."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from jaxcoder.benchmarks.cross_entropy_ways import WAYS
+    from benchmarks.cross_entropy.variants import VARIANTS
     from jaxcoder.config import MeshConfig
     from jaxcoder.plan.hlo import Program
     from jaxcoder.sharding.mesh import make_mesh
@@ -128,7 +123,7 @@ def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) ->
         )
 
         def loss(*arrays):
-            return WAYS[way](*arrays, chunk_size=chunk, rules=rules)
+            return VARIANTS[variant](*arrays, chunk_size=chunk, rules=rules)
 
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arrays).compile()
     program, counts, sent = Program(compiled.as_text()), {}, 0.0
@@ -142,3 +137,10 @@ def figures(devices, way, fsdp, tensor, tokens, embed_dim, vocab_size, chunk) ->
         collectives=counts,
         sent=sent,
     )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--case"]:
+        compile_case(*json.loads(sys.argv[2]))
+    else:
+        sys.exit(command.main(sys.modules[__name__]))

@@ -1,4 +1,4 @@
-"""What the machine gives at best: a bare matmul, and reading memory in a matrix-vector product; by JAX and by torch."""
+"""The peak of this machine, by JAX and by torch: a bare matmul, and reading a matrix in a product with few rows."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxcoder.benchmarks import torch_reference
 
 
 def devices() -> dict[str, Any]:
-    """What JAX computes on, where it is no CPU, and what else the machine was doing."""
+    """The accelerator of JAX, if any, and the load of the machine."""
     found = {} if jax.default_backend() == "cpu" else {"device": jax.devices()[0].device_kind}
     return found | {"load": round(os.getloadavg()[0], 1)}
 
@@ -23,7 +23,7 @@ def matmuls(size: int, dtype: str, times: int, torch_device: str | None) -> dict
 
 
 def matvecs(rows: int, size: int, dtype: str, times: int, torch_device: str | None) -> dict[str, Callable[[], object]]:
-    """Name -> `times` products of rows x size with size x size: a step of decoding reads its weights like that."""
+    """Name -> `times` products of rows x size with size x size: a decoding step reads its weights in this way."""
     return _products(rows, size, dtype, times, torch_device, "reading a matrix")
 
 
@@ -33,19 +33,19 @@ def _products(rows, size, dtype, times, torch_device, name) -> dict[str, Callabl
     jax_x, jax_w = jnp.asarray(x, dtype), jnp.asarray(w, dtype)
     product = jax.jit(jnp.matmul)
 
-    def by_jax():
+    def jax_products():
         jax.block_until_ready([product(jax_x, jax_w) for _ in range(times)][-1])
 
-    contestants = {f"{name}, JAX": by_jax}
+    calls = {f"{name}, JAX": jax_products}
     if torch_device is not None:
         torch, _ = torch_reference.import_torch("this benchmark")
         torch_x, torch_w = (torch.from_numpy(a).to(torch_device, getattr(torch, dtype)) for a in (x, w))
         out = torch.empty_like(torch_x)
 
-        def by_torch():
+        def torch_products():
             for _ in range(times):
                 torch.matmul(torch_x, torch_w, out=out)
             torch_reference.wait(torch_device)
 
-        contestants[f"{name}, PyTorch"] = by_torch
-    return contestants
+        calls[f"{name}, PyTorch"] = torch_products
+    return calls

@@ -1,13 +1,13 @@
-"""Our TPU attention kernels as cases of the estimator, and what their schedule visits.
+"""jaxcoder's TPU attention kernels as cases of the estimator, and the steps of their schedule.
 
-The schedule is data to the kernel, and the estimator reads data as 0; so the steps of a block of queries are computed
-from the grid's own indices, by shifts and comparisons, for a causal sequence of one document or of documents of 2^k
-tokens. A test holds this arithmetic to `schedule.visits`, which counts the steps of real documents.
+The schedule is data to the kernel, and the estimator reads data as 0. So the steps of a block of queries are computed
+from the grid's indices, by shifts and comparisons, for a causal sequence of one document or of documents of 2^k tokens.
+A test compares this arithmetic with `schedule.visits`, which counts the steps of real documents.
 """
 
 from dataclasses import fields, replace
 
-from jaxcoder.benchmarks.attention_cycles import CHIPS, Case
+from benchmarks.attention.cycles import DEVICES, Case
 
 KERNELS = ("forward", "backward")
 FLOP = {"forward": 4, "backward": 10}
@@ -19,7 +19,7 @@ def blocks_of(case: Case):
     """Block shapes of a case: the table's for the device and kernel, with the case's settings instead, cut to fit."""
     from jaxcoder.kernels.attention.blocks_tpu import for_device
 
-    table = for_device(CHIPS[case.device].kind)[case.kernel == "backward"]
+    table = for_device(DEVICES[case.device].kind)[case.kernel == "backward"]
     return replace(table, **dict(case.settings)).fit(case.length, case.length, case.heads // case.groups)
 
 
@@ -30,7 +30,7 @@ def setting_names() -> list[str]:
 
 
 def choices(kernel: str) -> dict[str, tuple[int, ...]]:
-    """Values that `--tune` tries, of the fields that the block shapes have."""
+    """Values that tune.py tries, of the fields that the block shapes have."""
     tried = {
         "sums_by_matmul": (0, 1),
         "chunk_heads": (1, 2, 4),
@@ -47,20 +47,21 @@ def allows(kernel: str, settings: dict[str, int]) -> bool:
 
 
 def trace(case: Case):
-    """See `attention_cycles.CONTESTANTS`. Causal, with segment ids, bf16."""
+    """See `cycles.implementation`. Causal, with segment ids, bf16."""
     from functools import partial
 
     import jax
     import jax.numpy as jnp
 
-    from jaxcoder.kernels.attention import api, flash_tpu_kernels
+    from jaxcoder.kernels.attention import api, flash_tpu, flash_tpu_kernels
 
-    if case.is_walked:
-        blocks = blocks_of(case)
-        api.for_device = lambda kind: (blocks, blocks)
-        num_spans = -(-case.length // blocks.span_kv)
-        flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document, num_spans)
     attend = partial(api.attention, dropout_rate=case.dropout_rate, implementation="flash_tpu")
+    if case.is_estimated:
+        blocks = blocks_of(case)
+        num_spans = -(-case.length // blocks.span_kv)
+        # Only here, in a process of its own: the kernel has no other entry for a schedule that is not a table.
+        flash_tpu_kernels.read_visits = partial(arithmetic_visits, blocks, case.document, num_spans)
+        api.BACKENDS["flash_tpu"] = partial(flash_tpu.attention, forward_blocks=blocks, backward_blocks=blocks)
 
     def forward(q, k, v, key, ids):
         return attend(q, k, v, dropout_key=key, segment_ids=ids)
@@ -79,7 +80,7 @@ def trace(case: Case):
 
 
 def arithmetic_visits(blocks, document: int | None, num_spans: int, *place):
-    """What `schedule.visits` says of one block of queries in one span, the last two of `place`, by shifts alone.
+    """The `schedule.visits` of one block of queries in one span, the last two of `place`, by shifts alone.
 
     document: tokens of each document, a power of two and a multiple of block_q; None: one document of any length.
     Sizes of blocks are powers of two, and of spans where there are several; then the sequence is one document.
@@ -128,9 +129,9 @@ def visits_of(case: Case, segment_ids=None):
 
 
 def steps(case: Case, segment_ids=None) -> tuple[float, ...]:
-    """What COUNTED names, over the whole grid of a case; of real documents, ids (B, S), where they are given.
+    """Counts of COUNTED over the whole grid of a case; of real documents, ids (B, S), where they are given.
 
-    Of several spans, the backward kernel is called for one at a time, and a case that is walked is the first.
+    The backward kernel is called for one span at a time; an estimated case is the first call.
     """
     todo, blocks = visits_of(case, segment_ids), blocks_of(case)
     if case.kernel == "backward":

@@ -1,6 +1,6 @@
-"""Ways to make the loss and both gradients that `jaxcoder bench cross-entropy` compares with train/loss.py's.
+"""Variants of the loss and both gradients that compiled.py compares with train/loss.py's.
 
-Shapes: as in train/loss.py. Every way is `way(hidden, wte, targets, weights, *, chunk_size, rules) -> sum`.
+Shapes: as in train/loss.py. Every variant is `variant(hidden, wte, targets, weights, *, chunk_size, rules) -> sum`.
 """
 
 from functools import partial
@@ -55,7 +55,7 @@ def whole(hidden, wte, targets, weights, *, chunk_size, rules):
     return ((jax.nn.logsumexp(logits, -1) - target_logit) * weights).sum()
 
 
-WAYS = {"one pass": one_pass, "tokens, twice": tokens_twice, "vocabulary, twice": vocabulary_twice, "whole": whole}
+VARIANTS = {"one pass": one_pass, "tokens, twice": tokens_twice, "vocabulary, twice": vocabulary_twice, "whole": whole}
 """Name -> function; `twice` makes the logits again in the backward pass. Chunks are of tokens, or of rows."""
 
 

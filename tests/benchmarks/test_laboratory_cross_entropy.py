@@ -1,15 +1,16 @@
-"""`jaxcoder bench cross-entropy`: the ways agree; what is counted is what the programs do; what is said."""
+"""benchmarks/cross_entropy: the variants agree, and the counts are those of the programs."""
 
 import json
+import subprocess
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from jaxcoder.benchmarks import cross_entropy
-from jaxcoder.benchmarks.cross_entropy_ways import WAYS
-from jaxcoder.cli.main import main
+from benchmarks import command
+from benchmarks.cross_entropy import compiled
+from benchmarks.cross_entropy.variants import VARIANTS
 from jaxcoder.config import MeshConfig
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.sharding.rules import ShardingRules
@@ -17,7 +18,7 @@ from jaxcoder.sharding.rules import ShardingRules
 RULES = ShardingRules()
 
 
-def test_every_way_gives_the_same_loss_and_gradients():
+def test_every_variant_gives_the_same_loss_and_gradients():
     rng = np.random.default_rng(0)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
     with jax.set_mesh(mesh):
@@ -28,10 +29,10 @@ def test_every_way_gives_the_same_loss_and_gradients():
             jax.device_put(x.astype(dtype), NamedSharding(mesh, spec)) for x, dtype, spec in zip(arrays, dtypes, specs)
         ]
         found = {}
-        for name, way in WAYS.items():
-            total = jax.jit(jax.value_and_grad(lambda *x: way(*x, chunk_size=4, rules=RULES), argnums=(0, 1)))
+        for name, variant in VARIANTS.items():
+            total = jax.jit(jax.value_and_grad(lambda *x: variant(*x, chunk_size=4, rules=RULES), argnums=(0, 1)))
             found[name] = jax.tree.leaves(total(*placed))
-    for name in WAYS:
+    for name in VARIANTS:
         for a, b in zip(found[name], found["whole"], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -39,34 +40,35 @@ def test_every_way_gives_the_same_loss_and_gradients():
 MATMULS = {"one pass": 3, "tokens, twice": 4, "vocabulary, twice": 4, "whole": 3}
 
 
-@pytest.mark.parametrize("way, matmuls", MATMULS.items())
-def test_matmuls_memory_and_collectives_are_counted(way, matmuls):
+@pytest.mark.parametrize("variant, matmuls", MATMULS.items())
+def test_matmuls_memory_and_collectives_are_counted(variant, matmuls):
     tokens, embed_dim, vocab_size, tensor, chunk = 256, 64, 2048, 4, 64
-    found = cross_entropy.figures(jax.devices(), way, 2, tensor, tokens, embed_dim, vocab_size, chunk)
+    found = compiled.figures(jax.devices(), variant, 2, tensor, tokens, embed_dim, vocab_size, chunk)
     assert found["flops"] == matmuls * 2 * tokens * embed_dim * vocab_size / tensor
     assert found["cycles"] is None  # of TPUs only
     assert found["temporaries"] > 0
     assert found["collectives"]["all-gather"] >= 2 and found["sent"] > tokens * embed_dim * 2
-    if way == "one pass":  # hidden, table, and three numbers a token for every chunk
+    if variant == "one pass":  # hidden, table, and three numbers a token for every chunk
         assert found["collectives"]["all-gather"] == 2 + tokens // chunk
 
 
 def test_the_table(monkeypatch, tmp_path, capsys):
     seen = []
 
-    def compiled(*command, **options):
-        *case, answer = json.loads(command[0][-1])
+    def run_module(module, option, text, **_):
+        case = json.loads(text)
         seen.append(tuple(case))
         flops = 3 * 2 * 8192 * 6144 * 49152 / case[3]
         figures = dict(temporaries=2**20, flops=flops, cycles=1e8, collectives={}, sent=0)
-        with open(answer, "w") as file:
-            json.dump(figures, file)
+        return subprocess.CompletedProcess([], 0, "COMPILED " + json.dumps(figures), "")
 
-    monkeypatch.setattr(cross_entropy.subprocess, "run", compiled)
-    monkeypatch.setattr(cross_entropy, "_libtpu_version", lambda: "1.2.3")
+    monkeypatch.setattr(command, "run_module", run_module)
+    monkeypatch.setattr(compiled, "_libtpu_version", lambda: "1.2.3")
     output = tmp_path / "figures.json"
-    assert main(["bench", "cross-entropy", "--mesh", "2x4", "--chunks", "2048", "8192", "--output", str(output)]) == 0
-    assert [case[1] for case in seen] == [way for way in WAYS for _ in range(1 if way == "whole" else 2)]
+    assert command.main(compiled, ["--mesh", "2x4", "--chunks", "2048", "8192", "--output", str(output)]) == 0
+    assert [case[1] for case in seen] == [
+        variant for variant in VARIANTS for _ in range(1 if variant == "whole" else 2)
+    ]
     rows = json.loads(output.read_text())["rows"]
     assert all(row["matmuls"] == 3 and row["temporaries"] == 1 for row in rows)
     assert rows[0]["of_peak"] == pytest.approx(100 * 6 * 8192 * 6144 * 49152 / 4 / 262144 / 1e8)
@@ -74,18 +76,19 @@ def test_the_table(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said", [(["--mesh", "3x2"], "whose product is 8"), (["--mesh", "2x4", "--ways", "half"], "got `half`")]
+    "arguments, message",
+    [(["--mesh", "3x2"], "whose product is 8"), (["--mesh", "2x4", "--variants", "half"], "got `half`")],
 )
-def test_bad_input(arguments, said, monkeypatch, capsys):
-    monkeypatch.setattr(cross_entropy, "_libtpu_version", lambda: "1.2.3")
-    assert main(["bench", "cross-entropy", *arguments]) == 2
-    assert said in capsys.readouterr().err
+def test_bad_input(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "_libtpu_version", lambda: "1.2.3")
+    assert command.main(compiled, arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_compiler(monkeypatch, capsys):
     def version(name):
-        raise cross_entropy.importlib.metadata.PackageNotFoundError(name)
+        raise compiled.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cross_entropy.importlib.metadata, "version", version)
-    assert main(["bench", "cross-entropy"]) == 2
+    monkeypatch.setattr(compiled.importlib.metadata, "version", version)
+    assert command.main(compiled, []) == 2
     assert "pip install 'jaxcoder[tpu]'" in capsys.readouterr().err

@@ -1,13 +1,13 @@
-"""Static cycles of one TPU kernel, from libtpu's own estimator, with no TPU at hand.
+"""Static cycles of one TPU kernel from libtpu's own estimator; no TPU is needed.
 
-A case is traced, its Pallas call is taken out of the trace, and that call alone is compiled for a described chip: what
-XLA puts around a kernel (copies, reductions) is not counted, and the estimator aborts on some of it. Every case is a
-process of its own, because the estimator ends the process on what it cannot model; the case is then compiled once
-more without it, so that the answer still says that it compiles and what fast memory it takes.
+A case is traced, its Pallas call is extracted from the trace, and that call alone is compiled for a described chip.
+What XLA adds around a kernel (copies, reductions) is not counted, and the estimator aborts on some of it. Every case
+runs in its own process, because the estimator aborts the process on what it cannot model; the case is then compiled
+again without the estimator, so that the result still has its fast memory.
 
-When to believe it: the estimator walks the compiled bundles of the whole grid, but reads scalars from memory as 0, so
-trip counts must follow from the grid's indices by shifts, additions and comparisons (every case here sees to it); and
-a figure above the chip's peak is an artefact, reported as one. Cycles are one core's, without contention.
+Limits: the estimator simulates the compiled bundles of the whole grid but reads scalars from memory as 0, so trip
+counts must follow from the grid's indices by shifts, additions and comparisons (every case here ensures it). A figure
+above the chip's peak is an artefact and reported as one. Cycles are those of one core, without contention.
 """
 
 import ast
@@ -24,13 +24,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
+from benchmarks.command import run_module
 from jaxcoder.errors import ConfigError
-from jaxcoder.runtime import environment_with
+from jaxcoder.io.atomic import atomic_path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chip:
+class TpuTarget:
     topology: str
     kind: str
     """As JAX names the device."""
@@ -51,36 +53,33 @@ class Chip:
         return find_chip(self.kind)
 
 
-CHIPS = {
-    "v4": Chip(topology="v4:2x2x1", kind="TPU v4"),
-    "v5e": Chip(topology="v5e:2x2", kind="TPU v5 lite"),
-    "v5p": Chip(topology="v5p:2x2x1", kind="TPU v5"),
-    "v6e": Chip(topology="v6e:2x2", kind="TPU v6 lite"),
-    "7x": Chip(topology="tpu7x:2x2x1", kind="TPU7x"),
+DEVICES = {
+    "v4": TpuTarget(topology="v4:2x2x1", kind="TPU v4"),
+    "v5e": TpuTarget(topology="v5e:2x2", kind="TPU v5 lite"),
+    "v5p": TpuTarget(topology="v5p:2x2x1", kind="TPU v5"),
+    "v6e": TpuTarget(topology="v6e:2x2", kind="TPU v6 lite"),
+    "7x": TpuTarget(topology="tpu7x:2x2x1", kind="TPU7x"),
 }
-
-CONTESTANTS = {
-    "ours": "jaxcoder.benchmarks.attention_ours",
-    "splash": "jaxcoder.benchmarks.attention_splash",
-    "tokamax": "jaxcoder.benchmarks.attention_tokamax",
-    "matmul": "jaxcoder.benchmarks.attention_matmul",
-}
-"""Name -> module with `trace(case) -> (function, arguments, regex of the Pallas call's name)`."""
-
 
 COUNTED_CALL = "counted_call"
-"""What the compiled program calls the kernel."""
+"""Name of the kernel in the compiled program."""
+
+
+def implementation(name: str) -> ModuleType:
+    """A module with `trace(case) -> (function, arguments, regex of the Pallas call's name)`."""
+    module = {"jaxcoder": "flash_tpu", "splash": "splash", "tokamax": "tokamax", "matmul": "matmul"}[name]
+    return importlib.import_module(f"benchmarks.attention.{module}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel at one shape. settings: the contestant's own block sizes and switches.
+    """One kernel at one shape. settings: the implementation's own block sizes and switches.
 
-    kernel `both` (ours, not walked): the whole public function and its gradients, with what XLA puts around them.
+    kernel `both` (jaxcoder, compiled only): the public function and its gradients, with what XLA adds around them.
     """
 
     device: str
-    contestant: str
+    implementation: str
     kernel: str
     length: int
     heads: int
@@ -94,12 +93,12 @@ class Case:
     """A mask of segment ids besides the causal one, where that is not the same thing to the kernel."""
     dropout_rate: float = 0.0
     batch: int = 1
-    is_walked: bool = True
-    """False: compile only, with the real schedule, which the estimator can't follow."""
+    is_estimated: bool = True
+    """False: compile only, with the real schedule, which the estimator cannot follow."""
 
     @property
-    def chip(self) -> Chip:
-        return CHIPS[self.device]
+    def chip(self) -> TpuTarget:
+        return DEVICES[self.device]
 
     def option(self, name: str) -> int:
         return dict(self.settings)[name]
@@ -107,7 +106,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """cycles: None where the estimator gave none. vmem: bytes of fast memory, None where the case does not compile.
+    """cycles: None where the estimator gave none. vmem: bytes of fast cache, None where the case does not compile.
 
     error: what went wrong; with cycles beside it, the compiler stumbled after the estimate was complete.
     """
@@ -122,22 +121,22 @@ class Estimate:
         return self.vmem is not None
 
 
-def estimate(case: Case, *, timeout: float = 900.0, memory: "Memory | None" = None) -> Estimate:
-    """The estimate of a case, from `memory` if it is there, else from a process of its own of at most `timeout` s."""
-    if memory is not None and (known := memory.get(case)) is not None:
+def estimate(case: Case, *, timeout: float = 900.0, cache: "EstimateCache | None" = None) -> Estimate:
+    """The estimate of a case, from `cache` if it is there, else from a subprocess of at most `timeout` seconds."""
+    if cache is not None and (known := cache.get(case)) is not None:
         return known
     found = _in_a_process(case, timeout)
-    if case.is_walked and not found.compiles:
-        bare = _in_a_process(replace(case, is_walked=False), timeout)
-        # The real schedule compiles the same code; what is missing is only the walk.
+    if case.is_estimated and not found.compiles:
+        bare = _in_a_process(replace(case, is_estimated=False), timeout)
+        # The real schedule compiles the same code; only the estimate is missing.
         found = replace(found, vmem=bare.vmem, error=found.error if bare.compiles else bare.error)
-    if memory is not None:
-        memory.put(case, found)
+    if cache is not None:
+        cache.put(case, found)
     return found
 
 
-class Memory:
-    """Estimates in a JSON file, keyed by case, versions and (of ours) the kernels' source, so that a sweep resumes."""
+class EstimateCache:
+    """Estimates in a JSON file, keyed by case, versions and jaxcoder's kernel source, so that sweeps resume."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -150,18 +149,16 @@ class Memory:
         return Estimate(**found) if found else None
 
     def put(self, case: Case, found: Estimate) -> None:
-        if found.error.startswith("not in"):  # a busy machine, not a fact about the case
+        if found.error.startswith("timeout"):  # a busy machine, not a fact about the case
             return
         self.known[_key(case)] = asdict(found)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_name(self.path.name + ".new")
-        whole.write_text(json.dumps(self.known, indent=0) + "\n", encoding="utf-8")
-        whole.replace(self.path)
+        with atomic_path(self.path) as new:
+            new.write_text(json.dumps(self.known, indent=0) + "\n", encoding="utf-8")
 
 
-def versions(contestant: str) -> dict[str, str]:
-    """Of what decides an estimate."""
-    packages = ["jax", "libtpu", *(["tokamax"] if contestant == "tokamax" else [])]
+def versions(implementation: str) -> dict[str, str]:
+    """Versions of the packages that determine an estimate."""
+    packages = ["jax", "libtpu", *(["tokamax"] if implementation == "tokamax" else [])]
     return {name: _version(name) for name in packages}
 
 
@@ -174,15 +171,15 @@ def _key(case: Case) -> str:
     import jaxcoder
 
     source = ""
-    if case.contestant == "ours":
+    if case.implementation == "jaxcoder":
         folder = Path(jaxcoder.__file__).parent / "kernels"
         files = [*folder.glob("attention/*tpu*.py"), folder / "attention/schedule.py", *folder.glob("dropout/*.py")]
         source = hashlib.sha256("".join(_code(file) for file in sorted(files)).encode()).hexdigest()[:12]
-    return json.dumps([asdict(case), versions(case.contestant), source], sort_keys=True)
+    return json.dumps([asdict(case), versions(case.implementation), source], sort_keys=True)
 
 
 def _code(file: Path) -> str:
-    """What a file says to Python: without comments, layout and docstrings."""
+    """A file's syntax tree, without comments, layout and docstrings."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(getattr(node, "body", None), list):
@@ -197,26 +194,26 @@ def _version(package: str) -> str:
         return "absent"
 
 
-# --- the process -----------------------------------------------------------------------------------------------------
+# --- the subprocess --------------------------------------------------------------------------------------------------
 
 
 def _in_a_process(case: Case, timeout: float) -> Estimate:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_static_llo_profile_to={folder}" if case.is_walked else ""
+        flags = f"--xla_jf_dump_static_llo_profile_to={folder}" if case.is_estimated else ""
         done = compile_case(case, flags, timeout)
         profiles = "".join(path.read_text(errors="replace") for path in Path(folder).glob("*.textproto"))
     seconds = time.perf_counter() - start
     if done is None:
-        return Estimate(cycles=None, vmem=None, seconds=seconds, error=f"not in {timeout:.0f} s")
+        return Estimate(cycles=None, vmem=None, seconds=seconds, error=f"timeout after {timeout:.0f} s")
     answers = [line for line in done.stdout.splitlines() if line.startswith("COMPILED ")]
     vmem = json.loads(answers[0].removeprefix("COMPILED ")) if answers else None
-    # Written once the walk is done: whole even where the compiler stumbles over something later.
-    # A copy of a table before it is a program of its own, and not counted.
+    # The profile is written when the simulation ends, so it is complete even if the compiler fails later.
+    # A copy of a table before the kernel is a program of its own and not counted.
     cycles = [int(x) for x in re.findall(rf'"{COUNTED_CALL}[^"]*"\s+estimated_cycles: (\d+)', profiles)]
     error = "" if answers else _reason(done)
-    if case.is_walked and len(cycles) != 1:
-        error = error or f"the estimator saw {len(cycles)} programs where one was due"
+    if case.is_estimated and len(cycles) != 1:
+        error = error or f"the estimator saw {len(cycles)} programs instead of one"
     return Estimate(cycles=cycles[0] if len(cycles) == 1 else None, vmem=vmem, seconds=seconds, error=error)
 
 
@@ -224,10 +221,8 @@ def compile_case(case: Case, flags: str, timeout: float) -> subprocess.Completed
     """A process that compiles a case with flags of libtpu; None where it takes more than `timeout` seconds."""
     variables = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     variables |= {"JAX_ENABLE_COMPILATION_CACHE": "false", "LIBTPU_INIT_ARGS": flags}
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(case))]
-    environment = environment_with(variables)
     try:
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+        return run_module("benchmarks.attention.cycles", json.dumps(asdict(case)), variables=variables, timeout=timeout)
     except subprocess.TimeoutExpired:
         return None
 
@@ -237,7 +232,7 @@ def _reason(done: subprocess.CompletedProcess) -> str:
         r"Static LLO profiling of .*? failed: (?:[A-Z_]+: )?([^\n]*)",
         r"\n(?:[\w.]*Error|[\w.]*Exception): ([^\n]*)",
         r"Check failed: ([^\n]*)",
-        r"(Ran out of memory in memory space \w+[^\n]*?)(?:\. Exceeded|\n)",
+        r"(Ran out of cache in cache space \w+[^\n]*?)(?:\. Exceeded|\n)",
     )
     for pattern in patterns:
         if found := re.findall(pattern, done.stderr):
@@ -246,7 +241,7 @@ def _reason(done: subprocess.CompletedProcess) -> str:
 
 
 def main(text: str) -> None:
-    """Compiles a case, given as JSON, and prints the fast memory that its kernel takes, in bytes."""
+    """Compiles a case, given as JSON, and prints the fast cache that its kernel takes, in bytes."""
     fields = json.loads(text)
     case = Case(**(fields | {"settings": tuple((name, value) for name, value in fields["settings"])}))
     import jax
@@ -255,10 +250,9 @@ def main(text: str) -> None:
     from jax.sharding import Mesh, SingleDeviceSharding
 
     device = topologies.get_topology_desc(platform="tpu", topology_name=case.chip.topology).devices[0]
-    function, arguments, name = importlib.import_module(CONTESTANTS[case.contestant]).trace(case)
+    function, arguments, name = implementation(case.implementation).trace(case)
     with jax.sharding.use_abstract_mesh(Mesh(np.array([device]), ("x",)).abstract_mesh):
-        is_whole = case.kernel == "both"
-        call, shapes = (function, arguments) if is_whole else pallas_call(function, arguments, name)
+        call, shapes = (function, arguments) if case.kernel == "both" else pallas_call(function, arguments, name)
         sharding = SingleDeviceSharding(device)
         shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding) for shape in shapes]
         compiled = jax.jit(call).lower(*shapes).compile()

@@ -1,15 +1,19 @@
-"""`jaxcoder bench parity HF_DIR`: our training against PyTorch's, from the same weights on the same batches.
+"""Training curves of jaxcoder and PyTorch, from the same weights on the same batches.
 
-The weights come through `jaxcoder/convert`; both sides train in fp32 without dropout. Loss and gradient norm of every
-step are laid side by side, and how far the weights are apart after the last one. Exit code 1 above the tolerance.
+    python -m benchmarks.training.parity HF_DIR
+
+The weights are read by `jaxcoder/convert`; both train in fp32 without dropout. The report has loss and gradient norm of
+every step, and the largest difference of a weight after the last. The exit code is 1 above the tolerance.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import command
 from jaxcoder.benchmarks import torch_reference
 from jaxcoder.benchmarks.measure import Report, environment
 from jaxcoder.config import ComputeConfig, DataConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -26,8 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", help="token store to read, with FIM; by default the tokens are random")
     parser.add_argument("--seed", type=int, default=1, help="of the batches (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="at its peak (default %(default)s)")
-    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="PyTorch's")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help="most for a loss (default %(default)s)")
+    parser.add_argument("--attention", choices=("eager", "sdpa"), default="eager", help="attention of PyTorch")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-3, help="largest difference of a loss (default %(default)s)"
+    )
 
 
 class Curve(NamedTuple):
@@ -39,10 +45,10 @@ class Curve(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> Report:
-    torch_reference.import_torch("`jaxcoder bench parity`")
+    torch_reference.import_torch("this comparison")
     from jaxcoder import runtime
 
-    runtime.initialize(debug=args.debug)
+    runtime.initialize()
     from jaxcoder.convert.hf_weights import is_hf_directory
     from jaxcoder.inference.load import load_model
     from jaxcoder.sharding.mesh import single_device_mesh
@@ -56,10 +62,10 @@ def run(args: argparse.Namespace) -> Report:
     model, architecture, _ = load_model(args.directory, compute=ComputeConfig(dtype="float32"), mesh=mesh)
     config = _config(args, architecture)
     batches = make_batches(config)
-    ours = train_ours(model, config, batches, mesh)
-    their_model = torch_reference.open_model(args.directory, attention=args.attention)
-    results, weights = torch_reference.train(their_model, batches, config.optimizer)
-    return _report(args, config, ours, Curve(*map(list, zip(*results, strict=True)), weights))
+    own = train_jaxcoder(model, config, batches, mesh)
+    hf_model = torch_reference.open_model(args.directory, attention=args.attention)
+    results, weights = torch_reference.train(hf_model, batches, config.optimizer)
+    return _report(args, config, own, Curve(*map(list, zip(*results, strict=True)), weights))
 
 
 def _config(args: argparse.Namespace, architecture: ModelConfig) -> RunConfig:
@@ -99,7 +105,7 @@ def make_batches(config: RunConfig) -> list:
         return [next(source) for _ in range(config.num_steps)]
 
 
-def train_ours(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
+def train_jaxcoder(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
     """The steps of `jaxcoder train` from `model`, whose arrays lie on `mesh`, on one batch after the other."""
     import jax
 
@@ -115,43 +121,31 @@ def train_ours(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
             state, metrics = step(state, place(batch, mesh))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
-    return Curve(losses, norms, their_tensors(state.model))
+    return Curve(losses, norms, torch_reference.hf_tensors(state.model))
 
 
-def their_tensors(model) -> dict[str, Any]:
-    """The weights as numpy arrays under Hugging Face's names."""
+def _report(args: argparse.Namespace, config: RunConfig, own: Curve, torch: Curve) -> Report:
     import numpy as np
 
-    from jaxcoder.checkpoint.names import flatten_tree
-    from jaxcoder.convert.hf_names import entries, to_hf_tensor
-
-    flat = {name: np.asarray(array) for name, array in flatten_tree(model, "params/").items()}
-    config = model.config
-    return {e.hf_name: to_hf_tensor(e, [flat[name] for name in e.jax_dims], config) for e in entries(config)}
-
-
-def _report(args: argparse.Namespace, config: RunConfig, ours: Curve, theirs: Curve) -> Report:
-    import numpy as np
-
-    apart = [abs(left - right) for left, right in zip(ours.losses, theirs.losses, strict=True)]
+    apart = [abs(left - right) for left, right in zip(own.losses, torch.losses, strict=True)]
     worst = float(np.max(apart))  # NaN stays NaN, and is above any tolerance
     # A key's bias moves no softmax: its gradient is rounding, which Adam blows up on both sides.
-    names = [name for name in ours.weights if not name.endswith("c_attn.bias")]
-    difference = {name: float(np.abs(ours.weights[name] - theirs.weights[name]).max()) for name in names}
+    names = [name for name in own.weights if not name.endswith("c_attn.bias")]
+    difference = {name: float(np.abs(own.weights[name] - torch.weights[name]).max()) for name in names}
     furthest = max(names, key=difference.__getitem__)
     rows = [
         {
             "step": step,
-            "ours": f"{ours.losses[step - 1]:.6f}",
-            "theirs": f"{theirs.losses[step - 1]:.6f}",
+            "own": f"{own.losses[step - 1]:.6f}",
+            "torch": f"{torch.losses[step - 1]:.6f}",
             "apart": f"{apart[step - 1]:.1e}",
-            "our_norm": f"{ours.grad_norms[step - 1]:.5f}",
-            "their_norm": f"{theirs.grad_norms[step - 1]:.5f}",
+            "own_norm": f"{own.grad_norms[step - 1]:.5f}",
+            "torch_norm": f"{torch.grad_norms[step - 1]:.5f}",
         }
         for step in range(1, config.num_steps + 1)
     ]
     return Report(
-        title=f"{config.num_steps} optimizer steps from the weights of {args.directory}, ours and PyTorch's",
+        title=f"{config.num_steps} optimizer steps from the weights of {args.directory}, jaxcoder and PyTorch",
         settings={
             "batch": f"{config.global_batch_size} x {config.model.max_seq_len}",
             "tokens": args.store or "random",
@@ -161,14 +155,18 @@ def _report(args: argparse.Namespace, config: RunConfig, ours: Curve, theirs: Cu
         },
         columns={
             "step": "step",
-            "ours": "our loss",
-            "theirs": "PyTorch's",
-            "apart": "apart",
-            "our_norm": "our gradient norm",
-            "their_norm": "PyTorch's",
+            "own": "jaxcoder loss",
+            "torch": "PyTorch loss",
+            "apart": "difference",
+            "own_norm": "jaxcoder gradient norm",
+            "torch_norm": "PyTorch loss",
         },
         rows=rows,
         targets={f"losses within {args.tolerance:g}": worst <= args.tolerance},
         environment=environment(["jax", "torch", "transformers"]),
         is_test=True,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(command.main(sys.modules[__name__]))

@@ -1,4 +1,4 @@
-"""Is the estimate to be trusted? A plain Pallas matmul with good and bad blocks, beside times measured on a real v5e.
+"""A check of the estimator: a plain Pallas matmul with good and bad blocks, compared with times measured on a v5e.
 
 The measured times are those of JAX's own guide to matrix multiplication in Pallas (docs/pallas/tpu/matmul). They hold
 about 0.1 ms of dispatch, so only the large shapes can agree.
@@ -6,7 +6,7 @@ about 0.1 ms of dispatch, so only the large shapes can agree.
 
 from dataclasses import dataclass
 
-from jaxcoder.benchmarks.attention_cycles import Case
+from benchmarks.attention.cycles import Case
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ V5E_HERTZ = 1.5e9
 
 def case(device: str, check: Check) -> Case:
     settings = tuple(zip(("rows", "contraction", "columns"), check.blocks, strict=True))
-    return Case(device=device, contestant="matmul", kernel="matmul", length=check.size, heads=1, settings=settings)
+    return Case(device=device, implementation="matmul", kernel="matmul", length=check.size, heads=1, settings=settings)
 
 
 def trace(case: Case):
-    """See `attention_cycles.CONTESTANTS`: (N, N) times (N, N) in bf16, accumulated in fp32."""
+    """See `cycles.implementation`: (N, N) times (N, N) in bf16, accumulated in fp32."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import pallas as pl

@@ -1,7 +1,7 @@
 """A token store of any size for measurements: real content in its first shard, which every other shard links to.
 
 It costs the disk one shard and reads like the real thing: every chunk is looked up, checked and decompressed anew, and
-no cache of ours holds it. The documents are the small store's, again and again, under names of their own.
+no cache holds it. The documents are those of the small store, repeated under distinct names.
 """
 
 import io

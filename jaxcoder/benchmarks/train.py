@@ -1,9 +1,9 @@
-"""`jaxcoder bench train`: tokens per second of the training step, beside PyTorch's GPTBigCode doing the same step.
+"""`jaxcoder bench train`: tokens per second of the training step, next to PyTorch's GPTBigCode.
 
-Both sides start from the same weights, read the same random tokens and do all of it: forward, backward, clipping,
-AdamW with fp32 weights and moments; dropout is off. On a GPU PyTorch's best is `torch.compile` with SDPA under autocast.
-Beside them the machine's bare matmul, of which model FLOPs (convention: `jaxcoder/models/flops.py`) are a share. Each
-runs in a process of its own, in turns.
+Both start from the same weights, read the same random tokens and do the complete step: forward, backward, clipping,
+AdamW with fp32 weights and moments; dropout is off. On GPUs PyTorch's best is `torch.compile` with SDPA under autocast.
+Model FLOPs (convention: `jaxcoder/models/flops.py`) are also given as a share of a bare matmul's rate. Each candidate
+runs in its own process, in turns.
 
 Shapes: B batch, S sequence.
 """
@@ -16,14 +16,21 @@ from dataclasses import replace
 from typing import Any
 
 from jaxcoder.benchmarks import torch_reference
-from jaxcoder.benchmarks.measure import Report, add_clock_argument, clock_name, clock_of, environment, side_by_side
+from jaxcoder.benchmarks.measure import (
+    Report,
+    add_clock_argument,
+    add_runs_argument,
+    check_at_least,
+    clock_name,
+    clock_of,
+    environment,
+    time_in_turns,
+)
 from jaxcoder.config import RunConfig
-from jaxcoder.errors import ConfigError
 
-_OURS = "jaxcoder"
-_COUNTS = 2
-"""Of each run of a contestant, in a process of its own."""
-_PACKAGES = ["jax", "flax", "optax"]
+JAXCODER = "jaxcoder"
+REPEATS = 2
+"""Measurements in each process."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,35 +40,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on CPUs, else bfloat16")
     parser.add_argument(
         "--remat", choices=("none", "minimal", "offload", "block"), default="none",
-        help="what our backward pass recomputes (default %(default)s, as PyTorch does)",
+        help="what jaxcoder's backward pass recomputes (default %(default)s, as PyTorch does)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="a row of `torch.compile` on CPUs too")
     parser.add_argument("--matmul-size", type=int, help="of the bare matmul (default: 4096 on CPUs, else 8192)")
     parser.add_argument("--peak-tflops", type=float, help="the device's peak, for MFU: 989 for an H200 in bf16")
-    parser.add_argument("--runs", type=int, default=5, help="the median of so many counts (default %(default)s)")
+    add_runs_argument(parser)
     add_clock_argument(parser)
 
 
 def run(args: argparse.Namespace) -> Report:
     config = run_config(args)
-    first = _alone(_OURS, args)  # says what it runs on, and leaves its compiled program in the cache
+    first = _alone(JAXCODER, args)  # reports the platform, and fills the compilation cache
     platform = first["platform"]
     device = torch_reference.device(platform)
-    sides = [_OURS, *(_torch_ways(device, args.compile) if device else {})]
+    candidates = [JAXCODER, *(_torch_ways(device, args.compile) if device else {})]
     products = ["matmul, JAX", *(["matmul, PyTorch"] if device else [])]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*sides, *products)}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (*candidates, *products)}
     for _ in range(args.runs):
         for name, results in found.items():
             results.append(_alone(name, args))
     seconds = {name: statistics.median(result["seconds"] for result in results) for name, results in found.items()}
-    losses = {name: found[name][0]["loss"] for name in sides}
+    losses = {name: found[name][0]["loss"] for name in candidates}
     size = _matmul_size(args, platform)
     rates = {name: 2 * size**3 / seconds[name] for name in products}
-    return _report(args, config, {name: seconds[name] for name in sides}, losses, rates, size, first["devices"])
+    return _report(args, config, {name: seconds[name] for name in candidates}, losses, rates, size, first["devices"])
 
 
 def _alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """`_measure` in a process of its own: neither side computes beside the other's memory and threads."""
+    """`_measure` in a process of its own: candidates do not share memory and threads."""
     plain = argparse.Namespace(**{key: value for key, value in vars(args).items() if key != "output"})
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -69,29 +76,29 @@ def _alone(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of one training step, or of one matmul: the median of a few counts after one to warm up."""
+    """Median seconds of one training step, or of one matmul, after one to warm up."""
     from jaxcoder import runtime
 
     runtime.initialize(debug=args.debug, share_accelerator=True)
     import jax
 
-    from jaxcoder.benchmarks import bare
+    from jaxcoder.benchmarks import peak
 
     platform = jax.default_backend()
     config = run_config(args, platform)
-    device = torch_reference.device(platform) if name != _OURS else None
-    steps, times = (1, 1) if platform == "cpu" else (10, 50)  # in one count, so that waiting for the end costs little
+    device = torch_reference.device(platform) if name != JAXCODER else None
+    steps, times = (1, 1) if platform == "cpu" else (10, 50)  # in one call, to amortize the synchronization
     if name.startswith("matmul"):
         size = _matmul_size(args, platform)
-        call, steps = bare.matmuls(size, config.compute.dtype, times, device)[name], times
+        call, steps = peak.matmuls(size, config.compute.dtype, times, device)[name], times
     else:
-        call = _Ours(config, steps) if name == _OURS else _theirs(name, config, device, steps, args.compile)
-    counts = side_by_side({name: call}, runs=_COUNTS, least_seconds=0.0, clock=clock_of(args))
+        call = _JaxStep(config, steps) if name == JAXCODER else _torch_step(name, config, device, steps, args.compile)
+    seconds = time_in_turns({name: call}, runs=REPEATS, clock=clock_of(args))
     return {
-        "seconds": counts[name] / steps,
+        "seconds": seconds[name] / steps,
         "loss": getattr(call, "first_loss", None),
         "platform": platform,
-        "devices": bare.devices(),
+        "devices": peak.devices(),
     }
 
 
@@ -100,13 +107,11 @@ def _matmul_size(args: argparse.Namespace, platform: str) -> int:
 
 
 def run_config(args: argparse.Namespace, platform: str = "cpu") -> RunConfig:
-    """The run named by --config with our batch, no dropout and a learning rate that does no harm."""
+    """The run of --config with the batch of the options, no dropout and a small learning rate."""
     from jaxcoder.config.load import load_run
 
     base = load_run(args.config)
-    for option, value in (("--batch-size", args.batch_size), ("--seq-len", args.seq_len), ("--runs", args.runs)):
-        if value < 1:
-            raise ConfigError(f"{option} is {value}: give at least 1.")
+    check_at_least(1, batch_size=args.batch_size, seq_len=args.seq_len, runs=args.runs)
     off = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
     return replace(
         base,
@@ -122,15 +127,15 @@ def run_config(args: argparse.Namespace, platform: str = "cpu") -> RunConfig:
 
 
 def windows(config: RunConfig):
-    """Random tokens (B, S + 1) int32, the same for both sides."""
+    """Random tokens (B, S + 1) int32, the same for both candidates."""
     import numpy as np
 
     shape = (config.global_batch_size, config.model.max_seq_len + 1)
     return np.random.default_rng(config.seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
 
 
-class _Ours:
-    """A count of `steps` of `jaxcoder train`'s steps on one device."""
+class _JaxStep:
+    """A call runs `steps` steps of `jaxcoder train` on one device."""
 
     def __init__(self, config: RunConfig, steps: int):
         import jax
@@ -160,8 +165,8 @@ class _Ours:
         jax.block_until_ready((self.state, metrics))
 
 
-class _Theirs:
-    """The same count of PyTorch's steps."""
+class _TorchStep:
+    """A call runs as many steps of PyTorch."""
 
     def __init__(self, trainer: torch_reference.TorchTrainer, config: RunConfig, device: str, steps: int):
         torch, _ = torch_reference.import_torch("this benchmark")
@@ -185,16 +190,18 @@ def _torch_ways(device: str, with_compile: bool) -> dict[str, tuple[str, bool]]:
     return {f"PyTorch, {'torch.compile, ' if compiled else ''}{how}": (how, compiled) for how, compiled in ways}
 
 
-def _theirs(name: str, config: RunConfig, device: str, steps: int, with_compile: bool) -> _Theirs:
-    """PyTorch's side with the weights that ours begins with."""
-    from jaxcoder.benchmarks.parity import their_tensors
+def _torch_step(name: str, config: RunConfig, device: str, steps: int, with_compile: bool) -> _TorchStep:
+    """PyTorch's step, from jaxcoder's initial weights."""
     from jaxcoder.convert.hf_config import hf_config
 
     attention, compiled = _torch_ways(device, with_compile)[name]
-    keys, tensors = hf_config(config.model, end_of_text=0), their_tensors(_Ours(config, steps).state.model)
+    keys, tensors = (
+        hf_config(config.model, end_of_text=0),
+        torch_reference.hf_tensors(_JaxStep(config, steps).state.model),
+    )
     model = torch_reference.make_model(keys, tensors, attention=attention, device=device)
     trainer = torch_reference.TorchTrainer(model, config.optimizer, dtype=config.compute.dtype, compiled=compiled)
-    return _Theirs(trainer, config, device, steps)
+    return _TorchStep(trainer, config, device, steps)
 
 
 def _report(
@@ -211,25 +218,25 @@ def _report(
     tokens = config.global_batch_size * config.model.max_seq_len
     flops = tokens * training_flops_per_token(config.model, config.model.max_seq_len)
     best_rate = max(rates.values())
-    theirs = [taken for name, taken in seconds.items() if name != _OURS]
+    of_torch = [taken for name, taken in seconds.items() if name != JAXCODER]
     rows: list[dict[str, Any]] = []
     for name, taken in seconds.items():
         row = {
-            "way": name,
+            "name": name,
             "ms": 1e3 * taken,
             "tokens": tokens / taken,
             "tflops": flops / taken / 1e12,
             "share": f"{100 * flops / taken / best_rate:.1f} %",
-            "times": min(theirs) / taken if theirs else None,
+            "ratio": min(of_torch) / taken if of_torch else None,
             "loss": f"{losses[name]:.4f}",
         }
         if args.peak_tflops:
             row["mfu"] = f"{100 * flops / taken / (args.peak_tflops * 1e12):.1f} %"
         rows.append(row)
-    rows += [{"way": f"{name}, {size} x {size}", "tflops": rate / 1e12} for name, rate in rates.items()]
-    if not theirs:
-        rows.append({"way": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
-    columns = {"way": "way", "ms": "ms/step", "tokens": "tokens/s", "tflops": "TFLOP/s", "share": "of the best matmul"}
+    rows += [{"name": f"{name}, {size} x {size}", "tflops": rate / 1e12} for name, rate in rates.items()]
+    if not of_torch:
+        rows.append({"name": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
+    columns = {"name": "", "ms": "ms/step", "tokens": "tokens/s", "tflops": "TFLOP/s", "share": "of the best matmul"}
     columns |= {"mfu": f"MFU of {args.peak_tflops:g} TFLOP/s"} if args.peak_tflops else {}
     return Report(
         title=f"Training step of {num_parameters(config.model) / 1e6:,.0f}M parameters, "
@@ -242,8 +249,8 @@ def _report(
             "runs": args.runs,
             "seconds": clock_name(args),
         },
-        columns=columns | {"times": "x PyTorch's best", "loss": "first loss"},
+        columns=columns | {"ratio": "x PyTorch's best", "loss": "first loss"},
         rows=rows,
-        targets={"ahead of PyTorch's best": seconds[_OURS] <= min(theirs)} if theirs else {},
-        environment=environment(_PACKAGES + (["torch", "transformers"] if theirs else [])) | devices,
+        targets={"ahead of PyTorch's best": seconds[JAXCODER] <= min(of_torch)} if of_torch else {},
+        environment=environment(["jax", "flax", "optax"] + (["torch", "transformers"] if of_torch else [])) | devices,
     )

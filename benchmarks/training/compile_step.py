@@ -1,23 +1,25 @@
-"""`jaxcoder bench compile`: what compiling the training step takes, and starting a run with and without the cache.
+"""Compile time of the training step, and the time to start a run with and without the compilation cache.
 
-The step is compiled from shapes alone, so 15.5B parameters need no memory for them. Every figure is of a process of its
-own, whose compilation cache is off. The second table starts `jaxcoder train` and waits for the first line of metrics.
+    python -m benchmarks.training.compile_step --start-dtype float32
+
+The step is compiled from shapes alone, so 15.5B parameters need no memory. Each measurement has its own process, with
+the compilation cache off. The second table starts `jaxcoder train` and waits for the first line of metrics.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from jaxcoder.benchmarks.measure import Report, Reports, environment
+from benchmarks import command
+from jaxcoder.benchmarks.checkpoint import seconds_to_first_step
+from jaxcoder.benchmarks.measure import Report, Reports, check_at_least, environment
 from jaxcoder.config.load import load_run
-from jaxcoder.errors import ConfigError, JaxcoderError
-
-_PATIENCE = 900.0
+from jaxcoder.errors import JaxcoderError
+from jaxcoder.formatting import format_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Reports:
-    if min(args.devices) < 1 or args.runs < 1:
-        raise ConfigError("--devices and --runs take numbers of at least 1.")
+    check_at_least(1, devices=min(args.devices), runs=args.runs)
     for name in [*args.config, *([] if args.start == "none" else [args.start])]:
-        load_run(name)  # a wrong name is found before the first process starts
+        load_run(name)  # a wrong name fails before the first subprocess
     reports = [_compiling(args)]
     if args.start != "none":
         reports.append(_starting(args))
@@ -65,22 +66,18 @@ def _compiling(args: argparse.Namespace) -> Report:
             "trace": "s to trace",
             "compile": "s to compile",
             "state": "GiB of state a device",
-            "temporary": "GiB beside it",
+            "temporary": "GiB of temporaries",
         },
         rows=rows,
-        targets={},
         environment=environment(["jax", "jaxlib", "flax"]),
     )
 
 
 def _in_a_process(name: str, devices: int, virtual: bool) -> dict:
-    from jaxcoder import runtime
-
-    command = [sys.executable, "-m", "jaxcoder.benchmarks.compiling", name, str(devices)]
     variables = {"JAX_ENABLE_COMPILATION_CACHE": "false"} | ({"JAX_PLATFORMS": "cpu"} if virtual else {})
-    done = subprocess.run(command, capture_output=True, text=True, env=runtime.environment_with(variables))
+    done = command.run_module("benchmarks.training.compile_step", "--step", name, str(devices), variables=variables)
     if done.returncode:
-        raise JaxcoderError(f"{name} on {devices} devices was not compiled: {done.stderr.strip().splitlines()[-1]}")
+        raise JaxcoderError(f"{name} on {devices} devices did not compile: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -154,49 +151,30 @@ def abstract_batch(config, mesh):
 def _starting(args: argparse.Namespace) -> Report:
     with tempfile.TemporaryDirectory() as temporary:
         cache = str(Path(temporary) / "cache")
-        off = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-        ways = {"without the cache": off, "cache, empty": None, "cache, filled by the run before": None}
+        settings = ["--compute.dtype", args.start_dtype] if args.start_dtype else []
+        with_cache = {"JAX_COMPILATION_CACHE_DIR": cache}
+        starts = {
+            "without the cache": {"JAX_ENABLE_COMPILATION_CACHE": "false"},
+            "empty cache": with_cache,
+            "cache filled by the previous run": with_cache,
+        }
         rows = []
-        for number, (way, variables) in enumerate(ways.items()):
+        for number, (name, variables) in enumerate(starts.items()):
             output = Path(temporary) / f"run{number}"
-            seconds = _first_step(args, output, variables or {"JAX_COMPILATION_CACHE_DIR": cache})
-            rows.append({"way": way, "seconds": seconds})
+            seconds = seconds_to_first_step(args.start, args.start_seq_len, output, settings, variables)
+            rows.append({"name": name, "seconds": seconds})
         stored = sum(file.stat().st_size for file in Path(cache).rglob("*") if file.is_file())
     return Report(
-        title=f"`jaxcoder train {args.start}` from its start until the metrics of the first step are there",
-        settings={"batch": f"1 x {args.start_seq_len}", "the cache then holds, MB": round(stored / 1e6, 1)},
-        columns={"way": "way", "seconds": "seconds"},
+        title=f"`jaxcoder train {args.start}` from process start to the metrics of its first step",
+        settings={"batch": f"1 x {args.start_seq_len}", "cache": format_bytes(stored)},
+        columns={"name": "", "seconds": "seconds"},
         rows=rows,
-        targets={},
         environment=environment(["jax", "jaxlib", "flax"]),
     )
 
 
-def _first_step(args: argparse.Namespace, output: Path, variables: dict[str, str]) -> float:
-    from jaxcoder import runtime
-
-    settings = ["--data", "synthetic", "--steps", "1000", "--global-batch-size", "1", "--log-every-steps", "1"]
-    settings += ["--model.max-seq-len", str(args.start_seq_len), "--output-dir", str(output)]
-    settings += ["--compute.dtype", args.start_dtype] if args.start_dtype else []
-    command = [sys.executable, "-m", "jaxcoder.cli.main", "train", args.start, *settings]
-    start = time.perf_counter()
-    with open(output.with_suffix(".log"), "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=runtime.environment_with(variables))
-        try:
-            while not _has_a_line(output / "metrics.jsonl"):
-                if process.poll() is not None or time.perf_counter() - start > _PATIENCE:
-                    log.seek(0)
-                    raise JaxcoderError(f"the run did not get to its first step: {log.read()[-500:]}")
-                time.sleep(0.02)
-            return time.perf_counter() - start
-        finally:
-            process.kill()
-            process.wait()
-
-
-def _has_a_line(path: Path) -> bool:
-    return path.is_file() and '"loss"' in path.read_text(encoding="utf-8")
-
-
 if __name__ == "__main__":
-    print(json.dumps(compile_step(sys.argv[1], int(sys.argv[2]))))
+    if sys.argv[1:2] == ["--step"]:
+        print(json.dumps(compile_step(sys.argv[2], int(sys.argv[3]))))
+    else:
+        sys.exit(command.main(sys.modules[__name__]))
