@@ -61,6 +61,9 @@ def test_paths_in_the_docs_exist():
         for page in pages
         for path in re.findall(r"`((?:\w+/)+\w+\.(?:py|sh|md|json))`", page.read_text(encoding="utf-8"))
     }
+    for page in [*pages, *(ROOT / "benchmarks").rglob("*.md")]:
+        for module in re.findall(r"python -m (benchmarks(?:\.\w+){2})", page.read_text(encoding="utf-8")):
+            named.add((page.name, module.replace(".", "/") + ".py"))
     assert len(named) > 30
     missing = [
         (page, path) for page, path in named if not any((top / path).exists() for top in (ROOT, ROOT / "jaxcoder"))
