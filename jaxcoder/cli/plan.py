@@ -114,7 +114,7 @@ def _compiler(args: argparse.Namespace):
         if not args.no_cache and is_cached(config, topology):
             return compile_step(config, topology)
         progress, shown = ConsoleProgress(), 0.0
-        layout = f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}, {micro} at a time, {config.compute.remat}"
+        layout = f"{mesh}, {micro} at a time, {config.compute.remat}"
         progress.start(f"Compiling for {topology}, {layout}", None, "s")
 
         def waiting(seconds: float) -> None:

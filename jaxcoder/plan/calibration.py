@@ -1,16 +1,22 @@
-"""The time model beside published runs: predicted over published for each, and the range that follows.
+"""The time model compared with published runs: predicted over published for each, and the range that follows.
 
-Nothing is fitted to these runs: the efficiencies of time_model.py have other sources. What the ratios come to is
-therefore how far a plan may be off for a run that is tuned as well as those were.
+Nothing is fitted to these runs: the efficiencies of time_model.py have other sources. The ratios therefore show how far a
+prediction may be off, for a run that is tuned as well as these were.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache
 
-from jaxcoder.plan.published import RUNS, PublishedRun
+from jaxcoder.config import MeshConfig, RunConfig
+from jaxcoder.formatting import plural
+from jaxcoder.models.flops import num_parameters
+from jaxcoder.plan.published import RUNS, STARCODER, PublishedRun
 from jaxcoder.plan.time_model import StepTime, step_time
 from jaxcoder.plan.topology import Topology, parse_topology
-from jaxcoder.plan.workload import work_of
+from jaxcoder.plan.workload import Decoder, Layout, work_of
+
+MIN_MODELS = 3
+"""Different models among the published runs from which on their ratios give a range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,7 @@ class Comparison:
 
     @property
     def published_mfu(self) -> float:
-        """In our convention: causal attention, nothing recomputed."""
+        """In the convention of models/flops.py: causal attention, recomputation not counted."""
         decoder, chips = self.run.decoder, self.topology.chips
         tokens = self.run.layout.batch * decoder.seq_len
         peak = self.topology.chip.peak_flops * self.topology.chip.devices_per_chip
@@ -49,14 +55,46 @@ def comparisons() -> tuple[Comparison, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Published over predicted, of the runs on one platform: what a prediction is multiplied by."""
+    """Published over predicted seconds of the runs on one platform: factors for a prediction."""
 
     fastest: float
     slowest: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How well the time model is tested on a platform. range: None if that are too few models to tell."""
+
     runs: int
+    models: int
+    range: Range | None
+
+    def __str__(self) -> str:
+        count = f"{plural(self.runs, 'published run')} of {plural(self.models, 'model')}"
+        return count if self.range else f"not calibrated: {count}"
 
 
 @cache
-def calibrated_range(platform: str) -> Range:
-    factors = [1 / found.ratio for found in comparisons() if found.topology.platform == platform]
-    return Range(fastest=min(factors), slowest=max(factors), runs=len(factors))
+def calibration(platform: str) -> Calibration:
+    """Of "tpu" or "cuda"."""
+    found = [comparison for comparison in comparisons() if comparison.topology.platform == platform]
+    factors = [1 / comparison.ratio for comparison in found]
+    models = len({comparison.run.decoder for comparison in found})
+    enough = models >= MIN_MODELS
+    return Calibration(
+        runs=len(found), models=models, range=Range(fastest=min(factors), slowest=max(factors)) if enough else None
+    )
+
+
+def starcoder_prediction(config: RunConfig) -> float | None:
+    """The model's tokens/s of one GPU for the run that StarCoderBase was trained in (`STARCODER`), None for other models.
+
+    Its pipeline stages are not modelled: the 4 stages are taken as further weight sharding.
+    """
+    if num_parameters(config.model) != STARCODER.parameters:
+        return None
+    original = replace(config, mesh=MeshConfig(data=8, fsdp=16, tensor=4), global_batch_size=512, microbatch_size=128)
+    topology = parse_topology(STARCODER.topology)
+    work = work_of(Decoder.of(config.model), Layout.of(original))
+    seconds = step_time(work, topology, original.mesh, "flash").expected
+    return 512 * config.model.max_seq_len / seconds / topology.chips

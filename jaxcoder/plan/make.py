@@ -1,22 +1,21 @@
 """A plan: one run on one topology, sized, compiled and timed."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from jaxcoder.config import MeshConfig, RunConfig
-from jaxcoder.config.mesh import resolve_mesh
+from jaxcoder.config.mesh import resolve_mesh, slice_problem
 from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention.blocks_tpu import has_kernels
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
-from jaxcoder.plan.calibration import Range, calibrated_range
+from jaxcoder.plan.calibration import Calibration, calibration
 from jaxcoder.plan.compile import Compiled, compile_step
 from jaxcoder.plan.time_model import LINK, StepTime, axis_bandwidths, step_time
 from jaxcoder.plan.topology import Topology
 from jaxcoder.plan.workload import Decoder, Layout, Work, work_of
 from jaxcoder.train.dry_run import num_samples
-from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory
+from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory, shards_of
 
 COMPILE = Callable[[RunConfig, Topology], Compiled]
 
@@ -73,8 +72,8 @@ class Plan:
         return self.peak_bytes <= self.memory_of_chip
 
     @property
-    def range(self) -> Range:
-        return calibrated_range(self.topology.platform)
+    def calibration(self) -> Calibration:
+        return calibration(self.topology.platform)
 
     @property
     def compilers_time(self) -> StepTime:
@@ -85,10 +84,13 @@ class Plan:
         return replace(self.time, matmul=cycles / self.topology.chip.clock, memory=0.0)
 
     @property
-    def seconds(self) -> tuple[float, float, float]:
-        """A step: (as the fastest published run was to its prediction, expected, as the slowest was)."""
-        expected = self.time.expected
-        return expected * min(self.range.fastest, 1.0), expected, expected * max(self.range.slowest, 1.0)
+    def seconds(self) -> dict[str, float]:
+        """Of a step: "expected"; with a calibration also "fast" and "slow", by the published runs that were the fastest
+        and the slowest relative to their predictions."""
+        expected, factors = self.time.expected, self.calibration.range
+        if factors is None:
+            return {"expected": expected}
+        return {"fast": expected * factors.fastest, "expected": expected, "slow": expected * factors.slowest}
 
     def tokens_per_second(self, seconds: float) -> float:
         """Of one chip."""
@@ -108,21 +110,16 @@ class Plan:
 def prepare(config: RunConfig, topology: Topology) -> RunConfig:
     """The run with its mesh filled in for the topology. ConfigError for everything that cannot work on it."""
     mesh, devices = config.mesh, topology.devices
-    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
-    given = math.prod(size for size in sizes if size > 0)
-    if -1 not in sizes and given != devices:
-        described = f"data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
+    if -1 not in mesh.sizes.values() and mesh.num_devices != devices:
         raise ConfigError(
-            f"the mesh {described} is {given:,} devices and {topology} has {devices:,}: make them equal, or leave one "
+            f"the mesh {mesh} is {mesh.num_devices:,} devices and {topology} has {devices:,}: make them equal, or leave one "
             "axis at -1, as `--mesh.fsdp -1`."
         )
     validate(config, devices)
     mesh = resolve_mesh(mesh, devices)
-    if mesh.data % topology.num_slices:
-        raise ConfigError(
-            f"mesh.data {mesh.data} is not a multiple of the {topology.num_slices} slices, and fsdp and tensor do not "
-            f"cross slices: use --mesh.data {topology.num_slices} or a multiple."
-        )
+    problem = slice_problem(mesh, topology.num_slices)
+    if problem is not None:
+        raise ConfigError(problem)
     return replace(config, mesh=mesh)
 
 
@@ -170,7 +167,7 @@ def transfer_seconds(compiled: Compiled, topology: Topology, mesh: MeshConfig) -
 def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
     """(options, run): what needs less memory, the cheapest first."""
     mesh = config.mesh
-    shards, batch = mesh.data * mesh.fsdp, config.microbatch_size or config.global_batch_size
+    shards, batch = shards_of(config)("batch"), config.microbatch_size or config.global_batch_size
     size = batch
     while size % 2 == 0 and (size // 2) % shards == 0:
         size //= 2
@@ -187,7 +184,7 @@ def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, Ru
         wider = replace(mesh, fsdp=mesh.fsdp * mesh.tensor // tensor, tensor=tensor)
         on_wider = replace(smallest, mesh=wider)
         if config.microbatch_size is not None or size < batch:
-            on_wider = replace(on_wider, microbatch_size=max(wider.data * wider.fsdp, 1))
+            on_wider = replace(on_wider, microbatch_size=shards_of(on_wider)("batch"))
         try:
             validate(on_wider, topology.devices)
         except ConfigError:

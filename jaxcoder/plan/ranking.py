@@ -9,6 +9,7 @@ from statistics import median
 
 import numpy as np
 
+from jaxcoder.config.mesh import SLICE_AXIS
 from jaxcoder.formatting import format_bytes, format_table
 from jaxcoder.plan.make import Plan, make_plan
 from jaxcoder.train.dry_run import row
@@ -93,7 +94,7 @@ def _memory(plan: Plan) -> str:
 def layout_of(plan: Plan) -> str:
     """As options of `jaxcoder train`."""
     mesh, micro = plan.config.mesh, plan.config.microbatch_size
-    data = f"--mesh.data {mesh.data} " if mesh.data > 1 else ""
+    sizes = " ".join(f"--mesh.{axis} {size}" for axis, size in mesh.sizes.items() if size > 1 or axis != SLICE_AXIS)
     size = f"--microbatch-size {micro} " if micro is not None else ""
     remat = plan.config.compute.remat
-    return f"{data}--mesh.fsdp {mesh.fsdp} --mesh.tensor {mesh.tensor} {size}--compute.remat {remat}"
+    return f"{sizes} {size}--compute.remat {remat}"

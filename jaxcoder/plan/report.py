@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 from jaxcoder.config.serialize import to_dict
 from jaxcoder.formatting import format_bytes, format_duration, format_table, plural
-from jaxcoder.plan.calibration import comparisons
+from jaxcoder.plan.calibration import comparisons, starcoder_prediction
 from jaxcoder.plan.make import Plan
-from jaxcoder.plan.published import LACKING
+from jaxcoder.plan.published import LACKING, STARCODER
+from jaxcoder.plan.time_model import WEIGHT_AXIS
 from jaxcoder.train.dry_run import row
 from jaxcoder.train.xla_options import bundles_for
 
@@ -50,8 +51,9 @@ def verdict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
 
 
 def _takes(plan: Plan) -> str:
-    fast, expected, slow = (_duration(plan, seconds) for seconds in plan.seconds)
-    return f"should take {expected}, between {fast} and {slow}, bound by {plan.time.bound}"
+    durations = {case: _duration(plan, seconds) for case, seconds in plan.seconds.items()}
+    between = f", between {durations['fast']} and {durations['slow']}" if "fast" in durations else " (not calibrated)"
+    return f"should take {durations['expected']}{between}, bound by {plan.time.bound}"
 
 
 def _duration(plan: Plan, seconds: float) -> str:
@@ -80,7 +82,7 @@ def _run(plan: Plan) -> Iterator[str]:
     micro = config.microbatch_size or config.global_batch_size
     yield from row(
         "run",
-        f"mesh data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}; {config.global_batch_size:,} windows of "
+        f"mesh {mesh}; {config.global_batch_size:,} windows of "
         f"{config.model.max_seq_len:,} a step, {micro:,} at a time; remat {config.compute.remat}; "
         f"{config.compute.dtype}; attention {plan.attention}",
     )
@@ -126,7 +128,7 @@ def _transfers(plan: Plan) -> Iterator[str]:
     compiled = plan.compiled
     if compiled is None or not compiled.fits:
         rows = [
-            ["any", axis, "-", _modelled_beside(plan, axis), sent, plan.modelled.interconnect[axis]]
+            ["any", axis, "-", _modelled_overlap(plan, axis), sent, plan.modelled.interconnect[axis]]
             for axis, sent in plan.work.transfers.items()
         ]
         kind = "modelled"
@@ -137,7 +139,7 @@ def _transfers(plan: Plan) -> Iterator[str]:
             sent = sum(c.bytes for c in compiled.collectives if "+".join(c.axes) == axis)
             bandwidth[axis] = sent / seconds if seconds else float("inf")
         rows = [
-            [c.kind, axes, c.count, _beside(c.asynchronous), c.bytes, c.bytes / bandwidth[axes]]
+            [c.kind, axes, c.count, _overlap(c.asynchronous), c.bytes, c.bytes / bandwidth[axes]]
             for c in compiled.collectives
             for axes in ["+".join(c.axes)]
             if c.bytes >= 1e6
@@ -159,15 +161,15 @@ def _transfers(plan: Plan) -> Iterator[str]:
     yield ""
 
 
-def _beside(is_beside: bool) -> str:
-    return "beside" if is_beside else "waits"
+def _overlap(is_overlapped: bool) -> str:
+    return "overlapped" if is_overlapped else "exposed"
 
 
-def _modelled_beside(plan: Plan, axis: str) -> str:
+def _modelled_overlap(plan: Plan, axis: str) -> str:
     seconds, beside = plan.modelled.interconnect[axis], plan.modelled.beside
-    if axis == "fsdp" and beside is not None and 0 < beside < seconds:
-        return f"{beside / seconds:.0%} beside"
-    return _beside(axis == "fsdp" and beside != 0)
+    if axis == WEIGHT_AXIS and beside is not None and 0 < beside < seconds:
+        return f"{beside / seconds:.0%} overlapped"
+    return _overlap(axis == WEIGHT_AXIS and beside != 0)
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -181,11 +183,16 @@ def _time(plan: Plan) -> Iterator[str]:
     terms += [("transfers, host", time.host, "modelled")] if time.host else []
     for name, seconds, kind in terms:
         yield f"{_INDENT}{name:<24}{seconds:>9.3f}  ({kind})"
-    fast, expected, slow = plan.seconds
-    runs = plan.range.runs
+    seconds_by_case = plan.seconds
+    expected = seconds_by_case["expected"]
     bounds = f"{time.overlapped:.3f} if all overlapped, {time.sequential:.3f} if nothing"
     yield f"{_INDENT}{'expected':<24}{expected:>9.3f}  (modelled; {bounds})"
-    yield f"{_INDENT}{'range':<24}{fast:>9.3f} to {slow:.3f}  ({runs} published runs over their predictions)"
+    if plan.calibration.range is None:
+        yield f"{_INDENT}{'range':<24}{'':>9}  ({plan.calibration})"
+    else:
+        fast, slow = seconds_by_case["fast"], seconds_by_case["slow"]
+        yield f"{_INDENT}{'range':<24}{fast:>9.3f} to {slow:.3f}  ({plan.calibration}, relative to their predictions)"
+    yield from _original(plan)
     cycles = compiled.estimated_cycles if compiled is not None else None
     if cycles:
         seconds = cycles / plan.topology.chip.clock
@@ -195,7 +202,7 @@ def _time(plan: Plan) -> Iterator[str]:
             f"{beside:.3f}, {beside / seconds:.2f} of it)"
         )
     table = []
-    for name, seconds in (("fast", fast), ("expected", expected), ("slow", slow)):
+    for name, seconds in seconds_by_case.items():
         table.append(
             [
                 name, f"{seconds:.3f}", f"{plan.tokens_per_second(seconds):,.0f}", f"{plan.mfu(seconds):.1%}",
@@ -207,6 +214,17 @@ def _time(plan: Plan) -> Iterator[str]:
     columns = ["", "s a step", "tokens/s a chip", "MFU", "days", "chip hours"]
     for line in format_table(columns, table).splitlines():
         yield _INDENT + line
+
+
+def _original(plan: Plan) -> Iterator[str]:
+    """StarCoderBase's own training run next to the prediction for it, in a plan of that model for GPUs."""
+    predicted = starcoder_prediction(plan.config) if plan.topology.platform == "cuda" else None
+    if predicted is not None:
+        yield from row(
+            "original",
+            f"{STARCODER.tokens_per_second:,.0f} tokens/s a GPU on {STARCODER.topology} (published), {predicted:,.0f} "
+            f"predicted ({STARCODER.source})",
+        )
 
 
 def _options(plan: Plan) -> Iterator[str]:
@@ -225,7 +243,8 @@ def _options(plan: Plan) -> Iterator[str]:
 
 def as_dict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> dict:
     """Everything, for machines."""
-    fast, expected, slow = plan.seconds
+    seconds = plan.seconds
+    expected = seconds["expected"]
     return {
         "topology": asdict(plan.topology) | {"chips": plan.topology.chips, "devices": plan.topology.devices},
         "chip": asdict(plan.topology.chip),
@@ -241,11 +260,12 @@ def as_dict(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> dict:
             "step_expected": plan.modelled.expected,
         },
         "step": asdict(plan.time),
-        "seconds": {"fast": fast, "expected": expected, "slow": slow},
+        "seconds": {case: seconds.get(case) for case in ("fast", "expected", "slow")},
+        "calibration": str(plan.calibration),
         "tokens_per_second_per_chip": plan.tokens_per_second(expected),
         "mfu": plan.mfu(expected),
         "tokens": plan.tokens,
-        "days": {"fast": plan.days(fast), "expected": plan.days(expected), "slow": plan.days(slow)},
+        "days": {case: plan.days(value) for case, value in seconds.items()},
         "chip_hours": plan.chip_hours(expected),
         "verdict": verdict(plan, tried),
         "tried": [
@@ -264,7 +284,7 @@ def to_json(plan: Plan, tried: Sequence[tuple[str, Plan]] = ()) -> str:
 
 
 def calibration_lines() -> Iterator[str]:
-    """The model beside published runs, as a table in Markdown."""
+    """The time model compared with published runs, as a Markdown table."""
     yield (
         "| run | s a step, published | predicted | predicted / published | MFU published | mesh, batch, recomputed | "
         "source |"
@@ -276,7 +296,7 @@ def calibration_lines() -> Iterator[str]:
         again = ", ".join(sorted(layout.recomputed)) or "nothing"
         yield (
             f"| {found.run.name} | {found.published:.3f} | {found.predicted.expected:.3f} | **{found.ratio:.2f}** | "
-            f"{found.published_mfu:.1%} | {mesh.data} x {mesh.fsdp} x {mesh.tensor}, {layout.batch:,}; {again} | "
+            f"{found.published_mfu:.1%} | {mesh}, {layout.batch:,}; {again} | "
             f"{found.run.source} |"
         )
     yield ""

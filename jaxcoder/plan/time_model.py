@@ -14,8 +14,12 @@ import math
 from dataclasses import dataclass
 
 from jaxcoder.config import MeshConfig
+from jaxcoder.config.mesh import SLICE_AXIS, DimRules
 from jaxcoder.plan.topology import Topology
 from jaxcoder.plan.workload import Work
+
+(WEIGHT_AXIS,) = DimRules().of("embed")
+"""The mesh axis over which weights are all-gathered and gradients reduce-scattered."""
 
 MATMUL = {"tpu": 0.90, "cuda": 0.80}
 """Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step. GPUs: 790 of 989 TFLOP/s of a plain bf16
@@ -66,7 +70,7 @@ class StepTime:
 
     @property
     def expected(self) -> float:
-        beside = self.interconnect.get("fsdp", 0.0) if self.beside is None else self.beside
+        beside = self.interconnect.get(WEIGHT_AXIS, 0.0) if self.beside is None else self.beside
         return max(self.compute, beside, self.host) + sum(self.interconnect.values()) - beside
 
     @property
@@ -82,7 +86,7 @@ class StepTime:
     @property
     def bound(self) -> str:
         """What the most of the expected time goes to; transfers beside computing only where they take longer."""
-        beside = self.interconnect.get("fsdp", 0.0) if self.beside is None else self.beside
+        beside = self.interconnect.get(WEIGHT_AXIS, 0.0) if self.beside is None else self.beside
         waited = sum(self.interconnect.values()) - beside
         slower = max(beside, self.host) > self.compute
         named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
@@ -99,15 +103,15 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, 
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
     beside = None
-    if "fsdp" in seconds:
-        scatters = work.scattered / links["fsdp"]
+    if WEIGHT_AXIS in seconds:
+        scatters = work.scattered / links[WEIGHT_AXIS]
         closed = all(map(topology.wraps, range(len(topology.shape))))
-        on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)["fsdp"] > 2
+        on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)[WEIGHT_AXIS] > 2
         if on_three and closed:
-            seconds["fsdp"], beside = 2 * seconds["fsdp"], 0.0
+            seconds[WEIGHT_AXIS], beside = 2 * seconds[WEIGHT_AXIS], 0.0
         elif is_ours and topology.platform == "tpu":
-            beside = seconds["fsdp"] - scatters if chip.name in GATHERS_BESIDE else 0.0
-            seconds["fsdp"] += scatters if on_three or not work.scatters_evenly else 0.0  # all-reduces instead
+            beside = seconds[WEIGHT_AXIS] - scatters if chip.name in GATHERS_BESIDE else 0.0
+            seconds[WEIGHT_AXIS] += scatters if on_three or not work.scatters_evenly else 0.0  # all-reduces instead
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     has_hash = work.attention_dropout and attention == "flash_tpu"
     longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
@@ -136,7 +140,7 @@ def axis_bandwidths(topology: Topology, mesh: MeshConfig) -> dict[str, float]:
 
 def _sizes(mesh: MeshConfig) -> dict[str, int]:
     """Axes of more than one device, those of neighbours first."""
-    return {axis: size for axis in ("tensor", "fsdp", "data") if (size := getattr(mesh, axis)) > 1}
+    return {axis: size for axis, size in reversed(mesh.sizes.items()) if size > 1}
 
 
 def _sides(topology: Topology, mesh: MeshConfig) -> dict[str, int]:
@@ -165,7 +169,7 @@ def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[floa
              for i, length in enumerate(topology.shape)]  # fmt: skip
     sides = [side for side in sides if side[0] > 1]
     for axis, size in sizes.items():
-        across = topology.num_slices if axis == "data" else 1
+        across = topology.num_slices if axis == SLICE_AXIS else 1
         links, used, sides = _take(sides, size // across)
         bandwidth = links * chip.link_bandwidth if links else math.inf
         if across > 1:

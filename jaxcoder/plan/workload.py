@@ -5,11 +5,15 @@ Shapes: n tokens of a step on one device, D embed, F mlp, Q query heads x head_d
 S sequence, L layers, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from jaxcoder.config import MeshConfig, ModelConfig, RunConfig
+from jaxcoder.config.mesh import DimRules
 from jaxcoder.train.memory_estimate import offloaded_per_token, saved_per_token
 
+RULES = DimRules()
 BF16, FP32 = 2, 4
 BACKWARD_ATTENTION = 2.5
 """Five matmuls in the backward kernel to two in the forward one (Dao 2023)."""
@@ -62,6 +66,10 @@ class Decoder:
     def of(cls, model: ModelConfig) -> "Decoder":
         names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
         return cls(**{name: getattr(model, name) for name in names}, seq_len=model.max_seq_len)
+
+    def shards_on(self, mesh: MeshConfig) -> Callable[[str], int]:
+        """Dim -> its number of shards."""
+        return partial(DimRules.for_heads(self.num_kv_heads).shards, mesh=mesh)
 
     @property
     def query_weights(self) -> int:
@@ -159,29 +167,29 @@ class Work:
 
 def work_of(decoder: Decoder, layout: Layout) -> Work:
     """The formula. Sizes need not divide: a mesh that cannot be built still has its figures."""
-    mesh = layout.mesh
-    tokens = layout.batch * decoder.seq_len / (mesh.data * mesh.fsdp)
+    shards = decoder.shards_on(layout.mesh)
+    tokens = layout.batch * decoder.seq_len / shards("batch")
     layers = decoder.num_layers
-    kv_share = mesh.tensor if decoder.num_kv_heads > 1 else 1
-    block = (decoder.block_weights - decoder.kv_weights) / mesh.tensor + decoder.kv_weights / kv_share
+    block = 2 * decoder.query_weights / shards("heads") + decoder.mlp_weights / shards("mlp")
+    block += decoder.kv_weights / shards("kv_heads")
     parts = {
-        "qkv": decoder.query_weights / mesh.tensor + decoder.kv_weights / kv_share,
-        "out": decoder.query_weights / mesh.tensor,
-        "mlp_in": (decoder.mlp_matrices - 1) * decoder.embed_dim * decoder.mlp_dim / mesh.tensor,
+        "qkv": decoder.query_weights / shards("heads") + decoder.kv_weights / shards("kv_heads"),
+        "out": decoder.query_weights / shards("heads"),
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.embed_dim * decoder.mlp_dim / shards("mlp"),
     }
     again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
-    head = decoder.head_weights / mesh.tensor
+    head = decoder.head_weights / shards("vocab")
     matmul = tokens * (layers * (6 * block + 2 * again) + 6 * head)
-    attention = tokens * layers * decoder.attention_flops() / mesh.tensor
+    attention = tokens * layers * decoder.attention_flops() / shards("heads")
     forwards = 1 + ("attention" in layout.recomputed)
 
     of_d, of_f = ELEMENTWISE
-    values = of_d * decoder.embed_dim * (1 + 1 / mesh.tensor) / 2
-    values += of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / mesh.tensor
+    values = of_d * decoder.embed_dim * (1 + 1 / shards("seq")) / 2
+    values += of_f * (decoder.mlp_matrices - 1) * decoder.mlp_dim / shards("mlp")
     values += KEPT_TRAFFIC * (_kept(decoder, layout) if layout.kept is None else layout.kept)
     of_weight = OPTIMIZER_BYTES + MICROBATCH_BYTES * layout.microbatches
     of_weight += ACCUMULATION_BYTES * layout.microbatches if layout.microbatches > 1 else 0
-    shard = decoder.weights / (mesh.fsdp * mesh.tensor)
+    shard = decoder.weights / (shards("embed") * shards("mlp"))
     memory = tokens * layers * BF16 * values + shard * of_weight
     transfers = _transfers(decoder, layout, tokens)
     gradients = layout.gradient_bytes / (2 * BF16 + layout.gradient_bytes)
@@ -191,8 +199,8 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
         memory_bytes=memory,
         host_bytes=2 * tokens * layers * layout.offloaded_bytes,
         transfers=transfers,
-        scattered=gradients * transfers.get("fsdp", 0.0),
-        scatters_evenly=decoder.embed_dim % (SCATTER_TILE * mesh.fsdp) == 0,
+        scattered=gradients * sum(transfers.get(axis, 0.0) for axis in RULES.of("embed")),
+        scatters_evenly=decoder.embed_dim % (SCATTER_TILE * shards("embed")) == 0,
         head_dim=decoder.head_dim,
         attention_dropout=layout.attention_dropout,
     )
@@ -200,27 +208,32 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
 
 def _kept(decoder: Decoder, layout: Layout) -> float:
     """Values a token, layer and device: a block's input and the outputs of what is not computed again."""
-    of_queries = decoder.num_heads * decoder.head_dim / layout.mesh.tensor
-    of_keys = decoder.num_kv_heads * decoder.head_dim / (layout.mesh.tensor if decoder.num_kv_heads > 1 else 1)
+    shards = decoder.shards_on(layout.mesh)
+    of_queries = decoder.num_heads * decoder.head_dim / shards("heads")
+    of_keys = decoder.num_kv_heads * decoder.head_dim / shards("kv_heads")
     parts = {
         "qkv": of_queries + 2 * of_keys, "attention": of_queries, "out": decoder.embed_dim,
-        "mlp_in": (decoder.mlp_matrices - 1) * decoder.mlp_dim / layout.mesh.tensor,
+        "mlp_in": (decoder.mlp_matrices - 1) * decoder.mlp_dim / shards("mlp"),
     }  # fmt: skip
     return decoder.embed_dim + sum(values for part, values in parts.items() if part not in layout.recomputed)
 
 
 def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, float]:
-    mesh = layout.mesh
-
-    def ring(size: int) -> float:
-        return (size - 1) / size
-
-    # Weights are gathered in the forward and in the backward pass, gradients scattered, in every microbatch.
-    of_tensor = decoder.weights / mesh.tensor
-    fsdp = layout.microbatches * ring(mesh.fsdp) * of_tensor * (2 * BF16 + layout.gradient_bytes)
-    summed = layout.data_sums * FP32 if layout.data_sums is not None else layout.microbatches * layout.gradient_bytes
-    data = 2 * ring(mesh.data) * of_tensor / mesh.fsdp * summed
-    sums = decoder.num_layers * layout.tensor_sums + 2
-    tensor = 2 * ring(mesh.tensor) * tokens * decoder.embed_dim * BF16 * sums
-    found = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return {axis: sent for axis, sent in found.items() if getattr(mesh, axis) > 1}
+    """Axis -> bytes that a device sends along it in a step, for the axes of more than one device."""
+    shards = decoder.shards_on(layout.mesh)
+    weights = decoder.weights / shards("mlp")
+    found = {}
+    for axis, size in layout.mesh.sizes.items():
+        ring = (size - 1) / size
+        if axis in RULES.of("embed"):
+            # Weights are all-gathered in both passes and gradients reduce-scattered, in every microbatch.
+            found[axis] = layout.microbatches * ring * weights * (2 * BF16 + layout.gradient_bytes)
+        elif axis in RULES.of("batch"):
+            # Gradients are all-reduced, already sharded over the other axes.
+            summed = layout.microbatches * layout.gradient_bytes if layout.data_sums is None else layout.data_sums * FP32
+            found[axis] = 2 * ring * weights / shards("embed") * summed
+        else:
+            # Activations are all-gathered and reduce-scattered around attention and MLP.
+            sums = decoder.num_layers * layout.tensor_sums + 2
+            found[axis] = 2 * ring * tokens * decoder.embed_dim * BF16 * sums
+    return {axis: sent for axis, sent in found.items() if layout.mesh.sizes[axis] > 1}

@@ -36,7 +36,7 @@ def refused(capsys, command: str) -> str:
         ("starcoderbase --topology v5p:4x4x4 --mesh.tensor 32", "num_heads 48"),
         ("starcoderbase --topology v5p:4x4x4 --global-batch-size 32", "global_batch_size 32 is not a multiple of"),
         ("starcoderbase --topology v5p:4x4x4 --microbatch-size 192", "microbatch_size 192 does not divide"),
-        ("starcoderbase --topology v5p:4x4x4 --slices 2", "not a multiple of the 2 slices"),
+        ("starcoderbase --topology v5p:4x4x4 --slices 2", "not a multiple of 2 slices"),
         ("starcoderbase --topology v5p:4x4x4 --slices 0", "--slices is 0"),
         ("starcoderbase --topology h100:8x8 --slices 2", "--slices is for TPUs"),
         ("starcoderbase --topology v5p:4x4x4 --minutes 0", "--minutes is 0"),

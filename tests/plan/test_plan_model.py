@@ -11,13 +11,13 @@ from jaxcoder_configs.starcoder import starcoderbase, starcoderbase_1b
 from jaxcoder.config import MeshConfig
 from jaxcoder.errors import ConfigError, JaxcoderError
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
-from jaxcoder.plan.calibration import calibrated_range, comparisons
+from jaxcoder.plan.calibration import calibration, comparisons
 from jaxcoder.plan.compile import Compiled
 from jaxcoder.plan.hlo import Collective
 from jaxcoder.plan.make import find_fit, make_plan, prepare
 from jaxcoder.plan.published import LACKING, RUNS
 from jaxcoder.plan.ranking import lines_of_ranking, spearman
-from jaxcoder.plan.report import lines_of
+from jaxcoder.plan.report import as_dict, lines_of
 from jaxcoder.plan.search import accuracy, lines_of_search, search
 from jaxcoder.plan.time_model import axis_bandwidths, step_time
 from jaxcoder.plan.topology import parse_topology
@@ -130,9 +130,19 @@ def test_the_model_is_near_them():
     for comparison in found:
         assert 0.6 < comparison.ratio < 1.15, comparison.run.name
         assert 0.3 < comparison.published_mfu < 0.75, comparison.run.name
-    for platform in ("tpu", "cuda"):
-        factors = calibrated_range(platform)
-        assert factors.fastest <= factors.slowest
+    tpu, cuda = calibration("tpu"), calibration("cuda")
+    assert tpu.range.fastest < 1 < tpu.range.slowest and str(tpu).endswith("models")
+    assert cuda.range is None and str(cuda) == "not calibrated: 2 published runs of 1 model"
+
+
+def test_gpu_plans_have_no_range_and_show_the_original():
+    config = dataclasses.replace(starcoderbase(), mesh=MeshConfig(fsdp=16, tensor=4))
+    topology = parse_topology("h100:8x8")
+    plan = make_plan(prepare(config, topology), topology, None)
+    text = " ".join("\n".join(lines_of(plan)).split())
+    assert "not calibrated: 2 published runs of 1 model" in text and plan.seconds.keys() == {"expected"}
+    assert "original 909 tokens/s a GPU on a100:64x8 (published)" in text
+    assert as_dict(plan)["seconds"]["slow"] is None
 
 
 def test_a_log_that_states_both_agrees_with_our_convention():
