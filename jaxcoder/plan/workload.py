@@ -230,7 +230,9 @@ def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, flo
             found[axis] = layout.microbatches * ring * weights * (2 * BF16 + layout.gradient_bytes)
         elif axis in RULES.of("batch"):
             # Gradients are all-reduced, already sharded over the other axes.
-            summed = layout.microbatches * layout.gradient_bytes if layout.data_sums is None else layout.data_sums * FP32
+            summed = (
+                layout.microbatches * layout.gradient_bytes if layout.data_sums is None else layout.data_sums * FP32
+            )
             found[axis] = 2 * ring * weights / shards("embed") * summed
         else:
             # Activations are all-gathered and reduce-scattered around attention and MLP.
