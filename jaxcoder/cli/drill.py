@@ -39,19 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.process_of is not None:
         return _train(args)
-    from jaxcoder.drill.faults import kinds
 
     if args.kinds:
-        for name, kind in kinds(args.processes).items():
+        from jaxcoder.drill.faults import fault_kinds
+
+        for name, kind in fault_kinds(args.processes).items():
             print(f"{name:<14} {kind.what}")
         return 0
     from jaxcoder import runtime
-    from jaxcoder.drill.drill import Plan, clean_up, drill
+    from jaxcoder.drill.drill import FaultSchedule, clean_up, drill
     from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     only = args.only.split(",") if args.only else ()
-    plan = Plan.draw(args.faults, seed, only=only, processes=args.processes)
+    plan = FaultSchedule.draw(args.faults, seed, only=only, processes=args.processes)
     directory = args.output_dir or Path("runs") / time.strftime("drill-%Y%m%d-%H%M%S")
     try:
         report = drill(directory, plan, seed=seed)

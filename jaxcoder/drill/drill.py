@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxcoder.drill.faults import TIMEOUT_SECONDS, Scene, Strike, choose, is_right, kinds
+from jaxcoder.drill.faults import TIMEOUT_SECONDS, InjectedFault, Scenario, choose_kinds, fault_kinds, is_right
 from jaxcoder.drill.processes import (
     DrillError,
-    Layout,
+    ProcessLayout,
     RunFiles,
     Start,
     Trainer,
@@ -32,7 +32,7 @@ from jaxcoder.drill.processes import (
     own_command,
     wait_until,
 )
-from jaxcoder.drill.report import Outcome, Report, Verdict, compare, judge_bad_batches
+from jaxcoder.drill.report import DrillReport, Outcome, Verdict, compare, judge_bad_batches
 from jaxcoder.drill.setup import SAVE_EVERY_STEPS, BadBatch, layout_of, prepare
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import format_duration
@@ -40,13 +40,13 @@ from jaxcoder.formatting import format_duration
 logger = logging.getLogger(__name__)
 
 STEPS_PER_FAULT = 3 * SAVE_EVERY_STEPS
-"""More than any fault waits for, so that the run is not done before the last one."""
+"""More steps than any fault waits for, so that the run does not finish before the last one."""
 STARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which faults, in which order."""
+class FaultSchedule:
+    """The faults of a drill, in order."""
 
     kinds: list[str]
     processes: int
@@ -54,23 +54,23 @@ class Plan:
     bad_batches: dict[int, BadBatch]
 
     @classmethod
-    def draw(cls, count: int, seed: int, *, only: Sequence[str] = (), processes: int = 2) -> "Plan":
-        """`count` faults; ConfigError for numbers and names that cannot be."""
+    def draw(cls, count: int, seed: int, *, only: Sequence[str] = (), processes: int = 2) -> "FaultSchedule":
+        """`count` random faults. ConfigError for impossible numbers and unknown names."""
         if count < 1 or processes < 1:
             raise ConfigError(f"--faults is {count} and --processes {processes}: give 1 or more of each.")
-        chosen = choose(count, only, processes, random.Random(seed))
-        strikes = sum(kinds(processes)[name].strike is not None for name in chosen)
+        chosen = choose_kinds(count, only, processes, random.Random(seed))
+        strikes = sum(fault_kinds(processes)[name].inject is not None for name in chosen)
         num_steps = STEPS_PER_FAULT * (strikes + 2)
-        bad = [name for name in chosen if kinds(processes)[name].strike is None]
-        # Not in the warm-up, and apart: two in a row are another fault.
+        bad = [name for name in chosen if fault_kinds(processes)[name].inject is None]
+        # After the warm-up, and not in consecutive steps, which would be another fault.
         places = random.Random(seed).sample(range(STEPS_PER_FAULT, num_steps - 1, 3), len(bad))
         return cls(
             kinds=chosen, processes=processes, num_steps=num_steps, bad_batches=dict(zip(places, bad, strict=True))
         )
 
 
-def drill(directory: Path, plan: Plan, *, seed: int) -> Report:
-    """Carries the plan out in `directory`, which must be empty or new, and returns what survived."""
+def drill(directory: Path, plan: FaultSchedule, *, seed: int) -> DrillReport:
+    """Runs the drill in `directory`, which must be empty or new, and returns its report."""
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"`{directory}` is not empty: give a new --output-dir.")
     directory.mkdir(parents=True, exist_ok=True)
@@ -82,17 +82,17 @@ def drill(directory: Path, plan: Plan, *, seed: int) -> Report:
     undisturbed = RunFiles(directory / "undisturbed")
     seconds = finish_undisturbed(trainer, undisturbed, layout_of(plan.processes))
     logger.info(f"Undisturbed: {plan.num_steps} steps in {format_duration(seconds)}")
-    known = kinds(plan.processes)
-    report = Report(seed=seed, processes=plan.processes, num_steps=plan.num_steps)
+    known = fault_kinds(plan.processes)
+    report = DrillReport(seed=seed, processes=plan.processes, num_steps=plan.num_steps)
     for name, is_elastic in (("disturbed", False), ("resized", True)):
-        chosen = [kind for kind in plan.kinds if known[kind].strike and known[kind].is_elastic == is_elastic]
+        chosen = [kind for kind in plan.kinds if known[kind].inject and known[kind].is_elastic == is_elastic]
         if not chosen and (is_elastic or not plan.bad_batches):
             continue
         run = RunFiles(directory / name)
-        Lane(trainer, run, plan, random.Random(f"{seed} {name}"), report).play(chosen)
+        DisturbedRun(trainer, run, plan, random.Random(f"{seed} {name}"), report).play(chosen)
         report.verdicts[name] = _verdict(run, undisturbed, is_elastic)
         logger.info(f"{name}: {report.verdicts[name]}")
-    # In all runs alike, the first one that was hit by faults counts.
+    # Bad batches are the same in all runs; the first run is judged.
     hit = RunFiles(directory / next(iter(report.verdicts)))
     report.outcomes += judge_bad_batches(plan.bad_batches, hit, first=len(report.outcomes) + 1)
     report.seconds = time.monotonic() - began
@@ -101,7 +101,7 @@ def drill(directory: Path, plan: Plan, *, seed: int) -> Report:
 
 
 def clean_up(directory: Path) -> None:
-    """Leaves the outcome alone."""
+    """Removes all but the report."""
     for entry in directory.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
@@ -109,15 +109,15 @@ def clean_up(directory: Path) -> None:
             entry.unlink()
 
 
-def finish_undisturbed(trainer: Trainer, run: RunFiles, layout: Layout) -> float:
-    """Seconds that a run takes from its start to its end."""
+def finish_undisturbed(trainer: Trainer, run: RunFiles, layout: ProcessLayout) -> float:
+    """Runs to the end and returns the seconds."""
     with trainer.start(run, layout) as start:
         _wait_to_the_end(start, run)
         return time.monotonic() - start.began
 
 
 def _wait_to_the_end(start: Start, run: RunFiles) -> None:
-    """DrillError unless all processes finish; as long as there are new steps, they may take their time."""
+    """DrillError unless all processes finish; they may take any time as long as there are new steps."""
     step = -1
     while run.last_step() > step:
         step = run.last_step()
@@ -134,17 +134,17 @@ def _verdict(run: RunFiles, undisturbed: RunFiles, is_elastic: bool) -> Verdict:
         return Verdict(problems=[str(error)])
 
 
-class Lane:
-    """One run under fire: a start, a fault, the next start, and so on, to the end of the run."""
+class DisturbedRun:
+    """One run with faults: a start, a fault, the next start, and so on, to the end of the run."""
 
-    def __init__(self, trainer: Trainer, run: RunFiles, plan: Plan, draw: random.Random, report: Report):
+    def __init__(self, trainer: Trainer, run: RunFiles, plan: FaultSchedule, draw: random.Random, report: DrillReport):
         self.trainer, self.run, self.plan, self.draw = trainer, run, plan, draw
         self.report = report
         self.layout = layout_of(plan.processes)
         self.start: Start | None = None
 
     def play(self, chosen: Sequence[str]) -> None:
-        """What goes wrong is in the report; a run that does not go on is given up."""
+        """Problems go to the report; a run that does not continue is abandoned."""
         outcome = None
         try:
             self.start = self.trainer.start(self.run, self.layout)
@@ -152,41 +152,41 @@ class Lane:
             for turn, name in enumerate(chosen):
                 outcome = Outcome(number=len(self.report.outcomes) + 1, kind=name)
                 self.report.outcomes.append(outcome)
-                self._suffer(outcome, turn)
+                self._inject(outcome, turn)
                 logger.info(f"{outcome.number:>3} of {len(self.plan.kinds)}  {outcome}")
             _wait_to_the_end(self.start, self.run)
         except DrillError as error:
             (outcome.problems if outcome else self.report.problems).append(str(error))
-            logger.info(f"given up: {error}")
+            logger.info(f"abandoned: {error}")
         finally:
             if self.start is not None:
                 self.start.__exit__()
 
-    def _suffer(self, outcome: Outcome, turn: int) -> None:
-        """One fault, from a run that trains to a run that trains again."""
-        kind = kinds(self.plan.processes)[outcome.kind]
+    def _inject(self, outcome: Outcome, turn: int) -> None:
+        """One fault: from a training run to a run that trains again."""
+        kind = fault_kinds(self.plan.processes)[outcome.kind]
         target = turn % self.layout.processes
-        scene = Scene(start=self.start, run=self.run, layout=self.layout, draw=self.draw, target=target)
-        strike = kind.strike(scene)
-        outcome.detail = strike.detail
-        self._watch_the_end(outcome, strike)
+        scenario = Scenario(start=self.start, run=self.run, layout=self.layout, draw=self.draw, target=target)
+        fault = kind.inject(scenario)
+        outcome.detail = fault.detail
+        self._check_exits(outcome, fault)
         outcome.step = self.run.last_step()
-        if strike.damage:
-            outcome.detail += f"; {self.run.damage_newest(strike.damage, self.draw)}"
-        self.layout = strike.layout or self.layout
-        if strike.start_is_killed_after is not None:
+        if fault.damage:
+            outcome.detail += f"; {self.run.damage_newest(fault.damage, self.draw)}"
+        self.layout = fault.layout or self.layout
+        if fault.start_is_killed_after is not None:
             with self.trainer.start(self.run, self.layout):
-                time.sleep(strike.start_is_killed_after)
-        whole = self.run.whole()
+                time.sleep(fault.start_is_killed_after)
+        whole = self.run.complete_steps()
         expected = whole[-1] if whole else 0
-        if strike.saves and expected != outcome.step:
-            outcome.problems.append(f"it ended after step {outcome.step}, and step {expected} is what is saved")
+        if fault.saves and expected != outcome.step:
+            outcome.problems.append(f"it ended after step {outcome.step}, but the newest checkpoint is of step {expected}")
         outcome.step = max(outcome.step, self.run.last_step())  # a start that was killed may have trained on
-        self._start_again(outcome, expected)
+        self._restart(outcome, expected)
         outcome.lost = outcome.step - outcome.continued
 
-    def _start_again(self, outcome: Outcome, expected: int) -> None:
-        """Once is right; a scheduler tries more often, and so the rest of the drill need not be given up."""
+    def _restart(self, outcome: Outcome, expected: int) -> None:
+        """One start is required to succeed; further ones are tried, as a scheduler does, to continue the drill."""
         for _ in range(STARTS):
             self.start = self.trainer.start(self.run, self.layout)
             try:
@@ -200,31 +200,31 @@ class Lane:
         outcome.continued = continued_after(self.start.said(0))
         if outcome.continued != expected:
             outcome.problems.append(
-                f"it continued after step {outcome.continued}, though {expected} was the newest whole checkpoint"
+                f"it continued after step {outcome.continued}, but {expected} was the newest complete checkpoint"
             )
 
-    def _watch_the_end(self, outcome: Outcome, strike: Strike) -> None:
-        """All processes that were not struck down must end by themselves, in time, with the right codes and words."""
+    def _check_exits(self, outcome: Outcome, fault: InjectedFault) -> None:
+        """All processes that the fault left alive must exit by themselves, in time, with the required codes and logs."""
         start = self.start
-        others = [index for index in range(self.layout.processes) if index not in strike.stopped]
-        ended = start.wait(max(0.0, strike.at + strike.limit - time.monotonic()), others)
-        outcome.noticed = time.monotonic() - strike.at
+        others = [index for index in range(self.layout.processes) if index not in fault.stopped]
+        ended = start.wait(max(0.0, fault.at + fault.limit - time.monotonic()), others)
+        outcome.noticed = time.monotonic() - fault.at
         if not ended:
             stuck = [index for index in start.running() if index in others]
-            outcome.problems.append(f"processes {stuck} were still there after {strike.limit:.0f} s")
-        elif outcome.noticed > strike.prompt and start.unsaid("the save of step", others):
-            outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {strike.prompt:.0f} are enough")
+            outcome.problems.append(f"processes {stuck} were still running after {fault.limit:.0f} s")
+        elif outcome.noticed > fault.prompt and start.unsaid("the save of step", others):
+            outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {fault.prompt:.0f} are enough")
         outcome.codes = [code if index in others else None for index, code in enumerate(start.codes())]
         start.signal(signal.SIGKILL)
         start.wait(TIMEOUT_SECONDS)
-        for index, right in strike.codes.items():
+        for index, right in fault.codes.items():
             if not is_right(outcome.codes[index], right):
                 outcome.problems.append(f"process {index} ended with {outcome.codes[index]}, not {right}")
-        if strike.is_named:
-            outcome.problems += start.unsaid(strike.is_named, list(strike.codes))
+        if fault.is_named:
+            outcome.problems += start.unsaid(fault.is_named, list(fault.codes))
 
     def _wait_for_training(self, start: Start, expected: int) -> float:
-        """Seconds from the start until a step was made that follows the restored one. DrillError if none is."""
+        """Seconds from the start to the first step after the restored one. DrillError if there is none."""
         file, last = self.run.metrics_file()
 
         def trains() -> bool:

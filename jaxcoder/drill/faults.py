@@ -1,7 +1,8 @@
-"""What a drill does to a run: each kind is a function that waits for its moment, strikes, and says what has to follow.
+"""The faults of a drill: each kind is a function that waits for its condition, injects the fault, and returns the required
+outcome.
 
-The processes that were not struck down have to end by themselves, with an exit code that makes a scheduler start the
-run again, within `Strike.limit` seconds.
+The processes that the fault left alive must exit by themselves, with an exit code that makes a scheduler restart the run,
+within `InjectedFault.limit` seconds.
 """
 
 import math
@@ -12,60 +13,61 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from jaxcoder.drill.processes import DrillError, Layout, RunFiles, Start, wait_until
+from jaxcoder.drill.processes import DrillError, ProcessLayout, RunFiles, Start, wait_until
 from jaxcoder.drill.setup import SAVE_EVERY_STEPS, START_SECONDS, STEP_SECONDS
 from jaxcoder.errors import EXIT_SIGTERM, EXIT_USER_ERROR, EXIT_WATCHDOG, ConfigError
+from jaxcoder.formatting import did_you_mean, plural
 
 SLACK_SECONDS = 25.0
-"""For Python to notice, write its stacks and end, on a machine with more processes than cores."""
+"""For Python to react, write its stacks and exit, on a machine with more processes than cores."""
 TIMEOUT_SECONDS = 180.0
-"""For a few steps of a run that is under way, or for a start."""
+"""For a few steps of a running trainer, or for a start."""
 
 ANY_FAILURE, ANY_ERROR = "any but 0 and 2", "any but 0"
-"""Schedulers start again what ended with a failure: 0 means done, 2 that the user has something to mend."""
+"""Schedulers restart failures: 0 means finished, 2 a user error."""
 
 
 @dataclass(kw_only=True)
-class Scene:
-    """A run that is under way."""
+class Scenario:
+    """A running trainer, as the faults see it."""
 
     start: Start
     run: RunFiles
-    layout: Layout
+    layout: ProcessLayout
     draw: random.Random
     target: int
-    """Processes take turns at being the one that is struck."""
+    """The process that is hit; processes take turns."""
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """DrillError if it does not come about, or the run ends before it."""
+        """DrillError if `condition` does not become true in time, or the run ends before."""
         wait_until(lambda: condition() or bool(self._ended()), TIMEOUT_SECONDS)
         if self._ended() or not condition():
-            why = f"ended with {self.start.codes()}" if self._ended() else f"was not there in {TIMEOUT_SECONDS:.0f} s"
-            raise DrillError(f"before the fault, while waiting for {what}, it {why}: {self.start.last_words()}")
+            why = f"ended with {self.start.codes()}" if self._ended() else f"did not reach it in {TIMEOUT_SECONDS:.0f} s"
+            raise DrillError(f"before the fault, while waiting for {what}, the run {why}: {self.start.last_words()}")
 
     def _ended(self) -> bool:
         return len(self.start.running()) < self.layout.processes
 
     def wait_some_steps(self) -> None:
-        """So many that a checkpoint was begun, and at most a save more."""
+        """Until a checkpoint is complete, and at most two save intervals."""
         wanted = self.run.last_step() + self.draw.randint(1, 2 * SAVE_EVERY_STEPS)
-        self.wait_for(lambda: self.run.last_step() >= wanted and bool(self.run.whole()), f"step {wanted}")
+        self.wait_for(lambda: self.run.last_step() >= wanted and bool(self.run.complete_steps()), f"step {wanted}")
 
     def wait_for_save(self) -> None:
         self.wait_for(self.run.is_saving, "a save")
 
 
 def is_right(code: int | None, right: int | str) -> bool:
-    """Whether an exit code is one of those that are right; None is of a process that has not ended."""
+    """Whether an exit code is as required; None stands for a process that has not exited."""
     wrong = {ANY_FAILURE: (None, 0, 2), ANY_ERROR: (None, 0)}
     return code not in wrong[right] if isinstance(right, str) else code == right
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strike:
-    """A fault that has been dealt, and what has to follow.
+class InjectedFault:
+    """A fault that was injected, and the required outcome.
 
-    codes: process -> the exit code that is right for it, or ANY_FAILURE, ANY_ERROR; one that was killed needs none.
+    codes: process -> its required exit code, or ANY_FAILURE, ANY_ERROR; a killed process has none.
     """
 
     detail: str
@@ -73,180 +75,183 @@ class Strike:
     at: float = field(default_factory=time.monotonic)
     limit: float = SLACK_SECONDS
     prompt: float = math.inf
-    """The limit where no save was under way: a save may take as long as a start."""
+    """The limit if no save was in progress: a save may take as long as a start."""
     stopped: Sequence[int] = ()
     """Processes that are alive but stuck: they are killed once the others have ended."""
     saves: bool = False
-    """The step at which it ended must be saved."""
+    """The last step must be saved."""
     is_named: str = ""
-    """Words that one of those that ended by themselves must have said."""
+    """A pattern that the log of a process that exited by itself must contain."""
     damage: str = ""
-    """What is done to the newest checkpoint before the next start (`RunFiles.damage_newest`)."""
+    """The damage to the newest checkpoint before the next start (`RunFiles.damage_newest`)."""
     start_is_killed_after: float | None = None
-    """The next start is killed so many seconds after it began, and one more is made."""
-    layout: Layout | None = None
+    """Seconds after which the next start is killed too."""
+    layout: ProcessLayout | None = None
     """The layout of the next start; None: the same."""
 
 
-def kill_one(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    return _killed(scene, [scene.target], f"process {scene.target}")
+def kill_one(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    return _killed(scenario, [scenario.target], f"process {scenario.target}")
 
 
-def kill_all(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    time.sleep(scene.draw.uniform(0, 0.3))
-    return _killed(scene, range(scene.layout.processes), "all")
+def kill_all(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    time.sleep(scenario.draw.uniform(0, 0.3))
+    return _killed(scenario, range(scenario.layout.processes), "all")
 
 
-def kill_saving(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    scene.wait_for_save()
-    time.sleep(scene.draw.uniform(0, 0.05))
-    if scene.layout.processes > 1 and scene.draw.random() < 0.5:
-        return _killed(scene, [scene.target], f"process {scene.target} in a save")
-    return _killed(scene, range(scene.layout.processes), "all in a save")
+def kill_saving(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    scenario.wait_for_save()
+    time.sleep(scenario.draw.uniform(0, 0.05))
+    if scenario.layout.processes > 1 and scenario.draw.random() < 0.5:
+        return _killed(scenario, [scenario.target], f"process {scenario.target} in a save")
+    return _killed(scenario, range(scenario.layout.processes), "all in a save")
 
 
-def kill_starting(scene: Scene) -> Strike:
-    seconds = scene.draw.uniform(0.2, 12.0)
-    strike = kill_all(scene)
-    return replace(strike, detail=f"all, again {seconds:.1f} s into the next start", start_is_killed_after=seconds)
+def kill_starting(scenario: Scenario) -> InjectedFault:
+    seconds = scenario.draw.uniform(0.2, 12.0)
+    fault = kill_all(scenario)
+    return replace(fault, detail=f"all, again {seconds:.1f} s into the next start", start_is_killed_after=seconds)
 
 
-def stop_one(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    scene.start.signal(signal.SIGSTOP, [scene.target])
-    return Strike(
-        detail=f"process {scene.target}",
-        codes={index: EXIT_WATCHDOG for index in range(scene.layout.processes) if index != scene.target},
+def stop_one(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    scenario.start.signal(signal.SIGSTOP, [scenario.target])
+    return InjectedFault(
+        detail=f"process {scenario.target}",
+        codes={index: EXIT_WATCHDOG for index in range(scenario.layout.processes) if index != scenario.target},
         limit=START_SECONDS + SLACK_SECONDS,
         prompt=STEP_SECONDS + SLACK_SECONDS,
-        stopped=[scene.target],
-        is_named=rf"step [\d,]+ .*\bprocess {scene.target}\b.* has not answered",
+        stopped=[scenario.target],
+        is_named=rf"step [\d,]+ .*\bprocess {scenario.target}\b.* has not answered",
     )
 
 
-def terminate_all(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    scene.start.signal(signal.SIGTERM)
-    return _saved(scene, "all")
+def terminate_all(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    scenario.start.signal(signal.SIGTERM)
+    return _saved(scenario, "all")
 
 
-def terminate_one(scene: Scene) -> Strike:
-    scene.wait_some_steps()
-    scene.start.signal(signal.SIGTERM, [scene.target])
-    return _saved(scene, f"process {scene.target}")
+def terminate_one(scenario: Scenario) -> InjectedFault:
+    scenario.wait_some_steps()
+    scenario.start.signal(signal.SIGTERM, [scenario.target])
+    return _saved(scenario, f"process {scenario.target}")
 
 
-def fill_disk(scene: Scene) -> Strike:
+def fill_disk(scenario: Scenario) -> InjectedFault:
     """A limit on the size of files stands in for a full disk: the arrays of the next save do not fit."""
-    scene.wait_some_steps()
-    limit = scene.run.largest_file() // 2
-    if scene.run.metrics.stat().st_size * 2 > limit:
+    scenario.wait_some_steps()
+    limit = scenario.run.largest_file() // 2
+    if scenario.run.metrics.stat().st_size * 2 > limit:
         raise DrillError("metrics.jsonl is as large as a checkpoint: give fewer --faults.")
-    process = scene.start.processes[scene.target]
+    process = scenario.start.processes[scenario.target]
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    others = [index for index in range(scene.layout.processes) if index != scene.target]
-    return Strike(
-        detail=f"process {scene.target}",
-        codes={scene.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_ERROR),
+    others = [index for index in range(scenario.layout.processes) if index != scenario.target]
+    return InjectedFault(
+        detail=f"process {scenario.target}",
+        codes={scenario.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_ERROR),
         limit=STEP_SECONDS + SLACK_SECONDS,
         is_named="disk is full",
     )
 
 
-def damaging(how: str) -> Callable[[Scene], Strike]:
+def damaging(how: str) -> Callable[[Scenario], InjectedFault]:
     """All are killed, then the newest checkpoint is damaged."""
 
-    def strike(scene: Scene) -> Strike:
-        newest = max(scene.run.whole(), default=0)
-        # So that damage after damage does not throw the run back to its beginning.
-        scene.wait_for(lambda: max(scene.run.whole(), default=0) > newest, "a new checkpoint")
-        return replace(kill_all(scene), damage=how)
+    def fault(scenario: Scenario) -> InjectedFault:
+        newest = max(scenario.run.complete_steps(), default=0)
+        # Otherwise repeated damage would set the run back to step 0.
+        scenario.wait_for(lambda: max(scenario.run.complete_steps(), default=0) > newest, "a new checkpoint")
+        return replace(kill_all(scenario), damage=how)
 
-    return strike
-
-
-def resizing(layout_of: Callable[[Layout, random.Random], Layout]) -> Callable[[Scene], Strike]:
-    """All are stopped, one way or another, and the run goes on in another layout."""
-
-    def strike(scene: Scene) -> Strike:
-        layout = layout_of(scene.layout, scene.draw)
-        strike = (kill_all if scene.draw.random() < 0.5 else terminate_all)(scene)
-        return replace(strike, detail=f"{'SIGTERM' if strike.saves else 'kill'}, then {layout}", layout=layout)
-
-    return strike
+    return fault
 
 
-def _killed(scene: Scene, indices: Sequence[int], detail: str) -> Strike:
-    scene.start.signal(signal.SIGKILL, indices)
-    others = [index for index in range(scene.layout.processes) if index not in indices]
+def resizing(layout_of: Callable[[ProcessLayout, random.Random], ProcessLayout]) -> Callable[[Scenario], InjectedFault]:
+    """All processes are killed or terminated, and the run continues with another layout."""
+
+    def fault(scenario: Scenario) -> InjectedFault:
+        layout = layout_of(scenario.layout, scenario.draw)
+        fault = (kill_all if scenario.draw.random() < 0.5 else terminate_all)(scenario)
+        return replace(fault, detail=f"{'SIGTERM' if fault.saves else 'kill'}, then {layout}", layout=layout)
+
+    return fault
+
+
+def _killed(scenario: Scenario, indices: Sequence[int], detail: str) -> InjectedFault:
+    scenario.start.signal(signal.SIGKILL, indices)
+    others = [index for index in range(scenario.layout.processes) if index not in indices]
     limit = (STEP_SECONDS if others else 0) + SLACK_SECONDS
-    return Strike(detail=detail, codes=dict.fromkeys(others, ANY_FAILURE), limit=limit)
+    return InjectedFault(detail=detail, codes=dict.fromkeys(others, ANY_FAILURE), limit=limit)
 
 
-def _saved(scene: Scene, detail: str) -> Strike:
-    codes = dict.fromkeys(range(scene.layout.processes), EXIT_SIGTERM)
-    return Strike(detail=detail, codes=codes, limit=STEP_SECONDS + SLACK_SECONDS, saves=True)
+def _saved(scenario: Scenario, detail: str) -> InjectedFault:
+    codes = dict.fromkeys(range(scenario.layout.processes), EXIT_SIGTERM)
+    return InjectedFault(detail=detail, codes=codes, limit=STEP_SECONDS + SLACK_SECONDS, saves=True)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
-    """strike: None for a batch that goes bad, which the run has to survive without a new start.
+class FaultKind:
+    """inject: None for a bad batch, which the run must survive without a restart.
 
-    least_processes: that the run needs. is_elastic: afterwards the mesh is another one, so that sums round otherwise.
+    min_processes: of the run. is_elastic: the mesh changes, so that sums round differently.
     """
 
     what: str
-    strike: Callable[[Scene], Strike] | None
-    least_processes: int = 1
+    inject: Callable[[Scenario], InjectedFault] | None
+    min_processes: int = 1
     is_elastic: bool = False
 
 
-def kinds(processes: int) -> dict[str, Kind]:
-    """Every kind that a run of so many processes can be drilled with, by name."""
-    half = Layout(processes=max(1, processes // 2), fsdp=max(1, processes // 2))
-    twice = Layout(processes=2 * processes, fsdp=2 * processes)
-    meshes = [Layout(processes=processes, tensor=processes), Layout(processes=processes, data=processes)]
+def fault_kinds(processes: int) -> dict[str, FaultKind]:
+    """The kinds of faults for a run of `processes` processes, by name."""
+    half = ProcessLayout.of(fsdp=max(1, processes // 2))
+    twice = ProcessLayout.of(fsdp=2 * processes)
+    meshes = [ProcessLayout.of(tensor=processes), ProcessLayout.of(data=processes)]
 
-    def other_mesh(layout: Layout, draw: random.Random) -> Layout:
+    def other_mesh(layout: ProcessLayout, draw: random.Random) -> ProcessLayout:
         return draw.choice([mesh for mesh in meshes if mesh != layout])
 
     found = {
-        "kill-one": Kind(what="kill -9 of one process", strike=kill_one, least_processes=2),
-        "kill-all": Kind(what="kill -9 of all", strike=kill_all),
-        "kill-saving": Kind(what="kill -9 of one or all during a save", strike=kill_saving),
-        "kill-starting": Kind(what="kill -9 of all, and again during the next start", strike=kill_starting),
-        "stop-one": Kind(what="SIGSTOP of one: alive but stuck", strike=stop_one, least_processes=2),
-        "term-all": Kind(what="SIGTERM to all, as a scheduler sends it", strike=terminate_all),
-        "term-one": Kind(what="SIGTERM to one", strike=terminate_one, least_processes=2),
-        "disk-full": Kind(what="the disk is full during a save", strike=fill_disk),
-        "lose": Kind(what="the newest checkpoint is lost", strike=damaging("lose")),
-        "truncate": Kind(what="a file in it is cut off", strike=damaging("truncate")),
-        "flip": Kind(what="one bit in it is flipped", strike=damaging("flip")),
-        "no-manifest": Kind(what="its manifest is missing", strike=damaging("manifest")),
-        "no-commit": Kind(what="its arrays' commit marker is missing", strike=damaging("commit")),
-        "nan": Kind(what="a batch gives NaN", strike=None),
-        "spike": Kind(what="a batch gives a spike of loss and gradients", strike=None),
-        "half": Kind(
-            what="goes on with half the processes",
-            strike=resizing(lambda *_: half),
-            least_processes=2,
+        "kill-one": FaultKind(what="kill -9 of one process", inject=kill_one, min_processes=2),
+        "kill-all": FaultKind(what="kill -9 of all", inject=kill_all),
+        "kill-saving": FaultKind(what="kill -9 of one or all during a save", inject=kill_saving),
+        "kill-starting": FaultKind(what="kill -9 of all, and again during the next start", inject=kill_starting),
+        "stop-one": FaultKind(what="SIGSTOP of one: alive but stuck", inject=stop_one, min_processes=2),
+        "term-all": FaultKind(what="SIGTERM to all, as a scheduler sends it", inject=terminate_all),
+        "term-one": FaultKind(what="SIGTERM to one", inject=terminate_one, min_processes=2),
+        "disk-full": FaultKind(what="the disk is full during a save", inject=fill_disk),
+        "lose": FaultKind(what="the newest checkpoint is lost", inject=damaging("lose")),
+        "truncate": FaultKind(what="one of its files is truncated", inject=damaging("truncate")),
+        "flip": FaultKind(what="one of its bits is flipped", inject=damaging("flip")),
+        "no-manifest": FaultKind(what="its manifest is missing", inject=damaging("manifest")),
+        "no-commit": FaultKind(what="its arrays' commit marker is missing", inject=damaging("commit")),
+        "nan": FaultKind(what="a batch gives NaN", inject=None),
+        "spike": FaultKind(what="a batch gives a spike of loss and gradients", inject=None),
+        "half": FaultKind(
+            what="continues with half the processes",
+            inject=resizing(lambda *_: half),
+            min_processes=2,
             is_elastic=True,
         ),
-        "twice": Kind(what="goes on with twice the processes", strike=resizing(lambda *_: twice), is_elastic=True),
-        "mesh": Kind(what="goes on with another mesh", strike=resizing(other_mesh), least_processes=2, is_elastic=True),
+        "twice": FaultKind(what="continues with twice the processes", inject=resizing(lambda *_: twice), is_elastic=True),
+        "mesh": FaultKind(what="continues on another mesh", inject=resizing(other_mesh), min_processes=2, is_elastic=True),
     }
-    return {name: kind for name, kind in found.items() if processes >= kind.least_processes}
+    return {name: kind for name, kind in found.items() if processes >= kind.min_processes}
 
 
-def choose(count: int, only: Sequence[str], processes: int, draw: random.Random) -> list[str]:
-    """`count` names of kinds: each once before any comes a second time, in random order."""
-    known = kinds(processes)
+def choose_kinds(count: int, only: Sequence[str], processes: int, draw: random.Random) -> list[str]:
+    """`count` names of kinds in random order; each occurs once before any is repeated."""
+    known = fault_kinds(processes)
     for name in only:
         if name not in known:
-            raise ConfigError(f"--only names {name!r}, and {processes} process(es) know {', '.join(known)}.")
+            raise ConfigError(
+                f"--only names {name!r}{did_you_mean(name, known)}: with {plural(processes, 'process', 'processes')} there are "
+                f"{', '.join(known)}."
+            )
     names, chosen = list(only) or list(known), []
     while len(chosen) < count:
         chosen += draw.sample(names, len(names))

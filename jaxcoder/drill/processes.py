@@ -1,8 +1,7 @@
-"""The processes of a drill: the real trainer, started as a scheduler starts it, watched from outside.
+"""The processes of a drill: the real trainer, started as a scheduler starts it and observed from outside.
 
-`Start` is one start of all processes of a run, which meet over loopback, one CPU device each. `RunFiles` reads what
-they leave behind, and damages it. Nothing here knows how the trainer works inside: only its exit codes, its files and
-what it says.
+`Start` is one start of all processes of a run, connected over loopback, one CPU device each. `RunFiles` reads and damages
+their files. The drill knows the trainer only by its exit codes, its files and its logs.
 """
 
 import os
@@ -20,7 +19,9 @@ from pathlib import Path
 
 from jaxcoder import runtime
 from jaxcoder.checkpoint.manifest import COMMIT_MARKER, MANIFEST
+from jaxcoder.config.mesh import MESH_AXES, MeshConfig
 from jaxcoder.errors import JaxcoderError
+from jaxcoder.formatting import plural
 from jaxcoder.record.metrics import last_metrics, read_metrics
 
 POLL_SECONDS = 0.003
@@ -28,38 +29,41 @@ POLL_SECONDS = 0.003
 
 
 class DrillError(JaxcoderError):
-    """The run did not do what it has to; the message says what."""
+    """The run violated a requirement of the drill, which the message names."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How many processes share a run, one device each, and the mesh over them."""
+class ProcessLayout:
+    """The processes of a run, one device each, and the mesh over them."""
 
-    processes: int
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    mesh: MeshConfig
+
+    @classmethod
+    def of(cls, **sizes: int) -> "ProcessLayout":
+        """A mesh with these axis sizes, 1 for the other axes."""
+        return cls(mesh=MeshConfig(**dict.fromkeys(MESH_AXES, 1) | sizes))
+
+    @property
+    def processes(self) -> int:
+        return self.mesh.num_devices
 
     def __str__(self) -> str:
-        axes = [f"{name} {size}" for name, size in self.axes().items() if size > 1]
-        return f"{self.processes} process{'es' * (self.processes > 1)}, {' x '.join(axes) or 'one device'}"
-
-    def axes(self) -> dict[str, int]:
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        axes = [f"{name} {size}" for name, size in self.mesh.sizes.items() if size > 1]
+        return f"{plural(self.processes, 'process', 'processes')}, {' x '.join(axes) or 'one device'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """How the drill starts one process of a run: a command, to which the run's options are added, and variables."""
+    """How the drill starts the processes of a run: a command, to which the options of the run are added."""
 
     command: Sequence[str]
     port: int
     cache: Path
 
-    def start(self, run: "RunFiles", layout: Layout) -> "Start":
-        mesh = ",".join(map(str, layout.axes().values()))
+    def start(self, run: "RunFiles", layout: ProcessLayout) -> "Start":
+        mesh = ",".join(map(str, layout.mesh.sizes.values()))
         options = ["--output-dir", str(run.path), "--mesh", mesh]
         variables = {
             "JAX_PLATFORMS": "cpu",
@@ -76,12 +80,12 @@ PROGRAM = (sys.executable, "-m", "jaxcoder.cli.main")
 
 
 def own_command(directory: Path, program: Sequence[str] = PROGRAM) -> list[str]:
-    """The command of a process of the drill in `directory`; the tests give a `program` that breaks the trainer."""
+    """The command of one process of the drill in `directory`; tests pass a `program` with a broken trainer."""
     return [*program, "drill", "--process-of", str(directory)]
 
 
 def free_port() -> int:
-    """One below those that the system gives to outgoing connections: all starts of a run use the same, as on a pod."""
+    """A port below the range of outgoing connections: all starts of a run use the same one, as on a pod."""
     for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
         try:
             with socket.create_server(("127.0.0.1", port)):
@@ -92,7 +96,7 @@ def free_port() -> int:
 
 
 class Start:
-    """All processes of one start, and a context manager that leaves none of them."""
+    """All processes of one start; as a context manager it kills those that are left."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], count: int, logs: Path):
         self.began = time.monotonic()
@@ -115,13 +119,13 @@ class Start:
             process.wait()
 
     def signal(self, number: int, indices: Sequence[int] | None = None) -> None:
-        """To the processes with these indices, or to all; those that have ended are left out."""
+        """Sends a signal to the processes with these indices (default: all) that have not exited."""
         for index in range(len(self.processes)) if indices is None else indices:
             if self.processes[index].poll() is None:
                 self.processes[index].send_signal(number)
 
     def codes(self) -> list[int | None]:
-        """Exit codes by process, minus the signal for one that a signal ended, None for one that is at work."""
+        """Exit codes by process: minus the signal if one ended it, None while it runs."""
         return [process.poll() for process in self.processes]
 
     def running(self) -> list[int]:
@@ -196,7 +200,7 @@ class RunFiles:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    def whole(self) -> list[int]:
+    def complete_steps(self) -> list[int]:
         """Steps whose save came to its end and that the drill has not damaged since, ascending."""
         return [step for step in self.begun() if self._version(step) not in (None, self._damaged.get(step))]
 
@@ -221,7 +225,7 @@ class RunFiles:
 
         how: "lose" (all of it), "truncate" or "flip" (a file), "manifest" or "commit" (such a marker is removed).
         """
-        step = self.whole()[-1]
+        step = self.complete_steps()[-1]
         path = self.checkpoints / str(step)
         self._damaged[step] = self._version(step) or 0
         if how == "lose":
@@ -246,7 +250,7 @@ class RunFiles:
 
     def largest_file(self) -> int:
         """Bytes of the largest file of the newest whole checkpoint."""
-        path = self.checkpoints / str(self.whole()[-1])
+        path = self.checkpoints / str(self.complete_steps()[-1])
         return max(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 

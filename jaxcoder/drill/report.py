@@ -1,4 +1,4 @@
-"""What survived a drill: each fault's outcome, each disturbed run beside the undisturbed one; as a table and JSON."""
+"""The report of a drill: the outcome of each fault, and each disturbed run compared with the undisturbed one."""
 
 import dataclasses
 import json
@@ -14,15 +14,15 @@ from jaxcoder.drill.processes import DrillError, RunFiles
 from jaxcoder.formatting import format_duration, format_table
 
 LOSS_TOLERANCE = 0.002
-"""Largest difference of a step's loss on another mesh, in nats per token: sums are rounded in another order there."""
+"""Largest allowed difference of a step's loss on another mesh, in nats per token: sums are rounded in another order."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """Of one fault. step: the last one made before it. codes: exit codes by process, None for one held by SIGSTOP.
+    """The outcome of one fault. step: the last one before it. codes: exit codes by process, None for SIGSTOP.
 
-    noticed: seconds until all processes that were not struck had ended. continued: the step after which the next start
-    went on. lost: steps made again. again: seconds from the next start to its first step.
+    noticed: seconds until all processes left alive had exited. continued: the step from which the next start continued.
+    lost: steps repeated. again: seconds from the next start to its first step.
     """
 
     number: int
@@ -86,7 +86,7 @@ class Verdict:
 
 
 @dataclass(kw_only=True)
-class Report:
+class DrillReport:
     """Of the whole drill."""
 
     seed: int

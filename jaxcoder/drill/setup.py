@@ -24,10 +24,11 @@ from jaxcoder.config import (
     RunConfig,
     WatchdogConfig,
 )
+from jaxcoder.config.mesh import MESH_AXES
 from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.data.build import build_store
 from jaxcoder.data.loader import Batch
-from jaxcoder.drill.processes import Layout
+from jaxcoder.drill.processes import ProcessLayout
 from jaxcoder.io.document import Document, Part
 from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
@@ -82,17 +83,16 @@ def prepare(directory: Path, num_steps: int, bad_batches: dict[int, BadBatch]) -
 
 
 def read(directory: Path, output_dir: str, mesh: Sequence[int]) -> tuple[RunConfig, "BadBatches"]:
-    """The run of one process of the drill in `directory`. mesh: sizes of data, fsdp, tensor."""
+    """The run of one process of the drill in `directory`. mesh: sizes in the order of `MESH_AXES`."""
     config = from_json((directory / CONFIG).read_text(encoding="utf-8"), source=str(directory / CONFIG))
-    data, fsdp, tensor = mesh
     steps = json.loads((directory / BAD_BATCHES).read_text(encoding="utf-8"))
-    config = replace(config, output_dir=output_dir, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    config = replace(config, output_dir=output_dir, mesh=MeshConfig(**dict(zip(MESH_AXES, mesh, strict=True))))
     return config, BadBatches({int(step): kind for step, kind in steps.items()})
 
 
-def layout_of(processes: int) -> Layout:
+def layout_of(processes: int) -> ProcessLayout:
     """The usual one: all devices along `fsdp`."""
-    return Layout(processes=processes, fsdp=processes)
+    return ProcessLayout.of(fsdp=processes)
 
 
 @dataclass(frozen=True)

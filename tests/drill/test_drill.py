@@ -16,16 +16,16 @@ import pytest
 from jaxcoder.checkpoint.manifest import MANIFEST
 from jaxcoder.cli.main import main
 from jaxcoder.drill import report as drill_report
-from jaxcoder.drill.drill import Lane, Plan, drill, finish_undisturbed
-from jaxcoder.drill.faults import ANY_FAILURE, Strike, choose, kinds
+from jaxcoder.drill.drill import DisturbedRun, FaultSchedule, drill, finish_undisturbed
+from jaxcoder.drill.faults import ANY_FAILURE, InjectedFault, choose_kinds, fault_kinds
 from jaxcoder.drill.processes import RunFiles, Trainer, continued_after, free_port, own_command
-from jaxcoder.drill.report import Outcome, Report, Verdict, compare, judge_bad_batches
+from jaxcoder.drill.report import DrillReport, Outcome, Verdict, compare, judge_bad_batches
 from jaxcoder.drill.setup import layout_of, prepare
 from jaxcoder.errors import ConfigError
 
 
-def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict | None = None) -> Plan:
-    return Plan(kinds=names, processes=processes, num_steps=num_steps, bad_batches=bad or {})
+def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict | None = None) -> FaultSchedule:
+    return FaultSchedule(kinds=names, processes=processes, num_steps=num_steps, bad_batches=bad or {})
 
 
 def test_two_faults_and_two_bad_batches(tmp_path):
@@ -42,7 +42,7 @@ def test_two_faults_and_two_bad_batches(tmp_path):
 @pytest.mark.slow
 def test_every_kind(tmp_path):
     seed = int(time.time())
-    report = drill(tmp_path, Plan.draw(len(kinds(2)), seed), seed=seed)
+    report = drill(tmp_path, FaultSchedule.draw(len(fault_kinds(2)), seed), seed=seed)
     assert not report.has_failed, report.text()
 
 
@@ -100,8 +100,8 @@ def test_a_broken_trainer_is_found_out(alone, name, break_it, said):
     command = own_command(directory, program=(sys.executable, str(program)))
     broken = Trainer(command=command, port=trainer.port, cache=trainer.cache)
     run, plan = RunFiles(directory / name), plan_of(["term-all"], num_steps=24, processes=1)
-    report = Report(seed=1, processes=1, num_steps=24)
-    Lane(broken, run, plan, random.Random(1), report).play(plan.kinds)
+    report = DrillReport(seed=1, processes=1, num_steps=24)
+    DisturbedRun(broken, run, plan, random.Random(1), report).play(plan.kinds)
     report.verdicts[name] = compare(run, undisturbed, is_elastic=False)
     assert report.has_failed and said in report.text()
     assert not report.verdicts[name].is_identical
@@ -154,7 +154,7 @@ def test_bad_batches_that_were_not_skipped(tmp_path):
 def test_an_outcome_is_judged_by_codes_time_and_words(alone):
     """With a start that has ended in ways that are not right."""
     directory, trainer, _ = alone
-    lane = Lane(trainer, RunFiles(directory / "judged"), plan_of([], num_steps=1), None, Report(
+    lane = DisturbedRun(trainer, RunFiles(directory / "judged"), plan_of([], num_steps=1), None, DrillReport(
         seed=1, processes=2, num_steps=1
     ))  # fmt: skip
     lane.start = SimpleNamespace(
@@ -162,10 +162,10 @@ def test_an_outcome_is_judged_by_codes_time_and_words(alone):
         unsaid=lambda *_: ["no process has said it"],
     )  # fmt: skip
     outcome = Outcome(number=1, kind="stop-one")
-    strike = Strike(detail="", codes={0: ANY_FAILURE, 1: 75}, is_named="it")
-    lane._watch_the_end(outcome, strike)
+    fault = InjectedFault(detail="", codes={0: ANY_FAILURE, 1: 75}, is_named="it")
+    lane._check_exits(outcome, fault)
     assert len(outcome.problems) == 4, outcome.problems
-    report = Report(seed=1, processes=2, num_steps=1, outcomes=[outcome], verdicts={"disturbed": Verdict()})
+    report = DrillReport(seed=1, processes=2, num_steps=1, outcomes=[outcome], verdicts={"disturbed": Verdict()})
     assert report.has_failed and "0 of 1 faults survived" in report.text()
 
 
@@ -173,18 +173,18 @@ def test_an_outcome_is_judged_by_codes_time_and_words(alone):
 
 
 def test_all_kinds_come_before_one_comes_again():
-    chosen = choose(2 * len(kinds(2)), [], 2, random.Random(0))
-    assert sorted(chosen) == sorted(2 * list(kinds(2)))
-    plan = Plan.draw(50, 7)
+    chosen = choose_kinds(2 * len(fault_kinds(2)), [], 2, random.Random(0))
+    assert sorted(chosen) == sorted(2 * list(fault_kinds(2)))
+    plan = FaultSchedule.draw(50, 7)
     assert len(plan.kinds) == 50 and set(plan.bad_batches.values()) == {"nan", "spike"}
-    assert plan == Plan.draw(50, 7) != Plan.draw(50, 8)
+    assert plan == FaultSchedule.draw(50, 7) != FaultSchedule.draw(50, 8)
 
 
 def test_what_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match="--only names 'kill'"):
-        Plan.draw(3, 0, only=["kill"])
+        FaultSchedule.draw(3, 0, only=["kill"])
     with pytest.raises(ConfigError, match="--faults is 0"):
-        Plan.draw(0, 0)
+        FaultSchedule.draw(0, 0)
     (tmp_path / "mine").touch()
     assert main(["drill", "--faults", "1", "--output-dir", str(tmp_path)]) == 2
     assert "is not empty: give a new --output-dir" in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_a_manifest_that_the_drill_itself_has_damaged_is_not_whole(tmp_path):
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}" * 50)
     run = RunFiles(tmp_path / "run")
-    assert run.whole() == [12]
+    assert run.complete_steps() == [12]
     time.sleep(0.02)
     assert MANIFEST in run.damage_newest("flip", random.Random(0))
-    assert run.whole() == []
+    assert run.complete_steps() == []
