@@ -180,7 +180,9 @@ class DisturbedRun:
         whole = self.run.complete_steps()
         expected = whole[-1] if whole else 0
         if fault.saves and expected != outcome.step:
-            outcome.problems.append(f"it ended after step {outcome.step}, but the newest checkpoint is of step {expected}")
+            outcome.problems.append(
+                f"it ended after step {outcome.step}, but the newest checkpoint is of step {expected}"
+            )
         outcome.step = max(outcome.step, self.run.last_step())  # a start that was killed may have trained on
         self._restart(outcome, expected)
         outcome.lost = outcome.step - outcome.continued

@@ -42,7 +42,9 @@ class Scenario:
         """DrillError if `condition` does not become true in time, or the run ends before."""
         wait_until(lambda: condition() or bool(self._ended()), TIMEOUT_SECONDS)
         if self._ended() or not condition():
-            why = f"ended with {self.start.codes()}" if self._ended() else f"did not reach it in {TIMEOUT_SECONDS:.0f} s"
+            why = (
+                f"ended with {self.start.codes()}" if self._ended() else f"did not reach it in {TIMEOUT_SECONDS:.0f} s"
+            )
             raise DrillError(f"before the fault, while waiting for {what}, the run {why}: {self.start.last_words()}")
 
     def _ended(self) -> bool:
@@ -237,8 +239,12 @@ def fault_kinds(processes: int) -> dict[str, FaultKind]:
             min_processes=2,
             is_elastic=True,
         ),
-        "twice": FaultKind(what="continues with twice the processes", inject=resizing(lambda *_: twice), is_elastic=True),
-        "mesh": FaultKind(what="continues on another mesh", inject=resizing(other_mesh), min_processes=2, is_elastic=True),
+        "twice": FaultKind(
+            what="continues with twice the processes", inject=resizing(lambda *_: twice), is_elastic=True
+        ),
+        "mesh": FaultKind(
+            what="continues on another mesh", inject=resizing(other_mesh), min_processes=2, is_elastic=True
+        ),
     }
     return {name: kind for name, kind in found.items() if processes >= kind.min_processes}
 
