@@ -82,7 +82,9 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     widths = [max(len(text) for text in (name, *(row[i] for row in cells))) for i, name in enumerate(columns)]
     lines = [list(columns), ["-" * width for width in widths], *cells]
     aligned = (
-        "  ".join(text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, is_number)).rstrip()
+        "  ".join(
+            text.rjust(w) if right else text.ljust(w) for text, w, right in zip(line, widths, is_number, strict=True)
+        ).rstrip()
         for line in lines
     )
     return "\n".join(aligned)

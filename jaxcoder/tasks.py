@@ -65,7 +65,8 @@ class Mapper(Protocol):
     """Runs tasks somewhere and yields (index, summary or failure) as they end."""
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
-        """Run the tasks; only some of them if workers died (the rest is mapped again). Closing the generator stops it."""
+        """Run the tasks; only some of them if workers died (the rest is mapped again). Closing the generator stops
+        it."""
 
     def close(self) -> None:
         """Stop the workers."""

@@ -48,9 +48,9 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:
 def unflatten_tree(abstract: Tree, arrays: MutableMapping[str, Any], prefix: str = "") -> Tree:
     """The tree whose structure, shapes, dtypes and shardings `abstract` has, out of flat arrays.
 
-    Only names that begin with `prefix` count. They are taken out of `arrays` as they are used, so that at most one stack
-    exists twice. `abstract` comes from `jax.eval_shape`, or is a tree of arrays; where it was made under a mesh, that
-    mesh has to be in scope (`jax.set_mesh`). An array without a sharding goes to the first device.
+    Only names that begin with `prefix` count. They are taken out of `arrays` as they are used, so that at most one
+    stack exists twice. `abstract` comes from `jax.eval_shape`, or is a tree of arrays; where it was made under a mesh,
+    that mesh has to be in scope (`jax.set_mesh`). An array without a sharding goes to the first device.
     Raises CheckpointError that names the arrays that are missing, unexpected or have another shape.
     """
     found = {name: array for name, array in arrays.items() if name.startswith(prefix)}

@@ -168,7 +168,7 @@ def _load(args: argparse.Namespace) -> "TextGenerator":
 
 def _stream(args: argparse.Namespace, generator: "TextGenerator", prompt: "Prompt") -> "list[Completion]":
     pieces = generator.stream(prompt, max_new_tokens=args.max_new_tokens, stop=args.stop, sampling=_samplings(args)[0])
-    for text, completion in pieces:
+    for text, completion in pieces:  # noqa: B007  (the last one is returned)
         print(text, end="", flush=True)
     if sys.stdout.isatty():
         print()

@@ -1,7 +1,7 @@
 """The device mesh as data: its axes and sizes, which axes shard each logical dim, and the checks of both.
 
-An *axis* is an axis of the mesh, a *dim* is a named dimension of arrays ("batch", "heads", ...). A new axis is a field of
-`MeshConfig` and an entry in the rules of the dims that it shards; everything else iterates over `MESH_AXES`.
+An *axis* is an axis of the mesh, a *dim* is a named dimension of arrays ("batch", "heads", ...). A new axis is a field
+of `MeshConfig` and an entry in the rules of the dims that it shards; everything else iterates over `MESH_AXES`.
 """
 
 import dataclasses

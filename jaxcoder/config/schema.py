@@ -128,8 +128,8 @@ class OptimizerConfig:
     """AdamW or Muon, with linear warm-up and cosine decay; weight decay on matrices only (not on biases and norms)."""
 
     name: OptimizerName = "adamw"
-    """"muon" orthogonalizes the updates of the layers' matrices (momentum 0.95, scaled to the size of AdamW's updates, so
-    that the same learning rate and decay fit); embeddings, biases and norms use Adam."""
+    """"muon" orthogonalizes the updates of the layers' matrices (momentum 0.95, scaled to the size of AdamW's updates,
+    so that the same learning rate and decay fit); embeddings, biases and norms use Adam."""
     peak_learning_rate: float = non_negative(3e-4)
     final_learning_rate: float = non_negative(3e-5)
     warmup_steps: int = non_negative(2000)

@@ -29,7 +29,9 @@ def by_language(store: TokenStore) -> list[LanguageRow]:
     # Sums of float64 are exact below 2**53.
     tokens = np.bincount(of_document, weights=np.diff(store.document_offsets), minlength=size)
     text_bytes = np.bincount(of_document, weights=store.documents["text_bytes"].to_numpy(), minlength=size)
-    rows = [LanguageRow(*row) for row in zip(names, documents.tolist(), map(int, tokens), map(int, text_bytes))]
+    rows = [
+        LanguageRow(*row) for row in zip(names, documents.tolist(), map(int, tokens), map(int, text_bytes), strict=True)
+    ]
     return sorted(rows, key=lambda row: (-row.tokens, row.language))
 
 

@@ -238,7 +238,8 @@ def add_task(name: str, corpus, *, tokenizer: Tokenizer | None = None, seq_len: 
     elif any(are_stores) or seq_len is not None:
         raise DataError(
             f"The corpus of the seqio Task {name!r} must be token stores only, or documents only, and windows "
-            f"(seq_len) are made of stores only, but it is {', '.join(map(str, paths.values()))}: build the stores first."
+            f"(seq_len) are made of stores only, but it is {', '.join(map(str, paths.values()))}: "
+            "build the stores first."
         )
     elif tokenizer is None:
         raise DataError(f"The seqio Task {name!r} is made of documents: give the tokenizer that is to encode them.")

@@ -193,7 +193,8 @@ def schedule_ended(record: RunRecord) -> Iterator[Finding]:
             "note",
             f"The run ends before its schedule: step {num_steps:,} of {decay:,} that the learning rate decays over.",
             evidence=(
-                f"it ends at {float(learning_rate(optimizer, num_steps, num_steps)):.2g}, the floor is {optimizer.final_learning_rate:.2g}",
+                f"it ends at {float(learning_rate(optimizer, num_steps, num_steps)):.2g}, the floor is "
+                f"{optimizer.final_learning_rate:.2g}",
             ),
             try_next=("decay to the end: " + changed(record, "--optimizer.decay-steps None"),),
         )

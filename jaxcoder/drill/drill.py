@@ -206,7 +206,8 @@ class DisturbedRun:
             )
 
     def _check_exits(self, outcome: Outcome, fault: InjectedFault) -> None:
-        """All processes that the fault left alive must exit by themselves, in time, with the required codes and logs."""
+        """All processes that the fault left alive must exit by themselves, in time, with the required codes and
+        logs."""
         start = self.start
         others = [index for index in range(self.layout.processes) if index not in fault.stopped]
         ended = start.wait(max(0.0, fault.at + fault.limit - time.monotonic()), others)

@@ -1,8 +1,8 @@
-"""The faults of a drill: each kind is a function that waits for its condition, injects the fault, and returns the required
-outcome.
+"""The faults of a drill: each kind is a function that waits for its condition, injects the fault, and returns the
+required outcome.
 
-The processes that the fault left alive must exit by themselves, with an exit code that makes a scheduler restart the run,
-within `InjectedFault.limit` seconds.
+The processes that the fault left alive must exit by themselves, with an exit code that makes a scheduler restart the
+run, within `InjectedFault.limit` seconds.
 """
 
 import math
@@ -255,7 +255,8 @@ def choose_kinds(count: int, only: Sequence[str], processes: int, draw: random.R
     for name in only:
         if name not in known:
             raise ConfigError(
-                f"--only names {name!r}{did_you_mean(name, known)}: with {plural(processes, 'process', 'processes')} there are "
+                f"--only names {name!r}{did_you_mean(name, known)}: "
+                f"with {plural(processes, 'process', 'processes')} there are "
                 f"{', '.join(known)}."
             )
     names, chosen = list(only) or list(known), []

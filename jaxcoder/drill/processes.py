@@ -1,7 +1,7 @@
 """The processes of a drill: the real trainer, started as a scheduler starts it and observed from outside.
 
-`Start` is one start of all processes of a run, connected over loopback, one CPU device each. `RunFiles` reads and damages
-their files. The drill knows the trainer only by its exit codes, its files and its logs.
+`Start` is one start of all processes of a run, connected over loopback, one CPU device each. `RunFiles` reads and
+damages their files. The drill knows the trainer only by its exit codes, its files and its logs.
 """
 
 import os

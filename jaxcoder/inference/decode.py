@@ -179,7 +179,7 @@ class Decoding:
         # What a row has, what it may get in this call, and its newest token, which needs no slot.
         ends = (
             length + len(new.tokens) + min(num_steps, most - len(new.tokens)) - 1
-            for length, most, new in zip(self._lengths, self._most, self._results)
+            for length, most, new in zip(self._lengths, self._most, self._results, strict=False)
         )
         slots = padded(max(self._slots_asked, *ends), SMALLEST_CACHE, self._limit)
         with self._in_mesh():

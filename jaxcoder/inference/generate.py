@@ -122,7 +122,7 @@ class TextGenerator:
             watch=watch,
             max_batch_size=self._max_batch_size,
         )
-        return [self._completion(*parts) for parts in zip(encoded, texts, generated)]
+        return [self._completion(*parts) for parts in zip(encoded, texts, generated, strict=False)]
 
     def stream(
         self,

@@ -38,8 +38,8 @@ class TextAssembler:
         return self.stopped
 
     def finish(self, *, complete: bool) -> None:
-        """Ends the text. An incomplete character becomes U+FFFD if the answer is complete; if the answer was cut off, it
-        is dropped, as more tokens would have completed it."""
+        """Ends the text. An incomplete character becomes U+FFFD if the answer is complete; if the answer was cut off,
+        it is dropped, as more tokens would have completed it."""
         if complete and not self.stopped:
             self._append(self._decoder.decode(b"", final=True))
 

@@ -52,7 +52,8 @@ def explain_os_error(error: BaseException, resume_command: str = "") -> str | No
 def access_errors(
     path: str | os.PathLike, action: str = "read", kind: type[JaxcoderError] = DataError
 ) -> Iterator[None]:
-    """Raises an error of `kind` that names `path` for an error of the operating system or of a client of object stores."""
+    """Raises an error of `kind` that names `path` for an error of the operating system or of a client of object
+    stores."""
     try:
         yield
     except JaxcoderError:

@@ -1,7 +1,7 @@
 """How large a model is and what a token costs, from the shapes of its arrays; no array is made and no device is used.
 
-Convention of FLOPs: a multiply-add counts 2; matrices and the tied head count, embedding lookups, norms, biases and GELU do
-not; attention counts the causal half; a training step is 3 forward passes; recomputation is not counted.
+Convention of FLOPs: a multiply-add counts 2; matrices and the tied head count, embedding lookups, norms, biases and
+GELU do not; attention counts the causal half; a training step is 3 forward passes; recomputation is not counted.
 """
 
 from functools import lru_cache

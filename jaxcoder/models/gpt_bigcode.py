@@ -48,9 +48,9 @@ REMAT_POLICIES = {
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass finds saved of a block, apart from its input x. q, attention and mlp_up are sharded by heads and
-columns; x and residual, the stream between attention and MLP, along the sequence. With these saved, the backward pass
-repeats no matmul and no reduction over devices: only norms, their all-gathers and GELU."""
+"""What the backward pass finds saved of a block, apart from its input x. q, attention and mlp_up are sharded by heads
+and columns; x and residual, the stream between attention and MLP, along the sequence. With these saved, the backward
+pass repeats no matmul and no reduction over devices: only norms, their all-gathers and GELU."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +69,8 @@ class KVCache:
 
 
 class GPTBigCode(nnx.Module):
-    """The decoder: `self(tokens)` gives hidden states after the last norm, `self.logits(hidden)` scores over the vocabulary."""
+    """The decoder: `self(tokens)` gives hidden states after the last norm, `self.logits(hidden)` scores over the
+    vocabulary."""
 
     def __init__(
         self,

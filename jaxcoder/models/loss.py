@@ -25,8 +25,8 @@ def weighted_loss(
 ) -> jax.Array:
     """Sum of the negative log-likelihoods of the targets, each times its weight: the fp32 scalar to train on.
 
-    The forward pass also computes the gradients, which saves one matmul in four. Only first derivatives exist, in hidden,
-    wte and weights.
+    The forward pass also computes the gradients, which saves one matmul in four. Only first derivatives exist, in
+    hidden, wte and weights.
 
     Args:
         hidden: (B, S, D) in the compute dtype. wte: the head (V, D), fp32. targets: int32 (B, S). weights: fp32 (B, S).

@@ -19,8 +19,8 @@ from jaxcoder.sharding.rules import ShardingRules
 
 
 class Batch(Protocol):
-    """Arrays (B, S): inputs, targets int32; loss_mask fp32; positions int32; segment_ids int32, or None to attend across
-    documents."""
+    """Arrays (B, S): inputs, targets int32; loss_mask fp32; positions int32; segment_ids int32, or None to attend
+    across documents."""
 
     inputs: Any
     targets: Any

@@ -1,7 +1,7 @@
 """The time model compared with published runs: predicted over published for each, and the range that follows.
 
-Nothing is fitted to these runs: the efficiencies of time_model.py have other sources. The ratios therefore show how far a
-prediction may be off, for a run that is tuned as well as these were.
+Nothing is fitted to these runs: the efficiencies of time_model.py have other sources. The ratios therefore show how
+far a prediction may be off, for a run that is tuned as well as these were.
 """
 
 from dataclasses import dataclass, replace
@@ -87,7 +87,8 @@ def calibration(platform: str) -> Calibration:
 
 
 def starcoder_prediction(config: RunConfig) -> float | None:
-    """The model's tokens/s of one GPU for the run that StarCoderBase was trained in (`STARCODER`), None for other models.
+    """The model's tokens/s of one GPU for the run that StarCoderBase was trained in (`STARCODER`), None for other
+    models.
 
     Its pipeline stages are not modelled: the 4 stages are taken as further weight sharding.
     """

@@ -6,6 +6,7 @@ once. What it said is kept in the user's cache, under the versions, the run, the
     python -m jaxcoder.plan.compile REQUEST ANSWER        (files; the process that `compile_step` starts)
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -154,7 +155,8 @@ def check_compiler(topology: Topology) -> None:
     if system != "Linux" or machine not in machines:
         raise ConfigError(
             f"compiling for {topology.name} needs {wheels}, which has wheels for Linux on {' and '.join(machines)} "
-            f"only, and this is {system} on {machine}: plan on such a machine, or give --no-compile for a model's figures."
+            f"only, and this is {system} on {machine}: "
+            "plan on such a machine, or give --no-compile for a model's figures."
         )
     raise MissingExtraError(f"compiling for {topology.name}", extra)
 
@@ -162,10 +164,8 @@ def check_compiler(topology: Topology) -> None:
 def versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            pass
     return found | {"python": platform.python_version()}
 
 

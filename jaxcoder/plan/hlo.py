@@ -280,7 +280,7 @@ def _axes_of(groups: Sequence[Sequence[int]], mesh: dict[str, int]) -> tuple[str
     for group in groups:
         places = coordinates[:, np.asarray(group)]
         differs |= (places != places[:, :1]).any(axis=1)
-    return tuple(axis for axis, is_used in zip(mesh, differs) if is_used)
+    return tuple(axis for axis, is_used in zip(mesh, differs, strict=True) if is_used)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------

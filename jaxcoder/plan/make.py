@@ -112,7 +112,8 @@ def prepare(config: RunConfig, topology: Topology) -> RunConfig:
     mesh, devices = config.mesh, topology.devices
     if -1 not in mesh.sizes.values() and mesh.num_devices != devices:
         raise ConfigError(
-            f"the mesh {mesh} is {mesh.num_devices:,} devices and {topology} has {devices:,}: make them equal, or leave one "
+            f"the mesh {mesh} is {mesh.num_devices:,} devices and {topology} has {devices:,}: "
+            "make them equal, or leave one "
             "axis at -1, as `--mesh.fsdp -1`."
         )
     validate(config, devices)

@@ -179,7 +179,7 @@ LACKING = tuple(
         ("torchtitan Llama 3.1 8B, 8 H100", "5,762 tokens/s", "what its operator-level checkpointing computes again"),
         ("Megatron-LM 22B and 175B, A100", "41.5 and 51.4 %", "attention was no flash kernel; pipeline stages"),
         ("nanotron 1B, 8 H100", "33,000 tokens/s", "sequence length and recomputation"),
-        ("StarCoderBase 15.5B, 512 A100", f"{STARCODER.tokens_per_second:,.0f} tokens/s", "pipeline stages are not modelled; "
-         "its GPU hours include restarts"),
+        ("StarCoderBase 15.5B, 512 A100", f"{STARCODER.tokens_per_second:,.0f} tokens/s",
+         "pipeline stages are not modelled; its GPU hours include restarts"),
     )
 )  # fmt: skip

@@ -139,7 +139,7 @@ def _powers(first: int, last: int) -> Iterator[int]:
 
 def lines_of_search(found: Search) -> Iterator[str]:
     """The ranking, how far the model was off, and the plan of the best."""
-    yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit, or nearly. By the model:"
+    yield f"{found.candidates:,} layouts on {found.topology}; {len(found.ranked):,} should fit by the model:"
     yield ""
     table = [
         [

@@ -117,7 +117,7 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, 
     longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
     if topology.platform == "tpu":  # a smaller head leaves rows or columns of the matrix unit idle
         reached *= min(1.0, work.head_dim / 128)
-    attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer))
+    attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer, strict=True))
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
         attention=attention_flops / chip.peak_flops / reached,

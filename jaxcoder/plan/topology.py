@@ -138,7 +138,7 @@ def _nearest(shapes, shape, wanted: int) -> list[tuple[int, ...]]:
     """Near in the number of chips and, where a shape was given, in its sides."""
 
     def distance(other):
-        sides = sum(abs(math.log(a / max(b, 1))) for a, b in zip(other, sorted(shape)))
+        sides = sum(abs(math.log(a / max(b, 1))) for a, b in zip(other, sorted(shape), strict=False))
         return abs(math.log(math.prod(other) / max(wanted, 1))) + sides, sum(other)
 
     return sorted(sorted(shapes, key=distance)[:3], key=math.prod)

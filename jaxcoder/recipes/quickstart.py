@@ -121,8 +121,7 @@ def stages(
     config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
     result = pretrain(config, directory_is_shared=True)
     result.raise_late_stop()
-    report = make_report(paths, result.eval_metrics, progress)
-    return report
+    return make_report(paths, result.eval_metrics, progress)
 
 
 def check_claim(paths: Paths, settings: dict[str, object]) -> None:

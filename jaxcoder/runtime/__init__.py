@@ -1,4 +1,5 @@
-"""The process around the work: environment, JAX's global options, several processes, signals, memory and disk running out.
+"""The process around the work: environment, JAX's global options, several processes, signals, memory and disk running
+out.
 
 Nothing else in the package touches `os.environ`, `jax.config`, `jax.distributed` or signal handlers. JAX is imported
 only by the functions that need it, so that the command line may import this room for its error sentences.
@@ -34,6 +35,7 @@ __all__ = [
     "ProcessGroup",
     "Terminated",
     "Watchdog",
+    "acquire_run_lock",
     "check_accelerator",
     "command_name",
     "default_cache_dir",
@@ -41,7 +43,6 @@ __all__ = [
     "explain_out_of_memory",
     "find_gpu",
     "find_tpu",
-    "acquire_run_lock",
     "initialize",
     "is_out_of_memory",
     "join",

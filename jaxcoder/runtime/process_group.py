@@ -5,6 +5,7 @@ a collective they wait with a limit, say who is missing, and work while the devi
 alone has a board of its own, so that the code around it is one.
 """
 
+import contextlib
 import itertools
 import json
 import socket
@@ -58,10 +59,8 @@ class ProcessGroup:
         if self._client is None:
             self._board.setdefault(key, text)
             return
-        try:
+        with contextlib.suppress(RuntimeError):  # the key exists already
             self._client.key_value_set(f"{self._prefix}/{key}", text)
-        except RuntimeError:  # it is there already
-            pass
 
     def read(self, key: str) -> str | None:
         """What was posted under `key`, or None."""

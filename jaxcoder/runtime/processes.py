@@ -124,5 +124,5 @@ def _numbers(part: str) -> list[str]:
 def _tpu_pod(environment: Mapping[str, str]) -> TpuPod | None:
     hosts = [host for host in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if host.strip()]
     slices = environment.get("MEGASCALE_NUM_SLICES", "1")
-    is_pod = len(hosts) > 1 or slices.isdigit() and int(slices) > 1 or environment.get("JAXCODER_TPU_POD") == "1"
+    is_pod = len(hosts) > 1 or (slices.isdigit() and int(slices) > 1) or environment.get("JAXCODER_TPU_POD") == "1"
     return TpuPod() if is_pod else None

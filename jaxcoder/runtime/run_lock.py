@@ -117,8 +117,8 @@ class _Lease:
             raise _in_use(directory, f"process {(found or {}).get('process')} of {(found or {}).get('host')}")
 
     def renew(self, stop: threading.Event) -> None:
-        """Until told to stop. A process whose lease another has taken (it was stopped too long) ends at once, so that it
-        writes nothing more."""
+        """Until told to stop. A process whose lease another has taken (it was stopped too long) ends at once, so that
+        it writes nothing more."""
         while not stop.wait(_RENEW_SECONDS):
             try:
                 found = self._read()

@@ -1,11 +1,11 @@
 """SIGTERM and Ctrl-C: a stop after a whole step, in all processes of a run after the same one."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM
@@ -57,13 +57,11 @@ class GracefulStop:
         self.requested = number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         # os.write and not print: a handler may interrupt a print that holds the stream's lock.
-        try:
+        with contextlib.suppress(OSError):
             os.write(2, f"\njaxcoder: {name}: {self.notice}\n".encode())
-        except OSError:
-            pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
     """Inside the block the signal calls `call`, between two instructions of the main thread; elsewhere nothing."""
     if threading.current_thread() is not threading.main_thread():
@@ -113,7 +111,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM outside a `GracefulStop`; treated like Ctrl-C by everything that cleans up after Ctrl-C."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
     """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed.
 

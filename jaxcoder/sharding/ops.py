@@ -1,8 +1,8 @@
 """Collectives for code that sees the shards of one device.
 
 The model is written for one device's shards and runs under `shard_map`; the functions below are all that communicates.
-Each is one collective of the compiled program, and so is its transpose in the backward pass: `all_gather` and `sum_over`
-are the transposes of each other. Without a mesh, or along no axis, they return their argument.
+Each is one collective of the compiled program, and so is its transpose in the backward pass: `all_gather` and
+`sum_over` are the transposes of each other. Without a mesh, or along no axis, they return their argument.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ def all_gather(x: jax.Array, axes: Axes, *, dim: int) -> jax.Array:
 def all_gather_weight(kernel: jax.Array, axes: Axes, *, dim: int) -> jax.Array:
     """`all_gather` of a weight.
 
-    Its gradient is reduce-scattered with `dim` as the slowest-varying dim of a matrix: along other dims the TPU compiler
-    turns the reduce-scatter into an all-reduce, which moves twice the bytes.
+    Its gradient is reduce-scattered with `dim` as the slowest-varying dim of a matrix: along other dims the TPU
+    compiler turns the reduce-scatter into an all-reduce, which moves twice the bytes.
     """
     return _all_gather_weight(axes_of(axes), dim, kernel) if axes_of(axes) else kernel
 

@@ -1,7 +1,7 @@
 """PartitionSpecs from named dims: the rules of `config/mesh.py` applied to the mesh in scope.
 
-A mesh *axis* is one of `MESH_AXES`; a *dim* is a dimension of an array ("batch", "heads", ...). Model code names dims and
-asks for a `PartitionSpec`; it never names an axis. Reference: the JAX guide to explicit sharding.
+A mesh *axis* is one of `MESH_AXES`; a *dim* is a dimension of an array ("batch", "heads", ...). Model code names dims
+and asks for a `PartitionSpec`; it never names an axis. Reference: the JAX guide to explicit sharding.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +58,8 @@ class ShardingRules(DimRules):
             for axis in axes:
                 if axis in used:
                     raise ConfigError(
-                        f"the sharding rules shard dims `{used[axis]}` and `{dim}` of one array over mesh axis `{axis}`: "
+                        f"the sharding rules shard dims `{used[axis]}` and `{dim}` "
+                        f"of one array over mesh axis `{axis}`: "
                         "give one of them another axis or None."
                     )
                 used[axis] = dim

@@ -1,4 +1,5 @@
-"""Hooks on the metrics of each step: log alarms, list the files of a loss spike, end the run after many skipped steps."""
+"""Hooks on the metrics of each step: log alarms, list the files of a loss spike, end the run after many skipped
+steps."""
 
 import logging
 import math

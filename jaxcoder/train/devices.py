@@ -1,8 +1,8 @@
 """The table of chips: peak FLOP/s, memory and bandwidths; and how much memory is in use.
 
 All figures are of one JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (`megacore`). They are from the
-manufacturers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs), unless a
-field says otherwise.
+manufacturers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs),
+unless a field says otherwise.
 """
 
 from dataclasses import dataclass

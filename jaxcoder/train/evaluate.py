@@ -1,7 +1,7 @@
 """Held-out loss and bits per byte over a fixed set of windows: in total, by language, by corpus and by position.
 
-A target token counts for the language of its document, end tokens too. The loss by position shows whether the model uses
-its context: it should fall with the position.
+A target token counts for the language of its document, end tokens too. The loss by position shows whether the model
+uses its context: it should fall with the position.
 """
 
 import math

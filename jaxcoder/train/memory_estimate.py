@@ -1,9 +1,9 @@
 """Device memory of a training step, estimated from the configuration: nothing is compiled.
 
-Exact: weights and optimizer state, from their shapes and shardings on the mesh. Estimated: gradients and activations. XLA
-decides what it fuses and when it frees; the factors below were fitted to its buffers. With fp32 on CPUs (several sizes,
-meshes and policies) the total is within a factor of 1.5 of the compiler's figure (tests/train/test_memory_estimate.py);
-with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
+Exact: weights and optimizer state, from their shapes and shardings on the mesh. Estimated: gradients and activations.
+XLA decides what it fuses and when it frees; the factors below were fitted to its buffers. With fp32 on CPUs (several
+sizes, meshes and policies) the total is within a factor of 1.5 of the compiler's figure
+(tests/train/test_memory_estimate.py); with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
 
 Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
 (F, Q and, of several heads, U are of one shard), L layers, V vocabulary rows of a device.
@@ -116,7 +116,8 @@ def offloaded_per_token(config: RunConfig) -> float:
 
 
 def state_bytes(config: RunConfig) -> tuple[int, int, int]:
-    """Bytes of all weights on one device, of one block after its all-gather over "embed", and of the optimizer state."""
+    """Bytes of all weights on one device, of one block after its all-gather over "embed", and of the optimizer
+    state."""
     # A search compares many microbatches and policies on one mesh: other fields would miss the cache.
     return _state_bytes(
         RunConfig(

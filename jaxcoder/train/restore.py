@@ -133,7 +133,8 @@ def restore_or_initialize(
         return initialize_from(config, weights), 0, 0
     if step is None and config.init_from:
         raise CheckpointError(
-            f"no checkpoint in `{checkpointer.directory}` is complete, so the run cannot continue: delete that directory to "
+            f"no checkpoint in `{checkpointer.directory}` is complete, "
+            "so the run cannot continue: delete that directory to "
             f"start again from the weights of `{config.init_from}`."
         )
     if step is None:

@@ -1,4 +1,5 @@
-"""The end of a run: its exit reason in events.jsonl, and failed collectives attributed to the process that has ended."""
+"""The end of a run: its exit reason in events.jsonl, and failed collectives attributed to the process that has
+ended."""
 
 import contextlib
 import time

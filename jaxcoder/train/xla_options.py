@@ -38,8 +38,8 @@ FUSED_ALL_GATHER = Bundle(
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
         "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     },
-    why="an all-gather is split and fused with several matmuls; v5e only: libtpu 0.0.52 rejects it as unsupported on v4, "
-    "v5p and v6e, although older recipes set it there",
+    why="an all-gather is split and fused with several matmuls; v5e only: libtpu 0.0.52 rejects it as unsupported on "
+    "v4, v5p and v6e, although older recipes set it there",
     source="MaxText, CF_FOR_ALL_GATHER; src/maxtext/configs/tpu/v5e/*.sh",
 )
 DATA_PARALLEL_OVERLAP = Bundle(

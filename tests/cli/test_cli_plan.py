@@ -85,7 +85,7 @@ def test_the_model_alone(capsys, tmp_path):
 
 
 def test_what_does_not_fit_gets_a_way_that_does(capsys):
-    assert main("plan starcoderbase --topology v5e:16x16 --no-compile".split()) == 0
+    assert main(["plan", "starcoderbase", "--topology", "v5e:16x16", "--no-compile"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "does not fit" in said
     assert "with --microbatch-size 256 --compute.remat block it does, and should take" in said
@@ -98,7 +98,7 @@ def test_what_cannot_fit(capsys):
 
 
 def test_search_without_compiling(capsys):
-    assert main("plan starcoderbase --topology v6e:8x8 --search --no-compile".split()) == 0
+    assert main(["plan", "starcoderbase", "--topology", "v6e:8x8", "--search", "--no-compile"]) == 0
     said = capsys.readouterr().out
     assert "should fit" in said and "best" in said and "--compute.remat" in said
 

@@ -192,7 +192,7 @@ def test_overrides_of_a_mixture():
     data = DataConfig(corpora=(Corpus(store="a"), Corpus(store="b")), stages=(Stage(from_sample=0),))
     mixed = dataclasses.replace(RUN, data=data)
     changed = apply_overrides(
-        mixed, "--data.corpora.1.max-epochs 2 --data.stages.0.weights 1 0.5 --num-steps 5".split()
+        mixed, ["--data.corpora.1.max-epochs", "2", "--data.stages.0.weights", "1", "0.5", "--num-steps", "5"]
     )
     assert changed.data.corpora[1].max_epochs == 2 and changed.data.stages[0].weights == (1, 0.5)
     for overrides, expected in (

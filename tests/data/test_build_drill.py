@@ -1,4 +1,5 @@
-"""Builds that are killed for real, again and again: the process tree at once, its owner alone, or one of the workers."""
+"""Builds that are killed for real, again and again: the process tree at once, its owner alone, or one of the
+workers."""
 
 import contextlib
 import os

@@ -142,10 +142,9 @@ def test_threads_end_with_the_context(stream):
     with batches(stream, global_batch_size=8, first_sample=0) as source:
         next(source)
         assert num_loader_threads() > 0
-    with pytest.raises(RuntimeError, match="out"):
-        with batches(stream, global_batch_size=8, first_sample=0) as source:
-            next(source)
-            raise RuntimeError("out of the loop")
+    with pytest.raises(RuntimeError, match="out"), batches(stream, global_batch_size=8, first_sample=0) as source:
+        next(source)
+        raise RuntimeError("out of the loop")
     source.close()
     assert num_loader_threads() == 0
 

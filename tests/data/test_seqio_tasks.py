@@ -67,7 +67,7 @@ def text_task(name, examples, *, vocabulary=None, preprocessors=None, features=(
             num_input_examples={"train": len(examples)},
         ),
         preprocessors=preprocessors or [],
-        output_features={name: feature for name in features},
+        output_features=dict.fromkeys(features, feature),
     )
 
 

@@ -1,4 +1,5 @@
-"""Windows for people: nothing is lost, parts of FIM are told apart, nothing can command the terminal; and inspection."""
+"""Windows for people: nothing is lost, parts of FIM are told apart, nothing can command the terminal; and
+inspection."""
 
 import argparse
 import io
@@ -19,7 +20,7 @@ def test_fim_parts_are_told_apart(tokenizer):
     a, b, c, d = (tokenizer.encode(text) for text in ("alpha", "beta", "gamma", "delta"))
     ids = [*d, end, fim.prefix, *a, fim.suffix, *c, fim.middle, *b, end]
     ids += [fim.prefix, fim.suffix, *c, fim.middle, *a, *b, end, *d, fim.pad, fim.pad]
-    found = [part for part in labeled_texts(np.array(ids, np.int32), tokenizer)]
+    found = list(labeled_texts(np.array(ids, np.int32), tokenizer))
     assert [part for part in found if part.kind != SPECIAL] == [
         (TEXT, "delta"), (PREFIX, "alpha"), (SUFFIX, "gamma"), (MIDDLE, "beta"), (SUFFIX, "gamma"),
         (SPM_MIDDLE, "alphabeta"), (TEXT, "delta"),

@@ -49,7 +49,7 @@ def test_text_is_what_the_tokens_spell(generator, tokenizer):
     for completion in generator.generate([Prompt(prompt) for prompt in PROMPTS], max_new_tokens=12):
         ordinary = [token for token in completion.tokens if not tokenizer.is_special(token)]
         expected = tokenizer.decode(ordinary)
-        assert completion.text == expected or expected.startswith(completion.text) and expected[-1] == "\ufffd"
+        assert completion.text == expected or (expected.startswith(completion.text) and expected[-1] == "\ufffd")
         assert len(completion.tokens) == len(completion.log_probs) <= 12
 
 

@@ -81,7 +81,8 @@ def test_faults_show(monkeypatch):
     assert abs(moved["transformer.ln_f.weight"] / expected["transformer.ln_f.weight"] - 1) > 5e-3
 
 
-# --- python -m benchmarks.training.parity -------------------------------------------------------------------------------
+# --- python -m benchmarks.training.parity
+# -------------------------------------------------------------------------------
 
 
 def test_the_command_without_torch(monkeypatch, capsys):

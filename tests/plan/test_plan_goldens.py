@@ -92,7 +92,7 @@ def test_the_formulas_beside_the_compiler(case):
     """FLOPs to the last one; transfers, of which the formula leaves biases and positions out, nearly."""
     plan = plan_of(case)
     assert plan.work.matmul_flops == plan.compiled.matmul_flops
-    sent = {axis: 0.0 for axis in plan.work.transfers}
+    sent = dict.fromkeys(plan.work.transfers, 0.0)
     for collective in plan.compiled.collectives:
         for axis in collective.axes[:1]:
             sent[axis] += collective.bytes

@@ -162,7 +162,7 @@ def compiler(gib: float = 10.0, fits=lambda config: True):
         asked.append(config)
         common = dict(lower_seconds=1.0, compile_seconds=60.0, state_bytes=2**30, batch_bytes=0)
         if not fits(config):
-            return Compiled(fits=False, needed_bytes=int(200 * 2**30), limit_bytes=95 * 2**30, **common)
+            return Compiled(fits=False, needed_bytes=200 * 2**30, limit_bytes=95 * 2**30, **common)
         sent = Collective(kind="all-gather", axes=("fsdp",), asynchronous=True, count=1, bytes=1e9)
         return Compiled(
             fits=True, temporary_bytes=int((gib - 1) * 2**30), output_bytes=0, code_bytes=0, matmul_flops=1e15,

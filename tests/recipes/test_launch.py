@@ -119,7 +119,7 @@ def test_tpu_vms_are_asked_for_used_and_given_back(clients):
     verbs = [next(word for word in call if word in ("create", "ssh", "delete")) for call in called(clients, "gcloud")
              if "describe" not in call]  # fmt: skip
     assert verbs == ["create", "ssh", "ssh", "ssh", "ssh", "delete"]  # install and train, twice
-    train = [call[-1] for call in called(clients, "gcloud") if "train" in call[-1]][0]
+    train = next(call[-1] for call in called(clients, "gcloud") if "train" in call[-1])
     said = ["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")]
     words = subprocess.run(said, capture_output=True, text=True).stdout.split("\n")[:-1]
     assert words == ["train", "smoke", *ARGUMENTS]

@@ -64,7 +64,8 @@ def inner_function_that_hangs():
 limits = WatchdogConfig(step_seconds=float(sys.argv[2]), start_seconds=float(sys.argv[3]))
 said = lambda message, step: print("SAID", step, message, flush=True)
 with ProcessGroup() as group, Watchdog(group, limits, stacks=lambda step: sys.argv[1], on_end=said) as watchdog:
-    for phase, step, seconds in ("restore", 0, 1.5), ("data", 1, 0.4), ("step", 1, 0.4), ("data", 2, 0.4), ("step", 2, 0):
+    phases = ("restore", 0, 1.5), ("data", 1, 0.4), ("step", 1, 0.4), ("data", 2, 0.4), ("step", 2, 0)
+    for phase, step, seconds in phases:
         watchdog.enter(phase, step)
         time.sleep(seconds)
     print("READY", flush=True)

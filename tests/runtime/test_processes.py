@@ -1,5 +1,6 @@
 """Which process of how many: flags, variables, SLURM, TPU pods; and two real processes that share a run."""
 
+import contextlib
 import json
 import os
 import signal
@@ -127,10 +128,8 @@ def ended():
     started: list[subprocess.Popen] = []
     yield started
     for process in started:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

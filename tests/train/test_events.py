@@ -1,4 +1,5 @@
-"""What a run tells of itself: events and the account of time over restarts, a profile on a signal, bad batches, hashes."""
+"""What a run tells of itself: events and the account of time over restarts, a profile on a signal, bad batches,
+hashes."""
 
 import dataclasses
 import os

@@ -45,7 +45,8 @@ def changed(group: str, name: str, value: str):
     [
         ("configuration", "optimizer.peak_learning_rate", "0.5",
          r"process 1 \(host-b\) has optimizer.peak_learning_rate 0.5 and process 0 \(host-a\) 0.001. Start all"),
-        ("software", "the source of jaxcoder", "abc", r"process 1 \(host-b\) has the source of jaxcoder abc and .*Install"),
+        ("software", "the source of jaxcoder", "abc",
+         r"process 1 \(host-b\) has the source of jaxcoder abc and .*Install"),
         ("software", "jax", "0.0.1", r"has jax 0.0.1 and process 0"),
         ("devices", "devices", "3 x TPU v5", r"has devices 3 x TPU v5 and process 0 .* cpu. Give the run hosts"),
     ],

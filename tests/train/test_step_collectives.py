@@ -19,7 +19,7 @@ from jaxcoder.train.state import abstract_state
 from jaxcoder.train.step import make_train_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sharding"))
-from compiled import collectives  # noqa: E402
+from compiled import collectives
 
 MODEL = ModelConfig(num_layers=5, embed_dim=64, num_heads=8, head_dim=8, mlp_dim=256, vocab_size=512, max_seq_len=64)
 ROWS, D, MLP, VOCAB, KV = 8, 64, 256, 512, 16

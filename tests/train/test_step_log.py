@@ -1,4 +1,5 @@
-"""What a step's line says: times, rates and MFU by hand, memory; peaks by device name; and a profile of chosen steps."""
+"""What a step's line says: times, rates and MFU by hand, memory; peaks by device name; and a profile of chosen
+steps."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -71,7 +71,7 @@ def attention(
     dim_pad = 0 if all(groups_fit + heads_fit) and (head_dim < 128 or head_dim % 128 == 0) else -head_dim % 128
     sizes = [
         Sizes(spec, blocks, batch, heads, groups, q_len + q_pad, padded, head_dim + dim_pad, interpret)
-        for blocks, padded in zip(both, kv_lens)
+        for blocks, padded in zip(both, kv_lens, strict=False)
     ]
     seen = Intervals(*(jnp.pad(x, ((0, 0), (0, q_pad))) for x in intervals(spec, context, batch, q_len, kv_len)))
     words = _dropout_words(context, batch, heads, q_len + q_pad) if spec.dropout_rate else None
