@@ -28,7 +28,7 @@ class Row(NamedTuple):
     """Arrays of all layers that share a name, a shape and a dtype."""
 
     name: str
-    count: int
+    num_arrays: int
     info: ArrayInfo
 
 
@@ -127,11 +127,11 @@ def _table(table: list[Row]) -> Iterator[str]:
         moments = _under(prefix, table)
         if moments and _relative(prefix, moments) == _relative("params/", _under("params/", table)):
             shown = [row for row in shown if row not in moments]
-            number, size = sum(row.count for row in moments), sum(map(_size, moments))
+            number, size = sum(row.num_arrays for row in moments), sum(map(_size, moments))
             lines.append((f"{prefix}*", str(number), "as params/", moments[0].info.dtype, format_bytes(size)))
     for row in shown:
         shape = "x".join(map(str, row.info.shape)) or "scalar"
-        lines.append((row.name, str(row.count), shape, row.info.dtype, format_bytes(_size(row))))
+        lines.append((row.name, str(row.num_arrays), shape, row.info.dtype, format_bytes(_size(row))))
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
     for line in lines:
         cells = (line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3].ljust(widths[3]))
@@ -148,4 +148,4 @@ def _relative(prefix: str, table: list[Row]) -> set[tuple[str, ArrayInfo]]:
 
 def _size(row: Row) -> int:
     itemsize = 2 if row.info.dtype == "bfloat16" else np.dtype(row.info.dtype).itemsize
-    return row.count * math.prod(row.info.shape) * itemsize
+    return row.num_arrays * math.prod(row.info.shape) * itemsize

@@ -38,7 +38,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> dict[str, Any]:
     Works on jax arrays, numpy arrays and `jax.ShapeDtypeStruct`s; a layer keeps the sharding that its stack has in the
     other dims. Slices of jax arrays are new device buffers: the tree may be donated right after.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for names, is_stacked, array in _leaves(tree, prefix):
         layers = _unstack(array) if is_stacked else [array]
         flat.update(zip(names, layers, strict=True))

@@ -79,18 +79,18 @@ def mesh_axis(default: int) -> Any:
 
 
 @cache
-def hints(cls: type) -> dict[str, Any]:
+def hints(cls: Any) -> dict[str, Any]:
     """Field name -> resolved type hint of a config dataclass, in order of declaration."""
     resolved = typing.get_type_hints(cls)
     return {field.name: resolved[field.name] for field in dataclasses.fields(cls)}
 
 
 @cache
-def docs(cls: type) -> dict[str, str]:
+def docs(cls: Any) -> dict[str, str]:
     """Field name -> the string literal under the field in the source of a config dataclass, on one line."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
+    body: Any = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     return {
-        field.target.id: " ".join(text.value.value.split())
+        str(field.target.id): " ".join(text.value.value.split())  # type: ignore[union-attr, attr-defined]
         for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
@@ -118,10 +118,12 @@ class Leaf(NamedTuple):
 def walk(config: Any, prefix: str = "") -> Iterator[Leaf]:
     """Every leaf of a config in order of declaration. Configs in a tuple are numbered; an empty tuple is a leaf, and so
     is a value of the wrong type in place of a config."""
+    cls: Any = type(config)
     for field in dataclasses.fields(config):
-        name, value, hint = prefix + field.name, getattr(config, field.name), hints(type(config))[field.name]
+        name, value = prefix + field.name, getattr(config, field.name)
+        hint: Any = hints(cls)[field.name]
         item = item_type(hint)
-        if dataclasses.is_dataclass(hint) and isinstance(value, hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, hint):
             yield from walk(value, f"{name}.")
         elif dataclasses.is_dataclass(item) and value and accepts(hint, value):
             for number, entry in enumerate(value):

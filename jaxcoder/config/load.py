@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 from jaxcoder.config import fields, schema
 from jaxcoder.config.overrides import apply_overrides
@@ -104,7 +105,8 @@ def _function_in_file(path: str, wanted: str) -> RunFunction:
 def _functions_of(module: ModuleType) -> dict[str, RunFunction]:
     """Public functions defined in the module that are annotated to return a RunConfig or have neither an annotation nor
     required parameters; failing that, those without an annotation, for the sake of the error."""
-    annotated, bare = {}, {}
+    annotated: dict[str, RunFunction] = {}
+    bare: dict[str, RunFunction] = {}
     for name, function in vars(module).items():
         if name.startswith("_") or not inspect.isfunction(function) or function.__module__ != module.__name__:
             continue
@@ -154,6 +156,7 @@ def _describe(error: BaseException) -> str:
     """The error on one line, with the nearest field where one of a config is misspelt."""
     text = f"{type(error).__name__}: {error}"
     misspelt = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    if misspelt and dataclasses.is_dataclass(cls := getattr(schema, misspelt[1], None)):
-        text += did_you_mean(misspelt[2], fields.hints(cls))
+    cls: Any = getattr(schema, misspelt[1], None) if misspelt else None
+    if misspelt and dataclasses.is_dataclass(cls):
+        text += did_you_mean(misspelt[2], [field.name for field in dataclasses.fields(cls)])
     return text

@@ -9,7 +9,7 @@ import shutil
 import textwrap
 import typing
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxcoder.config import fields
 from jaxcoder.errors import ConfigError
@@ -46,7 +46,7 @@ def apply_overrides(config: Config, overrides: Sequence[str], prog: str = "jaxco
             raise ConfigError(f"{_unknown(given, option, [*options, *negatives])}. See `{prog} --help`.")
         leaf = options[option]
         item = fields.item_type(leaf.hint)
-        if dataclasses.is_dataclass(item):
+        if dataclasses.is_dataclass(item) and isinstance(item, type):
             raise ConfigError(f"`{given}` is a list of {item.__name__}: write it in the run's Python function.")
         texts = [text] if equals else []
         while not equals and words and not words[0].startswith("--") and (item or not texts):
@@ -109,7 +109,7 @@ def _help(config: object, prog: str) -> str:
     return "\n".join(lines)
 
 
-def _metavar(hint: object) -> str:
+def _metavar(hint: Any) -> str:
     """ "INT|None", "{gelu_tanh,gelu}", "[FLOAT ...]"."""
     item = fields.item_type(hint)
     if item is not None:

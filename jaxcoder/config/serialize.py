@@ -18,8 +18,9 @@ Config = TypeVar("Config", RunConfig, ModelConfig)
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values. An int in a float field becomes a float, so that 1 and 1.0 are one config."""
-    plain = {}
-    for name, hint in fields.hints(type(config)).items():
+    plain: dict[str, Any] = {}
+    cls: Any = type(config)
+    for name, hint in fields.hints(cls).items():
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             plain[name] = to_dict(value)
@@ -41,7 +42,7 @@ def to_json(config: RunConfig | ModelConfig) -> str:
         raise ConfigError(f"{', '.join(names)} must be a finite number.") from error
 
 
-def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the config") -> Config:
+def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the config") -> Config:  # type: ignore[assignment]
     """The config that `to_json` wrote. `source` (a file name) is used in the errors.
 
     Raises ConfigError that names every missing required field, unknown field and value of a wrong type.
@@ -63,7 +64,7 @@ def from_json(text: str, cls: type[Config] = RunConfig, *, source: str = "the co
 def _from_plain(hint: Any, plain: Any, name: str, problems: list[str]) -> Any:
     """The value of the field `name` ("" is the config itself); what is wrong with it is added to `problems`."""
     item = fields.item_type(hint)
-    if dataclasses.is_dataclass(hint):
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(plain, dict):
             problems.append(f"{name or 'the content'} is {json.dumps(plain)}, but must be an object with fields")
             return None

@@ -4,7 +4,7 @@ Each defect is a switch of its own in the config, mended by default; a variant s
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from jaxcoder.config.schema import RunConfig
 
@@ -23,5 +23,6 @@ SWITCHES = (
 
 def with_variant(config: RunConfig, variant: Variant) -> RunConfig:
     """`config` with every switch set as the variant has it."""
-    data = dataclasses.replace(config.data, **dict.fromkeys(SWITCHES, variant == "as_trained"))
+    switches: dict[str, Any] = dict.fromkeys(SWITCHES, variant == "as_trained")
+    data = dataclasses.replace(config.data, **switches)
     return dataclasses.replace(config, data=data)

@@ -164,10 +164,11 @@ def _row(document: Document, plain: bool, with_ids: bool, path: Path) -> dict:
             f"Cannot write {document.path or 'a document'} with the ids that it brings to {path}: write it with_ids."
         )
     if not plain:
-        parts = [
-            {"special": part.special, "text": well_formed(part.text)} | ({"ids": part.ids} if with_ids else {})
-            for part in document.parts
+        parts: list[dict[str, object]] = [
+            {"special": part.special, "text": well_formed(part.text)} for part in document.parts
         ]
+        if with_ids:
+            parts = [row | {"ids": part.ids} for row, part in zip(parts, document.parts, strict=True)]
         return {"parts": parts, **origin}
     if any(part.special is not None for part in document.parts):
         raise DataError(

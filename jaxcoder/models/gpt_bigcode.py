@@ -12,6 +12,7 @@ Reference: Allal et al. 2023 (arXiv 2301.03988), Li et al. 2023 (arXiv 2305.0616
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +106,9 @@ class GPTBigCode(nnx.Module):
         """
         rules = self.rules.for_length(tokens.shape[1])
         ids = rules.spec("batch", None)
-        randomness = None if dropout is None else Dropout(key=PartitionSpec(), rows=rules.spec("batch"))
+        randomness: Any = None  # a tree of specs with the structure of `Dropout`
+        if dropout is not None:
+            randomness = jax.tree.unflatten(jax.tree.structure(dropout), (PartitionSpec(), rules.spec("batch")))
 
         def local(model, tokens, positions, segment_ids, dropout):
             x = model._embed(tokens, positions, dropout, rules)
@@ -280,7 +283,7 @@ class Attention(nnx.Module):
         k = k.at[slots].set(new_k.astype(k.dtype), mode="drop")
         v = v.at[slots].set(new_v.astype(v.dtype), mode="drop")
         if x.shape[1] > 1:  # A prompt attends to itself; causality hides the pads, which come last.
-            attended = attention(q, new_k, new_v, implementation=self.compute.attention)
+            attended: Any = attention(q, new_k, new_v, implementation=self.compute.attention)
         else:
             attended = attention(
                 q,
@@ -298,18 +301,18 @@ class Attention(nnx.Module):
         q, kv = checkpoint_name(q, "q"), checkpoint_name(kv, "kv")
         return q, kv[:, :, 0], kv[:, :, 1]
 
-    def _attend(self, q, k, v, layer, segment_ids, dropout: Dropout | None, rules: ShardingRules) -> jax.Array:
+    def _attend(self, q, k, v, layer, segment_ids, dropout: Dropout | None, rules: ShardingRules) -> Any:
         """Attention on the rows and heads of this device; dropout bits depend on their global indices."""
-        use_dropout = dropout is not None and self.config.attention_dropout > 0.0
+        active = dropout if self.config.attention_dropout > 0.0 else None
         return attention(
             q,
             k,
             v,
             segment_ids=segment_ids,
-            batch_offset=dropout.rows[0] if use_dropout else 0,
+            batch_offset=0 if active is None else active.rows[0],
             head_offset=shard_index(rules.axes("heads")) * q.shape[2],
-            dropout_rate=self.config.attention_dropout if use_dropout else 0.0,
-            dropout_key=fold_in(dropout.key, Site.ATTENTION, layer) if use_dropout else None,
+            dropout_rate=0.0 if active is None else self.config.attention_dropout,
+            dropout_key=None if active is None else fold_in(active.key, Site.ATTENTION, layer),
             implementation=self.compute.attention,
         )
 

@@ -91,16 +91,21 @@ def test_the_same_bytes_as_on_a_disk(tokenizer, documents_file, tmp_path, creden
 def test_killed_and_resumed(tokenizer, documents_file, credentials, bucket, monkeypatch):
     tiny = {"shard_tokens": 8192, "sizes": WorkSizes(10_000, 20_000)}
     build_store(documents_file, tokenizer, f"s3://{bucket}/undisturbed", seed=3, **tiny)
-    real, count = credentials.pipe_file, 0
+    uploads = {name: getattr(credentials, name) for name in ("pipe_file", "put_file")}
+    count = 0
 
-    def dies(*arguments, **settings):
-        nonlocal count
-        count += 1
-        if count % 13 == 0:  # a build writes nine small files before its first task
-            raise KeyboardInterrupt
-        return real(*arguments, **settings)
+    def dying(upload):
+        def dies(*arguments, **settings):
+            nonlocal count
+            count += 1
+            if count % 13 == 0:  # a build writes nine small files before its first task
+                raise KeyboardInterrupt
+            return upload(*arguments, **settings)
 
-    monkeypatch.setattr(credentials, "pipe_file", dies)  # the one instance that all of this process use
+        return dies
+
+    for name, upload in uploads.items():  # of the one instance that all of this process use
+        monkeypatch.setattr(credentials, name, dying(upload))
     kills = 0
     for _ in range(20):
         try:
@@ -108,7 +113,8 @@ def test_killed_and_resumed(tokenizer, documents_file, credentials, bucket, monk
             break
         except KeyboardInterrupt:
             kills += 1
-    monkeypatch.setattr(credentials, "pipe_file", real)
+    for name, upload in uploads.items():
+        monkeypatch.setattr(credentials, name, upload)
     assert kills > 2
     assert files_of(credentials, f"{bucket}/store") == files_of(credentials, f"{bucket}/undisturbed")
 

@@ -96,7 +96,7 @@ def test_what_is_in_the_directory(run, tmp_path):
     again = dataclasses.replace(run, output_dir=str(tmp_path / "next"), init_from=run.output_dir)
     assert f"starts from the weights of {run.output_dir}/checkpoints/2, and a fresh optimizer" in said(again)
     wider = dataclasses.replace(again, model=dataclasses.replace(run.model, mlp_dim=128))
-    assert "NOT READY: the run cannot begin with the weights" in said(wider)
+    assert "NOT READY: the run cannot start from the weights" in said(wider)
     assert "NOT READY: init_from is `nowhere`" in said(dataclasses.replace(again, init_from="nowhere"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")

@@ -122,7 +122,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(base, st
     refused(dataclasses.replace(run, data=DataConfig(store=stores[1])), "trained with another tokenizer .fingerprint")
     refused(dataclasses.replace(run, init_from=str(tmp_path / "nothing")), "nothing`, which does not exist")
     (tmp_path / "empty").mkdir()
-    refused(dataclasses.replace(run, init_from=str(tmp_path / "empty")), "holds no checkpoint of ours.*from-hf")
+    refused(dataclasses.replace(run, init_from=str(tmp_path / "empty")), "holds no checkpoint of jaxcoder.*from-hf")
     assert not (tmp_path / "run").exists()
 
 
@@ -139,4 +139,4 @@ def test_damaged_checkpoints_of_its_own_do_not_fall_back_to_the_beginning(base, 
     train(run)
     manifest = tmp_path / "run" / "checkpoints" / "2" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("smoke", "smoky").replace('"step": 2', '"step": 3'))
-    refused(run, "no checkpoint in .* is whole, so the run cannot go on: delete that directory")
+    refused(run, "no checkpoint in .* is complete, so the run cannot continue: delete that directory")

@@ -115,6 +115,6 @@ def test_profile_steps():
 
 def test_steps_that_never_come_are_refused(tmp_path):
     run = synthetic(tmp_path / "run")
-    with pytest.raises(ConfigError, match="--profile-steps begins at step 21, but the run has 20"):
+    with pytest.raises(ConfigError, match="--profile-steps starts at step 21, but the run has 20"):
         train(run, profile_steps=ProfileSteps.parse("21:22"))
     assert not (tmp_path / "run").exists()

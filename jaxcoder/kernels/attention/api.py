@@ -175,7 +175,7 @@ def _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_
         dtype, shape = jnp.result_type(value), jnp.shape(value)
         if shape or not jnp.issubdtype(dtype, jnp.integer):
             raise ConfigError(f"attention takes {name} as one integer, and got {dtype} {shape}.")
-    if not isinstance(dropout_rate, numbers.Real) or not 0.0 <= dropout_rate < 1.0:
+    if not isinstance(dropout_rate, numbers.Real) or not 0.0 <= float(dropout_rate) < 1.0:
         raise ConfigError(f"attention takes a dropout_rate in [0, 1), and got {dropout_rate!r}.")
     if dropout_rate and (dropout_key is None or dropout_key.shape != (2,) or dropout_key.dtype != jnp.uint32):
         got = "None" if dropout_key is None else f"{dropout_key.dtype} {dropout_key.shape}"

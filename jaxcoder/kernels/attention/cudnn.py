@@ -5,13 +5,14 @@ backends, and the log-sum-exp has no gradient there.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
-IMPLEMENTATION = "cudnn"
+IMPLEMENTATION: Literal["cudnn"] = "cudnn"
 MOST_HEAD_DIM = 128
 
 

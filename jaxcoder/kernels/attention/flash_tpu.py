@@ -149,6 +149,7 @@ def _rows(seen: Intervals) -> tuple[jax.Array, jax.Array]:
 
 def _dropout_words(context: AttentionContext, batch: int, heads: int, q_len: int) -> jax.Array:
     """uint32 (B, H, 2, S): what the dropout hash needs of a row, its coordinates but the key."""
+    assert context.dropout_key is not None
     samples = jnp.arange(batch, dtype=jnp.uint32) + context.batch_offset.astype(jnp.uint32)
     all_heads = jnp.arange(heads, dtype=jnp.uint32) + context.head_offset.astype(jnp.uint32)
     positions = jnp.arange(q_len, dtype=jnp.int32) + context.q_offset + context.kv_offset

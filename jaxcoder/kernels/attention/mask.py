@@ -54,7 +54,7 @@ def visible(
     allowed = jnp.ones((1, q_positions.shape[0], k_positions.shape[0]), bool)
     if spec.causal:
         allowed &= q_positions[:, None] >= k_positions[None, :]
-    if q_segments is not None:
+    if q_segments is not None and k_segments is not None:  # both or neither
         allowed = allowed & (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments[:, :, None] != 0)
     return allowed
 
@@ -69,6 +69,7 @@ def dropout_scale(
     """fp32 (B, H, S, T): 0 where a probability is dropped, 1 / (1 - rate) elsewhere; None without dropout."""
     if spec.dropout_rate == 0.0:
         return None
+    assert context.dropout_key is not None
     rows = jnp.arange(batch_heads[0], dtype=jnp.uint32) + context.batch_offset.astype(jnp.uint32)
     heads = jnp.arange(batch_heads[1], dtype=jnp.uint32) + context.head_offset.astype(jnp.uint32)
     keep = keep_mask(

@@ -106,7 +106,7 @@ def intervals(spec: AttentionSpec, context: AttentionContext, batch: int, q_len:
     """
     positions = jnp.arange(q_len, dtype=jnp.int32)[None]
     start, end = jnp.zeros((batch, q_len), jnp.int32), jnp.full((batch, q_len), kv_len, jnp.int32)
-    if context.segment_ids is not None:
+    if context.segment_ids is not None and context.kv_segment_ids is not None:  # both or neither
         check_contiguous("segment_ids", context.segment_ids)
         if context.kv_segment_ids is context.segment_ids:
             start, end = _own_segments(context.segment_ids)
