@@ -24,7 +24,7 @@ from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.kernels.attention.api import attention
 from jaxcoder.kernels.dropout.api import Site, fold_in, keep_mask
 from jaxcoder.models.loss import token_losses, weighted_loss
-from jaxcoder.models.protocol import Batch, Dropout
+from jaxcoder.models.protocol import BatchArrays, Dropout
 from jaxcoder.sharding.ops import (
     all_gather,
     all_gather_weight,
@@ -132,18 +132,18 @@ class GPTBigCode(nnx.Module):
     def has_dropout(self) -> bool:
         return max(self.config.embed_dropout, self.config.residual_dropout, self.config.attention_dropout) > 0
 
-    def loss(self, batch: Batch, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
+    def loss(self, batch: BatchArrays, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
         """Loss of the next token, summed over the targets that count, in nats, and their number: fp32 scalars."""
         hidden, chunk = self._hidden_of(batch, dropout), self.compute.loss_chunk_tokens
         total = weighted_loss(hidden, self.wte[...], batch.targets, batch.loss_mask, chunk_size=chunk, rules=self.rules)
         return total, batch.loss_mask.sum()
 
-    def token_losses(self, batch: Batch) -> jax.Array:
+    def token_losses(self, batch: BatchArrays) -> jax.Array:
         """Loss of every target in nats, without dropout, also of those that do not count: fp32 (B, S)."""
         hidden, chunk = self._hidden_of(batch, None), self.compute.loss_chunk_tokens
         return token_losses(hidden, self.wte[...], batch.targets, chunk_size=chunk, rules=self.rules)
 
-    def _hidden_of(self, batch: Batch, dropout: Dropout | None) -> jax.Array:
+    def _hidden_of(self, batch: BatchArrays, dropout: Dropout | None) -> jax.Array:
         # With the default positions the position table is sliced, which is cheaper than a lookup.
         positions = None if batch.segment_ids is None else batch.positions
         return self(batch.inputs, positions=positions, segment_ids=batch.segment_ids, dropout=dropout)

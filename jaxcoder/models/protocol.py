@@ -18,7 +18,7 @@ from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.sharding.rules import ShardingRules
 
 
-class Batch(Protocol):
+class BatchArrays(Protocol):
     """Arrays (B, S): inputs, targets int32; loss_mask fp32; positions int32; segment_ids int32, or None to attend
     across documents."""
 
@@ -49,10 +49,10 @@ class Model(Protocol):
     def has_dropout(self) -> bool:
         """Whether training needs randomness."""
 
-    def loss(self, batch: Batch, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
+    def loss(self, batch: BatchArrays, dropout: Dropout | None = None) -> tuple[jax.Array, jax.Array]:
         """Loss summed over the targets that count, in nats, and their number: fp32 scalars."""
 
-    def token_losses(self, batch: Batch) -> jax.Array:
+    def token_losses(self, batch: BatchArrays) -> jax.Array:
         """Loss of every target in nats, without dropout, also of those that do not count: fp32 (B, S)."""
 
 

@@ -13,7 +13,7 @@ from jaxcoder.models.flops import num_parameters
 from jaxcoder.plan.published import RUNS, STARCODER, PublishedRun
 from jaxcoder.plan.time_model import StepTime, step_time
 from jaxcoder.plan.topology import Topology, parse_topology
-from jaxcoder.plan.workload import Decoder, Layout, work_of
+from jaxcoder.plan.workload import DecoderShape, Layout, work_of
 
 MIN_MODELS = 3
 """Different models among the published runs from which on their ratios give a range."""
@@ -96,6 +96,6 @@ def starcoder_prediction(config: RunConfig) -> float | None:
         return None
     original = replace(config, mesh=MeshConfig(data=8, fsdp=16, tensor=4), global_batch_size=512, microbatch_size=128)
     topology = parse_topology(STARCODER.topology)
-    work = work_of(Decoder.of(config.model), Layout.of(original))
+    work = work_of(DecoderShape.of(config.model), Layout.of(original))
     seconds = step_time(work, topology, original.mesh, "flash").expected
     return 512 * config.model.max_seq_len / seconds / topology.chips

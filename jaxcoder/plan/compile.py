@@ -1,7 +1,7 @@
 """The real training step, compiled for a topology that need not be there, and what the compiler says of it.
 
 The compiler works in a process of its own: libtpu ends the process on what it cannot do, and XLA's options are read
-once. What it said is kept in the user's cache, under the versions, the run, the topology and the code it compiled.
+once. The result is cached for the user under the versions, the run, the topology and the compiled code.
 
     python -m jaxcoder.plan.compile REQUEST ANSWER        (files; the process that `compile_step` starts)
 """
@@ -97,7 +97,7 @@ def compile_step(
     waiting: Callable[[float], object] = lambda seconds: None,
     time_limit: float | None = None,
 ) -> Compiled:
-    """Compiles the training step of a run whose mesh is filled in, or reads what was said of it before.
+    """Compiles the training step of a run whose mesh is resolved, or reads the cached result.
 
     waiting: called about twice a second with the seconds gone. time_limit: seconds after which it is given up.
     Raises MissingExtraError and ConfigError where the compiler is not installed, JaxcoderError where it gives up.
@@ -306,7 +306,7 @@ def described_mesh(config: RunConfig, topology: Topology):
         extra["num_slices"] = topology.num_slices
     sides = "x".join(map(str, topology.shape))
     name = f"{generation.library_name}:{sides}"
-    if topology.chips // topology.num_slices < 4:  # else libtpu asks for whole hosts
+    if topology.chips // topology.num_slices < 4:  # else libtpu asks for complete hosts
         extra["chips_per_host_bounds"] = list(topology.shape) + [1] * (3 - len(topology.shape))
     described = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra)
     return make_mesh(config.mesh, described.devices)

@@ -13,7 +13,7 @@ from jaxcoder.plan.calibration import Calibration, calibration
 from jaxcoder.plan.compile import Compiled, compile_step
 from jaxcoder.plan.time_model import LINK, StepTime, axis_bandwidths, step_time
 from jaxcoder.plan.topology import Topology
-from jaxcoder.plan.workload import Decoder, Layout, Work, work_of
+from jaxcoder.plan.workload import DecoderShape, Layout, Work, work_of
 from jaxcoder.train.dry_run import num_samples
 from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory, shards_of
 
@@ -133,17 +133,17 @@ def attention_backend(config: RunConfig, topology: Topology) -> str:
 
 def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) -> Plan:
     """config: of `prepare`. Nothing is compiled here."""
-    work = work_of(Decoder.of(config.model), Layout.of(config))
+    work = work_of(DecoderShape.of(config.model), Layout.of(config))
     attention = attention_backend(config, topology)
     modelled = step_time(work, topology, config.mesh, attention, is_ours=True)
     time = modelled
     if compiled is not None and compiled.fits:
-        # Without a kernel of its own the attention is among the compiler's matmuls, and cannot be told from them.
+        # Without a kernel of its own, attention is part of the compiler's matmuls.
         matmuls = compiled.matmul_flops if compiled.kernels else work.matmul_flops
         measured = replace(work, matmul_flops=matmuls, transfers={})
         time = step_time(measured, topology, config.mesh, attention)
-        seconds, beside = transfer_seconds(compiled, topology, config.mesh)
-        time = replace(time, interconnect=seconds, beside=beside)
+        seconds, overlapped_seconds = transfer_seconds(compiled, topology, config.mesh)
+        time = replace(time, interconnect=seconds, overlapped_seconds=overlapped_seconds)
     return Plan(
         config=config, topology=topology, compiled=compiled, estimate=estimate_memory(config), work=work,
         modelled=modelled, time=time,
@@ -151,18 +151,18 @@ def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) 
 
 
 def transfer_seconds(compiled: Compiled, topology: Topology, mesh: MeshConfig) -> tuple[dict[str, float], float]:
-    """Axis (or axes, joined by +) -> seconds of its collectives, one after another; and how many of all these seconds
-    the program computes beside."""
+    """Axis (or axes, joined by +) -> seconds of its collectives, one after another; and how many of these seconds
+    overlap with computation."""
     bandwidths = axis_bandwidths(topology, mesh)
     slowest = topology.chip.link_bandwidth * LINK[topology.platform]
     seconds: dict[str, float] = {}
-    beside = 0.0
+    overlapped_seconds = 0.0
     for collective in compiled.collectives:
         key = "+".join(collective.axes)
         along = min((bandwidths.get(axis, slowest) for axis in collective.axes), default=slowest)
         seconds[key] = seconds.get(key, 0.0) + collective.bytes / along
-        beside += collective.asynchronous * collective.bytes / along
-    return seconds, beside
+        overlapped_seconds += collective.asynchronous * collective.bytes / along
+    return seconds, overlapped_seconds
 
 
 def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
@@ -194,10 +194,10 @@ def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, Ru
 
 
 def find_fit(plan: Plan, compile_one: COMPILE, *, tries: int = 4) -> tuple[list[tuple[str, Plan]], bool]:
-    """What was tried to make a run fit, in order, and whether the last one did.
+    """The attempts to make a run fit, in order, and whether the last one did.
 
-    Ways that the estimate, scaled to what the compiler said of this run, puts above the memory are passed over; of more
-    than `tries` the first, which costs least, and the last are tried.
+    Options whose estimate, scaled by the compiler's figure for this run, exceeds the memory are skipped. Of more than
+    `tries` options the first, which costs least, and the last ones are tried.
     """
     tried: list[tuple[str, Plan]] = []
     of_chip, scale = plan.topology.chip.devices_per_chip, 1.0

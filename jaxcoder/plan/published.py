@@ -8,7 +8,7 @@ are resolved by its own src/maxtext/configs/{base.yml,types.py}. Runs that lack 
 from dataclasses import dataclass
 
 from jaxcoder.config import MeshConfig
-from jaxcoder.plan.workload import FP32, Decoder, Layout
+from jaxcoder.plan.workload import FP32, DecoderShape, Layout
 
 FULL = frozenset({"qkv", "attention", "out", "mlp_in"})
 """MaxText's `full`: only a block's input is kept."""
@@ -29,7 +29,7 @@ class PublishedRun:
     name: str
     topology: str
     num_slices: int = 1
-    decoder: Decoder
+    decoder: DecoderShape
     layout: Layout
     attention: str
     """Kernel: a key of time_model.ATTENTION."""
@@ -47,19 +47,19 @@ class PublishedRun:
         return tokens * self.decoder.model_flops(causal=False) / chips / (self.tflops * 1e12)
 
 
-def _maxtext(scale: int, seq_len: int = 2048) -> Decoder:
+def _maxtext(scale: int, seq_len: int = 2048) -> DecoderShape:
     """MaxText's own GPT of about `scale` billion parameters."""
     layers, embed, heads, mlp = {
         16: (32, 4096, 64, 28672), 32: (32, 8192, 64, 28672), 64: (64, 8192, 64, 28672),
     }[scale]  # fmt: skip
-    return Decoder(
+    return DecoderShape(
         num_layers=layers, embed_dim=embed, num_heads=heads, num_kv_heads=heads, head_dim=128, mlp_dim=mlp,
         vocab_size=32000, seq_len=seq_len, mlp_matrices=3, tied=False,
     )  # fmt: skip
 
 
-def _llama(layers: int, embed: int, heads: int, kv: int, mlp: int, vocab: int, seq_len: int) -> Decoder:
-    return Decoder(
+def _llama(layers: int, embed: int, heads: int, kv: int, mlp: int, vocab: int, seq_len: int) -> DecoderShape:
+    return DecoderShape(
         num_layers=layers, embed_dim=embed, num_heads=heads, num_kv_heads=kv, head_dim=128, mlp_dim=mlp,
         vocab_size=vocab, seq_len=seq_len, mlp_matrices=3, tied=False,
     )  # fmt: skip
@@ -172,7 +172,7 @@ LACKING = tuple(
         ("MaxText 22B and 52B, v4", "156 and 154 TFLOP/s", "head size and MLP of the version that was measured: its "
          "script of today does not give 22e9 parameters"),
         ("MaxText Llama 2 70B, 512 v5p", "65.4 %", "batch: 2 in its table of models, 4 in its script"),
-        ("MaxText Gemma 3 12B, v6e-256", "349 TFLOP/s", "alternating local attention, which `Decoder` does not have"),
+        ("MaxText Gemma 3 12B, v6e-256", "349 TFLOP/s", "alternating local attention, which is not modelled"),
         ("AXLearn Llama 2 7B, 256 H100 and v5p-512", "1.4 and 2.5 s", "batch and recomputation"),
         ("JAX-Toolbox Llama 2 7B, 8 H100", "0.721 s", "recomputation and mesh"),
         ("Levanter 1.4B to 20B, v3-256", "41.7 to 54.4 %", "microbatches, and the v3's links"),

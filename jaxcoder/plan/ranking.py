@@ -1,4 +1,4 @@
-"""The model's ranking beside the compiler's, where every layout of a search was compiled (`--search --compile-all`).
+"""The model's ranking compared with the compiler's, if a search compiled every layout (`--search --compile-all`).
 
 The compiler's time of a layout is its own cycles for matmuls and memory traffic and the transfers of its program, with
 the attention kernel's modelled cycles, which both share. Its memory is its own. The correlation of ranks is Spearman's.

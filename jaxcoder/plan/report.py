@@ -166,10 +166,10 @@ def _overlap(is_overlapped: bool) -> str:
 
 
 def _modelled_overlap(plan: Plan, axis: str) -> str:
-    seconds, beside = plan.modelled.interconnect[axis], plan.modelled.beside
-    if axis == WEIGHT_AXIS and beside is not None and 0 < beside < seconds:
-        return f"{beside / seconds:.0%} overlapped"
-    return _overlap(axis == WEIGHT_AXIS and beside != 0)
+    seconds, overlapped_seconds = plan.modelled.interconnect[axis], plan.modelled.overlapped_seconds
+    if axis == WEIGHT_AXIS and overlapped_seconds is not None and 0 < overlapped_seconds < seconds:
+        return f"{overlapped_seconds / seconds:.0%} overlapped"
+    return _overlap(axis == WEIGHT_AXIS and overlapped_seconds != 0)
 
 
 def _time(plan: Plan) -> Iterator[str]:
@@ -196,10 +196,10 @@ def _time(plan: Plan) -> Iterator[str]:
     cycles = compiled.estimated_cycles if compiled is not None else None
     if cycles:
         seconds = cycles / plan.topology.chip.clock
-        beside = time.matmul + time.memory
+        modelled = time.matmul + time.memory
         yield (
             f"{_INDENT}{'the compiler':<24}{seconds:>9.3f}  (its own cycles for matmuls and memory; the model has "
-            f"{beside:.3f}, {beside / seconds:.2f} of it)"
+            f"{modelled:.3f}, {modelled / seconds:.2f} of it)"
         )
     table = []
     for name, seconds in seconds_by_case.items():

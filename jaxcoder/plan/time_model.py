@@ -1,12 +1,12 @@
-"""Work into seconds: a roofline with the efficiencies that matmuls, attention and links reach in practice.
+"""The time of a step: a roofline with the efficiencies that matmuls, attention and links reach in practice.
 
     compute  = matmul FLOPs / (peak x MATMUL) + attention FLOPs / (peak x attention's) + traffic / memory bandwidth
     expected = the largest of compute, `fsdp` transfers and transfers to the host + `tensor` and `data` transfers
 
-Transfers over `tensor` stand between two matmuls that wait for them, the sums over `data` come when the last gradient
-is there; those over `fsdp` run beside the layer before. A compiled program says itself which it waits for. The bounds:
-everything overlaps with everything, or nothing with anything. Where the efficiencies are taken from stands beside them;
-how far the whole is from published runs, in calibration.py.
+Transfers over `tensor` are exposed: the next matmul needs them. So are the sums over `data` after the last gradient.
+Transfers over `fsdp` overlap with the layer before. A compiled program shows which of its transfers are exposed. The
+bounds: everything overlaps, or nothing does. Each efficiency names its source; calibration.py compares the model with
+published runs.
 """
 
 import itertools
@@ -37,16 +37,16 @@ tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide, TPU7x as it
 published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
 DROPOUT = {"TPU v6e": (2.02, 1.45), "TPU7x": (2.02, 1.45)}
 DROPOUT_ELSEWHERE = (1.45, 1.07)
-"""How much longer our kernel takes with dropout, (forward, backward): static cycles on v6e and, elsewhere, on v5p
-(docs/performance.md, Attention on TPUs), TPU7x as v6e. Of other kernels it is not known and left at 1."""
+"""How much longer the flash_tpu kernel takes with dropout, (forward, backward): static cycles on v6e and, elsewhere,
+on v5p (docs/performance.md, Attention on TPUs), TPU7x as v6e. Of other kernels it is not known and left at 1."""
 ATTENTION_ELSEWHERE = 0.2
-GATHERS_BESIDE = ("TPU v4", "TPU v5e")
-"""Chips for which libtpu 0.0.52 gathers our weights over `fsdp` beside matmuls; on the others the step waits for them,
-and on all for the gradients (docs/performance.md, StarCoderBase on pods). Published runs had compilers and options that
-overlapped both."""
+OVERLAPPED_GATHERS = ("TPU v4", "TPU v5e")
+"""Chips for which libtpu 0.0.52 overlaps the all-gathers of weights over `fsdp` with matmuls. On the others they are
+exposed; the reduce-scatters of gradients are exposed on all (docs/performance.md, StarCoderBase on pods). Published
+runs had compilers and options that overlapped both."""
 WHOLE_TORUS = ("TPU v4", "TPU v5p")
-"""Chips for which libtpu 0.0.52 turns gathers and scatters over all three sides of a closed torus into sums of
-everything: twice the bytes, and waited for. Over one or two sides it does not."""
+"""Chips for which libtpu 0.0.52 turns all-gathers and reduce-scatters over all three sides of a closed torus into
+all-reduces: twice the bytes, and exposed. Over one or two sides it does not."""
 LINK = {"tpu": 0.9, "cuda": 0.8}
 """Of the data sheet's bandwidth: 45 of 50 GB/s a link in "How to Scale Your Model"; NCCL's bus bandwidth in a node."""
 
@@ -59,10 +59,16 @@ class StepTime:
     attention: float
     memory: float
     interconnect: dict[str, float]
-    beside: float | None = None
-    """Of the interconnect's seconds, those that a compiled program spends beside computing; None: those of `fsdp`."""
+    overlapped_seconds: float | None = None
+    """Seconds of the interconnect that overlap with computation in a compiled program; None: those of `fsdp`."""
     host: float = 0.0
-    """Activations to the host's memory and back, beside all else."""
+    """Activations to host memory and back, overlapped with everything else."""
+
+    @property
+    def _overlapped_interconnect(self) -> float:
+        if self.overlapped_seconds is None:
+            return self.interconnect.get(WEIGHT_AXIS, 0.0)
+        return self.overlapped_seconds
 
     @property
     def compute(self) -> float:
@@ -70,12 +76,12 @@ class StepTime:
 
     @property
     def expected(self) -> float:
-        beside = self.interconnect.get(WEIGHT_AXIS, 0.0) if self.beside is None else self.beside
-        return max(self.compute, beside, self.host) + sum(self.interconnect.values()) - beside
+        overlapped_seconds = self._overlapped_interconnect
+        return max(self.compute, overlapped_seconds, self.host) + sum(self.interconnect.values()) - overlapped_seconds
 
     @property
     def overlapped(self) -> float:
-        """If everything ran beside everything."""
+        """If everything overlaps."""
         return max(self.compute, sum(self.interconnect.values()), self.host)
 
     @property
@@ -85,15 +91,19 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What the most of the expected time goes to; transfers beside computing only where they take longer."""
-        beside = self.interconnect.get(WEIGHT_AXIS, 0.0) if self.beside is None else self.beside
-        waited = sum(self.interconnect.values()) - beside
-        slower = max(beside, self.host) > self.compute
+        """What dominates the expected time; overlapped transfers count only if they take longer than computation."""
+        overlapped_seconds = self._overlapped_interconnect
+        waited = sum(self.interconnect.values()) - overlapped_seconds
+        slower = max(overlapped_seconds, self.host) > self.compute
         named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
         if slower:
-            named = {"transfers to the host": self.host} if self.host > beside else {"transfers between chips": beside}
+            named = (
+                {"transfers to the host": self.host}
+                if self.host > overlapped_seconds
+                else {"transfers between chips": overlapped_seconds}
+            )
         longest = max(named, key=named.get)
-        return longest if named[longest] >= waited else "transfers that are waited for"
+        return longest if named[longest] >= waited else "exposed transfers"
 
 
 def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, *, is_ours: bool = False) -> StepTime:
@@ -102,15 +112,15 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, 
     chip = topology.chip
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
-    beside = None
+    overlapped_seconds = None
     if WEIGHT_AXIS in seconds:
         scatters = work.scattered / links[WEIGHT_AXIS]
         closed = all(map(topology.wraps, range(len(topology.shape))))
         on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)[WEIGHT_AXIS] > 2
         if on_three and closed:
-            seconds[WEIGHT_AXIS], beside = 2 * seconds[WEIGHT_AXIS], 0.0
+            seconds[WEIGHT_AXIS], overlapped_seconds = 2 * seconds[WEIGHT_AXIS], 0.0
         elif is_ours and topology.platform == "tpu":
-            beside = seconds[WEIGHT_AXIS] - scatters if chip.name in GATHERS_BESIDE else 0.0
+            overlapped_seconds = seconds[WEIGHT_AXIS] - scatters if chip.name in OVERLAPPED_GATHERS else 0.0
             seconds[WEIGHT_AXIS] += scatters if on_three or not work.scatters_evenly else 0.0  # all-reduces instead
     reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     has_hash = work.attention_dropout and attention == "flash_tpu"
@@ -123,7 +133,7 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, 
         attention=attention_flops / chip.peak_flops / reached,
         memory=work.memory_bytes / chip.memory_bandwidth,
         interconnect=seconds,
-        beside=beside,
+        overlapped_seconds=overlapped_seconds,
         host=work.host_bytes / chip.host_bandwidth if work.host_bytes and chip.host_bandwidth else 0.0,
     )
 

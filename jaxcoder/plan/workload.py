@@ -1,6 +1,6 @@
 """What one training step of a dense decoder does on one device, by formula: FLOPs, memory traffic, transfers.
 
-Serves models of ours and of others (`published.py`): a decoder is described by its matrices alone.
+For jaxcoder's models and those of published runs (`published.py`): a decoder is described by its matrices.
 Shapes: n tokens of a step on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim,
 S sequence, L layers, V vocabulary.
 """
@@ -26,21 +26,22 @@ RECOMPUTED = {
 """Our remat policies -> what the backward pass computes again: projections, the attention kernel, the output
 projection, the MLP's matrices but the last. Checked against the FLOPs of compiled programs (tests/plan)."""
 TENSOR_SUMS = {"none": 4, "minimal": 5, "offload": 5, "block": 6}
-"""Ours: the inputs of both halves, split along the sequence, are gathered again for their weights' gradients."""
+"""Of jaxcoder's step: the inputs of attention and MLP, sharded along the sequence, are all-gathered again for the
+gradients of their weights."""
 ELEMENTWISE = (58, 17.5)
-"""(of D, of F) bf16 values a token and layer that norms, residuals, activations and casts move to and from memory in a
-step, what matmuls take in and give out beside them not counted, whatever is computed again. With `tensor` half of those
-of D are split along the sequence; what was gathered for a matmul is whole."""
+"""bf16 values per token and layer, in units of (D, F), that norms, residuals, activations and casts move to and from
+memory in a step, recomputation included; operands and results of matmuls are not counted. With `tensor` half of the
+values of D are sharded along the sequence."""
 KEPT_TRAFFIC = 3.5
-"""The same for each value that is kept for the backward pass: the compiler writes and reads it unpacked, as fp32."""
+"""The same for each saved activation: the compiler writes and reads it as fp32."""
 OPTIMIZER_BYTES = 50
 """A weight and step: gradient, weight and moments read, weight and moments written, the gradient divided and its norm
 taken, 40 bytes at 0.8 of the bandwidth."""
 MICROBATCH_BYTES = 24
 """A weight and microbatch: cast to bf16 in both passes, its gradient written."""
 SCATTER_TILE = 16
-"""Rows of a bf16 tile on a TPU: gradients whose parts along `fsdp` are no multiple of it libtpu 0.0.52 sums whole (24
-and 44 rows of our models, 72 of a tiny one); of 64, 96, 128 and 256 rows it scatters."""
+"""Rows of a bf16 tile on a TPU. libtpu 0.0.52 all-reduces gradients whose shards over `fsdp` are not a multiple of it
+(24 and 44 rows of published models, 72 of a tiny one); with 64, 96, 128 and 256 rows it reduce-scatters."""
 ACCUMULATION_BYTES = 53
 """A weight and microbatch where there are several: gradients cleared, read and added to the sum. All five are what
 the TPU compiler's own cycles come to for a dozen programs: the 15.5B model on v4, v5e, v5p (twice) and v6e, and a thin
@@ -48,7 +49,7 @@ one on v5e with three policies, two meshes and two microbatches (docs/performanc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoder:
+class DecoderShape:
     """A dense decoder. mlp_matrices: 2 (GPT) or 3 (gated). tied: the head is the embedding."""
 
     num_layers: int
@@ -63,7 +64,7 @@ class Decoder:
     tied: bool = True
 
     @classmethod
-    def of(cls, model: ModelConfig) -> "Decoder":
+    def of(cls, model: ModelConfig) -> "DecoderShape":
         names = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "vocab_size")
         return cls(**{name: getattr(model, name) for name in names}, seq_len=model.max_seq_len)
 
@@ -121,7 +122,7 @@ class Layout:
     """Sums over `tensor` of a layer: two of a block's outputs forward, two of its inputs backward, and what is gathered
     or summed again."""
     gradient_bytes: int = BF16
-    """Of a gradient when it is scattered over `fsdp`: ours are in the compute type."""
+    """Of a gradient when it is reduce-scattered over `fsdp`: jaxcoder's are in the compute dtype."""
     kept: float | None = None
     """Values a token, layer and device that the backward pass finds kept; None: what `recomputed` leaves."""
     data_sums: int | None = None
@@ -165,7 +166,7 @@ class Work:
     attention_dropout: bool = False
 
 
-def work_of(decoder: Decoder, layout: Layout) -> Work:
+def work_of(decoder: DecoderShape, layout: Layout) -> Work:
     """The formula. Sizes need not divide: a mesh that cannot be built still has its figures."""
     shards = decoder.shards_on(layout.mesh)
     tokens = layout.batch * decoder.seq_len / shards("batch")
@@ -206,7 +207,7 @@ def work_of(decoder: Decoder, layout: Layout) -> Work:
     )
 
 
-def _kept(decoder: Decoder, layout: Layout) -> float:
+def _kept(decoder: DecoderShape, layout: Layout) -> float:
     """Values a token, layer and device: a block's input and the outputs of what is not computed again."""
     shards = decoder.shards_on(layout.mesh)
     of_queries = decoder.num_heads * decoder.head_dim / shards("heads")
@@ -218,7 +219,7 @@ def _kept(decoder: Decoder, layout: Layout) -> float:
     return decoder.embed_dim + sum(values for part, values in parts.items() if part not in layout.recomputed)
 
 
-def _transfers(decoder: Decoder, layout: Layout, tokens: float) -> dict[str, float]:
+def _transfers(decoder: DecoderShape, layout: Layout, tokens: float) -> dict[str, float]:
     """Axis -> bytes that a device sends along it in a step, for the axes of more than one device."""
     shards = decoder.shards_on(layout.mesh)
     weights = decoder.weights / shards("mlp")

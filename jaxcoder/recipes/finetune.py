@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Language:
+class LanguageChange:
     """Bits per byte of a language's held-out text before and after; tokens: how many they were measured on."""
 
     name: str
@@ -70,7 +70,7 @@ def finetune(
     num_steps: int | None = None,
     overrides: Sequence[str] = (),
     accept_config_change: bool = False,
-) -> list[Language]:
+) -> list[LanguageChange]:
     """Evaluates the weights, trains them on, evaluates again; returns, writes and shows what became of each language.
 
     Args:
@@ -162,11 +162,11 @@ def measured_before(config: RunConfig, weights: StartingWeights, path: Path) -> 
     return metrics
 
 
-def compare(before: dict[str, float], after: dict[str, float], trained_on: set[str]) -> list[Language]:
+def compare(before: dict[str, float], after: dict[str, float], trained_on: set[str]) -> list[LanguageChange]:
     """Every language of both, what was trained on first, then by what it lost."""
     bits_before, bits_after = languages_of(before), languages_of(after)
     languages = [
-        Language(
+        LanguageChange(
             name=name,
             is_trained_on=name in trained_on,
             tokens=int(before[f"{LANGUAGE_PREFIX}{name}/tokens"]),
@@ -179,7 +179,7 @@ def compare(before: dict[str, float], after: dict[str, float], trained_on: set[s
     return sorted(languages, key=lambda language: (not language.is_trained_on, -language.change))
 
 
-def table(languages: Sequence[Language]) -> list[str]:
+def table(languages: Sequence[LanguageChange]) -> list[str]:
     """The report's lines: bits per byte before and after, side by side."""
     width = max(len("language"), *(len(language.name) + 1 for language in languages))
     lines = [f"{'language':<{width}}  {'tokens':>12}  {'before':>8}  {'after':>8}  {'change':>8}"]
@@ -201,7 +201,7 @@ def table(languages: Sequence[Language]) -> list[str]:
     return lines
 
 
-def write_report(root: Path, base: str, languages: Sequence[Language], before: dict, after: dict) -> None:
+def write_report(root: Path, base: str, languages: Sequence[LanguageChange], before: dict, after: dict) -> None:
     """retention.json and retention.txt, the table of `table`."""
     report = {
         "base": base,

@@ -18,7 +18,7 @@ def check_accelerator(
 ) -> str | None:
     """A sentence when this machine has a GPU or TPU but JAX has only CPU devices, else None.
 
-    Someone who set JAX_PLATFORMS or an empty CUDA_VISIBLE_DEVICES has chosen and is not told. `platforms` (of JAX's
+    If JAX_PLATFORMS is set or CUDA_VISIBLE_DEVICES is empty, the choice is taken as deliberate. `platforms` (of JAX's
     devices; asking for them starts JAX), `root` and `environment` stand in for the machine's own in tests.
     """
     environment = dict(os.environ) if environment is None else environment

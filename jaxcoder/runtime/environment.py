@@ -27,10 +27,10 @@ def initialize(
         directory below ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     num_cpu_devices: virtual devices of the CPU backend, to try meshes without accelerators (None: leave as it is).
     deterministic: only GPU kernels that give the same bits every time; slower. CPUs and TPUs always do.
-    share_accelerator: take a GPU's memory as it is needed, so that another library has room beside JAX.
+    share_accelerator: allocate GPU memory on demand, so that another library can use the GPU too.
     leave_accelerators: run on CPUs, whatever else is there, as a command does that describes absent chips.
     debug: leaves the libraries' own logs on. Otherwise what they log is silenced: an error is raised as well, and a
-        logged traceback beside our sentence only confuses.
+        logged traceback next to the error message only confuses.
     """
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -66,7 +66,7 @@ def default_cache_dir() -> str | None:
     """The user's own cache of compiled programs, made if need be; None where it cannot be made or written.
 
     One for each kind of processor, since a home may be shared and a CPU's programs use its instructions. An entry that
-    a killed process left unfinished is removed: JAX notes the time of use beside an entry once it is whole, and would
+    a killed process left incomplete is removed: JAX writes the access time next to complete entries only, and would
     neither read nor replace this one.
     """
     directory = user_cache("xla", _processor_key())
@@ -97,7 +97,7 @@ def share_cache(directory: str) -> None:
 
 
 def user_cache(*parts: str) -> Path:
-    """A directory of ours below the user's cache directory; it need not exist."""
+    """jaxcoder's directory below the user's cache directory; it need not exist."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root, "jaxcoder", *parts)
 

@@ -1,8 +1,8 @@
-"""The processes of a run, seen from one of them: what they agree on, what each posts, and which have ended.
+"""Communication between the processes of a run: small messages, agreement, and which processes have failed.
 
-Posts go through JAX's coordination service, which lives in process 0; they are small texts under our own names. Unlike
-a collective they wait with a limit, say who is missing, and work while the devices are busy or stuck. A process that is
-alone has a board of its own, so that the code around it is one.
+Messages go through the key-value store of JAX's coordination service, in process 0. Unlike a collective they have a
+timeout, can name who is missing, and work while the devices are busy or stuck. A single process uses a local
+dictionary.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ _GOODBYE_SECONDS = 15.0
 
 
 class ProcessGroup:
-    """One for each run; every process makes it at the same point. A context manager: an error that leaves it is told to
-    the others, so that they need not wait for somebody who is gone."""
+    """One per run; every process creates it at the same point. As a context manager it posts an error that leaves the
+    block to the other processes, so that they do not wait for this one."""
 
     def __init__(self, timeout: float = 600.0):
         """timeout: seconds to wait for a post of another process."""
@@ -93,7 +93,7 @@ class ProcessGroup:
             self.check_failed()
             if time.monotonic() > deadline:
                 raise LostProcessError(
-                    f"{self.name(who)} said nothing for {self._timeout:.0f} seconds ({key}): look at its log."
+                    f"{self.name(who)} did not answer for {self._timeout:.0f} seconds ({key}): see its log."
                 )
 
     def agree(self, topic: str, mine: Any, decide: Callable[[list[Any]], Any]) -> Any:

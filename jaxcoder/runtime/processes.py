@@ -1,4 +1,4 @@
-"""Which process of how many this one is, and where they meet: said by flags, SLURM, a launch file, or a TPU pod.
+"""Process index, process count and coordinator of a run, from flags, the environment, SLURM or a TPU pod.
 
 One process serves all accelerators of a machine: fewer processes to lose, one loader and one host copy of what all
 cards need, and meshes do not see the difference. Pure functions of an environment; `join.py` acts on the answer.
@@ -76,7 +76,7 @@ def _number(name: str, value: int | str) -> int:
     try:
         return int(value)
     except ValueError:
-        raise ConfigError(f"{name} is {value!r}: give a whole number.") from None
+        raise ConfigError(f"{name} is {value!r}: give an integer.") from None
 
 
 def _slurm(environment: Mapping[str, str]) -> Processes | None:

@@ -1,7 +1,7 @@
-"""Who is here, before JAX is told to begin: a host that never arrives is named, and nobody waits without a word.
+"""The roster of a run, gathered before `jax.distributed.initialize`: a process that never arrives is named.
 
-Process 0 listens at the meeting place and notes everyone who tells its index and its host's name; when all are there it
-lets them go and leaves the port to JAX. One line of text each way: `jaxcoder INDEX COUNT HOST` and `go`, or a sentence.
+Process 0 listens at the coordinator's address and collects index and host of every process. When all have arrived it
+releases them and leaves the port to JAX. One line of text each way: `jaxcoder INDEX COUNT HOST`, and `go` or an error.
 """
 
 import logging
@@ -63,7 +63,7 @@ def gather_roster(found: Processes, timeout: float) -> list[str]:
 
 
 class _Arrivals:
-    """Who has said hello, and the connections that wait for an answer."""
+    """The processes that have arrived, and their connections, which wait for the answer."""
 
     def __init__(self, found: Processes):
         self._found = found
@@ -82,10 +82,10 @@ class _Arrivals:
     def words(self) -> str:
         """ "process 3 of 16 (host-d)"; several, and how many more."""
         names = self._found.hosts or ("",) * self._found.count
-        said = [f"{index}{f' ({names[index]})' if names[index] else ''}" for index in self.missing[:_MOST_NAMED]]
-        more = len(self.missing) - len(said)
+        shown = [f"{index}{f' ({names[index]})' if names[index] else ''}" for index in self.missing[:_MOST_NAMED]]
+        more = len(self.missing) - len(shown)
         several = "es" if len(self.missing) > 1 else ""
-        return f"process{several} {', '.join(said)}{f' and {more} more' if more else ''} of {self._found.count}"
+        return f"process{several} {', '.join(shown)}{f' and {more} more' if more else ''} of {self._found.count}"
 
     def accept(self, listening: socket.socket, ready: selectors.BaseSelector) -> None:
         try:
@@ -115,7 +115,7 @@ class _Arrivals:
     def _welcome(self, index: int, count: int, host: str, connection: socket.socket) -> None:
         if count != self._found.count:
             raise ConfigError(
-                f"process {index} ({host}) was told of {count} processes and process 0 ({self._names[0]}) of "
+                f"process {index} ({host}) was started for {count} processes and process 0 ({self._names[0]}) of "
                 f"{self._found.count}: start all of them with the same number."
             )
         if index in self._names and index < count:

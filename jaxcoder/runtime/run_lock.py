@@ -102,7 +102,7 @@ class _Lease:
         self._filesystem.pipe_file(self._path, json.dumps(self._mine | {"number": self._number}).encode())
 
     def take(self, directory: str) -> None:
-        """Returns with the lease; JaxcoderError if somebody renews theirs meanwhile."""
+        """Acquires the lease; JaxcoderError if another process renews its lease meanwhile."""
         found, deadline = self._read(), time.monotonic() + _EXPIRED_SECONDS
         while found is not None and not _is_dead(found) and time.monotonic() < deadline:
             time.sleep(1.0)
@@ -117,8 +117,8 @@ class _Lease:
             raise _in_use(directory, f"process {(found or {}).get('process')} of {(found or {}).get('host')}")
 
     def renew(self, stop: threading.Event) -> None:
-        """Until told to stop. A process whose lease another has taken (it was stopped too long) ends at once, so that
-        it writes nothing more."""
+        """Renews until `stop` is set. A process whose lease another has taken (it was stopped too long) ends at once,
+        so that it writes nothing more."""
         while not stop.wait(_RENEW_SECONDS):
             try:
                 found = self._read()

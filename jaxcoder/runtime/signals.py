@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a stop after a whole step, in all processes of a run after the same one."""
+"""SIGTERM and Ctrl-C: a stop after a completed step, the same one in all processes of a run."""
 
 import contextlib
 import os
@@ -45,7 +45,7 @@ class GracefulStop:
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
-            # None stands for a handler that was not installed from Python and cannot be put back.
+            # None: the handler was not installed from Python and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 

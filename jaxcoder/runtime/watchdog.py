@@ -1,11 +1,11 @@
-"""A process that stands still ends itself, and says which one it waited for.
+"""The watchdog: a process that is stuck writes its stacks, names the process it waited for, and exits with code 75.
 
-Whoever is alive but stuck holds up all others for ever, and JAX's own heartbeat does not notice. So a thread measures
-how long the main thread has been at what it does; past the limit it writes all stacks down, names the step and the
-silent process, and ends with exit code 75. The main thread cannot do that: it waits inside XLA.
+A process that is alive but stuck blocks all others forever, and JAX's heartbeat does not notice it. A thread measures
+how long the main thread has been in one phase. Past the limit it writes the stacks of all threads, logs the step and
+the silent process, and exits. The main thread cannot do this, because it waits inside XLA.
 
-Another thread posts, every few seconds, that this process is alive and where it stands, and reads the others' posts. It
-is a thread of its own because the post office is process 0, which may be the one that stands still.
+A second thread posts a heartbeat with the phase and the step every few seconds and reads those of the other processes.
+It is separate because the posts go through process 0, which may be the stuck one.
 """
 
 import faulthandler
@@ -46,9 +46,10 @@ class HostWork(NamedTuple):
 
 
 class Watchdog:
-    """A context manager around the loop, which tells it where it stands.
+    """A context manager around the loop, which reports its phases by `enter`.
 
-    stacks: path of the file for this process's stacks at a step. on_end: told (sentence, step) before the process ends.
+    stacks: path of the file for this process's stacks at a step. on_end: called with (message, step) before the
+    process exits.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Watchdog:
         self._heartbeat: threading.Thread | None = None
 
     def enter(self, phase: str, step: int) -> None:
-        """The main thread begins with this. Costs nothing; `DATA` and `STEP` of one step are measured together."""
+        """The main thread enters a phase. Costs nothing; `DATA` and `STEP` of one step are measured together."""
         before, before_step, since = self._standing
         is_same = before_step == step and {before, phase} <= {DATA, STEP}
         self._standing = (phase, step, since if is_same else time.monotonic())
@@ -161,7 +162,7 @@ class Watchdog:
 
     def _suspect(self, phase: str, step: int) -> str:
         if self._group.count == 1:
-            return "this process stands still."
+            return "this process is stuck."
         for index, end in self._failed.items():
             return f"{self._group.name(index)} has ended ({end['message']})."
         silent = self.silent_processes()

@@ -21,12 +21,12 @@ from jaxcoder.plan.report import as_dict, lines_of
 from jaxcoder.plan.search import accuracy, lines_of_search, search
 from jaxcoder.plan.time_model import axis_bandwidths, step_time
 from jaxcoder.plan.topology import parse_topology
-from jaxcoder.plan.workload import Decoder, Layout, work_of
+from jaxcoder.plan.workload import DecoderShape, Layout, work_of
 from jaxcoder.train.xla_options import accepted, bundles_for, options_for
 
 POWERS = st.sampled_from([1, 2, 4, 8])
 DECODERS = st.builds(
-    Decoder,
+    DecoderShape,
     num_layers=st.integers(1, 80), embed_dim=st.integers(1, 80).map(lambda n: 128 * n), num_heads=POWERS,
     num_kv_heads=st.just(8), head_dim=st.just(128), mlp_dim=st.integers(1, 80).map(lambda n: 512 * n),
     vocab_size=st.just(32000), seq_len=st.sampled_from([1024, 8192]), mlp_matrices=st.sampled_from([2, 3]),
@@ -43,7 +43,7 @@ LAYOUTS = st.builds(
 
 def test_flops_are_those_of_the_model():
     model = starcoderbase().model
-    decoder = Decoder.of(model)
+    decoder = DecoderShape.of(model)
     assert decoder.model_flops() == training_flops_per_token(model, 8192)
     assert decoder.weights == pytest.approx(num_parameters(model), rel=0.005)  # biases, norms and positions apart
 
@@ -95,7 +95,7 @@ def test_links(name, slices, mesh, expected):
 
 
 def test_an_axis_over_a_whole_torus_waits_for_twice_the_bytes():
-    topology, work = parse_topology("v5p:4x4x4"), work_of(Decoder.of(starcoderbase().model), _layout(1, 64, 1))
+    topology, work = parse_topology("v5p:4x4x4"), work_of(DecoderShape.of(starcoderbase().model), _layout(1, 64, 1))
     whole = step_time(work, topology, MeshConfig(data=1, fsdp=64, tensor=1), "flash_tpu")
     sent = work.transfers["fsdp"] / axis_bandwidths(topology, MeshConfig(data=1, fsdp=64, tensor=1))["fsdp"]
     assert whole.interconnect["fsdp"] == pytest.approx(2 * sent)
@@ -250,7 +250,7 @@ def test_search_needs_no_mesh_that_works_and_says_what_does_not():
 
 
 def test_dropout_takes_time_in_our_kernels():
-    layout, decoder, topology = _layout(8, 64, 1), Decoder.of(starcoderbase().model), parse_topology("v5p:8x8x8")
+    layout, decoder, topology = _layout(8, 64, 1), DecoderShape.of(starcoderbase().model), parse_topology("v5p:8x8x8")
     without = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu").attention
     dropping = work_of(decoder, dataclasses.replace(layout, attention_dropout=True))
     longer = step_time(dropping, topology, layout.mesh, "flash_tpu").attention
@@ -277,11 +277,11 @@ def test_dropout_takes_time_in_our_kernels():
 def test_what_our_programs_wait_for(name, mesh, waits):
     """Gathers run beside matmuls on v4 and v5e; gradients of 24 rows a chip are summed and not scattered."""
     topology, layout = parse_topology(name), _layout(*mesh)
-    work = work_of(Decoder.of(starcoderbase().model), layout)
+    work = work_of(DecoderShape.of(starcoderbase().model), layout)
     time = step_time(work, topology, layout.mesh, "flash_tpu", is_ours=True)
     sent = work.transfers["fsdp"] / axis_bandwidths(topology, layout.mesh)["fsdp"]
-    beside = time.interconnect["fsdp"] if time.beside is None else time.beside
-    assert (time.interconnect["fsdp"] - beside) / sent == pytest.approx(waits)
+    overlapped = time.interconnect["fsdp"] if time.overlapped_seconds is None else time.overlapped_seconds
+    assert (time.interconnect["fsdp"] - overlapped) / sent == pytest.approx(waits)
 
 
 def test_search_where_nothing_fits():
@@ -303,7 +303,7 @@ def test_what_is_tried_to_make_it_fit(base):
 
 
 def test_heads_of_64_leave_half_of_a_matrix_unit_idle():
-    topology, layout, decoder = parse_topology("v4:2x2x2"), _layout(1, 8, 1), Decoder.of(starcoderbase_1b().model)
+    topology, layout, decoder = parse_topology("v4:2x2x2"), _layout(1, 8, 1), DecoderShape.of(starcoderbase_1b().model)
     wide = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu")
     narrow = dataclasses.replace(decoder, num_heads=32, head_dim=64)
     assert step_time(work_of(narrow, layout), topology, layout.mesh, "flash_tpu").attention == pytest.approx(

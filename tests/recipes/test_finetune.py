@@ -15,7 +15,7 @@ from jaxcoder.errors import ConfigError, DataError, JaxcoderError
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import write_documents
 from jaxcoder.recipes import finetune as finetune_module
-from jaxcoder.recipes.finetune import Language, compare, finetune, table
+from jaxcoder.recipes.finetune import LanguageChange, compare, finetune, table
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.loop import train
 
@@ -150,7 +150,7 @@ def test_the_table():
     after = before | {"eval/lang/Python/bits_per_byte": 0.9, "eval/lang/C/bits_per_byte": 1.26}
     languages = compare(before, after, {"Python"})
     assert [language.name for language in languages] == ["Python", "C", "Go"]
-    assert languages[1] == Language(name="C", is_trained_on=False, tokens=1000, before=1.2, after=1.26)
+    assert languages[1] == LanguageChange(name="C", is_trained_on=False, tokens=1000, before=1.2, after=1.26)
     lines = table(languages)
     assert lines[1].split() == ["Python*", "1,000", "1.0000", "0.9000", "-10.0%"]
     assert lines[-1] == "Of 2 other languages, 1 became worse; the one that changed for the worst is C, by +5.0%."

@@ -85,7 +85,7 @@ def test_a_process_that_stands_still_ends_and_leaves_its_stacks(tmp_path):
     process = standing(stacks, step=1.2, start=60, hangs=90)
     out, errors = process.communicate(timeout=80)
     assert process.returncode == 75, errors
-    sentence = "step 2 has taken longer than 1.2 seconds (watchdog.step_seconds): this process stands still."
+    sentence = "step 2 has taken longer than 1.2 seconds (watchdog.step_seconds): this process is stuck."
     assert f"SAID 2 {sentence}" in out and sentence in errors
     assert stacks.read_text().splitlines()[0] == sentence and "inner_function_that_hangs" in stacks.read_text()
 

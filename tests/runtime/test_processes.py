@@ -85,7 +85,7 @@ def test_flags_that_cannot_be(flags, said):
 
 
 def test_variables_that_cannot_be():
-    with pytest.raises(ConfigError, match="JAXCODER_PROCESS_ID is 'one': give a whole number"):
+    with pytest.raises(ConfigError, match="JAXCODER_PROCESS_ID is 'one': give an integer"):
         find_processes(OURS | {"JAXCODER_PROCESS_ID": "one"})
     with pytest.raises(ConfigError, match="JAXCODER_COORDINATOR and JAXCODER_PROCESS_ID came without JAXCODER_NUM"):
         find_processes(OURS | {"JAXCODER_NUM_PROCESSES": ""})

@@ -52,7 +52,7 @@ def test_missing_processes_are_logged_and_named(port, monkeypatch, caplog):
 
 
 def test_two_with_one_index_and_another_count(port):
-    for index, count, said in ((1, 3, "two processes are number 1"), (2, 4, "told of 4 processes and process 0")):
+    for index, count, said in ((1, 3, "two processes are number 1"), (2, 4, "started for 4 processes and process 0")):
         with ThreadPoolExecutor(3) as pool:
             calling = pool.submit(gather_roster, process(port, 0, 3), 20)
             first = pool.submit(report_to_roster, process(port, 1, 3), 20)
