@@ -3,19 +3,14 @@
 Shapes: B batch, G key/value heads, H query heads, S queries, T keys, K head_dim; P spans of keys. A block has `heads`
 query heads of `block_q` queries; folded one below the other they are rows, and a chunk is the rows of `chunk_heads`.
 
-The schedule, both ways. Grid (B, G, H / G / heads, S / block_q, P); the backward kernel is called for one span at a
-time, so its P is 1. A span of K and V stays in VMEM while the grid walks over heads and queries. A grid step visits the
-keys that its queries see, and no others (schedule.py): whole blocks without a mask, then the edges under one. A visit
-takes its rows chunk by chunk, and issues the scores of the next chunk before the softmax of this one, so that the
-matrix unit and the vector unit work at the same time; heads of a block share every load of K and V.
+Schedule of both kernels. Grid (B, G, H / G / heads, S / block_q, P); the backward kernel is called for one span at a
+time, so its P is 1. A span of K and V stays in VMEM while the grid iterates over heads and queries. A grid step visits
+only the keys that its queries attend to (schedule.py): full blocks without a mask, then the edge steps with one. The
+heads of a block share every load of K and V.
 
-Forward: scores (rows, keys) from K transposed; statistics (rows, 128): the maximum in every lane, the sum of each lane.
-Where the matrix unit is wider than head_dim the sums are products too: V gets columns of ones, which are free.
-Only the maximum starts anew with a block of queries. What the one before left in sum and accumulator goes when a row
-sees its first key: it is shrunk by exp2(-1e30), which is zero. (So a NaN in Q spreads over its sequence and head.)
-Backward: scores transposed, (keys, rows), so that nothing is transposed in the loop; dK and dV of the span are
-accumulated in fp32 over heads and queries and leave once; dQ is finished when its block of queries is.
-Scores are in base 2: K comes scaled by scale * log2(e), one head's worth of work instead of that of all query heads.
+Forward: scores (rows, keys) = Q K^T, online softmax, accumulator (rows, K). Backward: scores transposed, (keys, rows),
+so that nothing is transposed in the loop. The kernels' own-line comments give the reasons. Reference: Dao 2023 (arXiv
+2307.08691).
 """
 
 import math
@@ -34,13 +29,13 @@ from jaxcoder.kernels.dropout.api import survives
 
 LOG2_E = math.log2(math.e)
 HIDDEN = 2 * MASKED_SCORE
-"""Score of a key that a query does not see: below the first maximum, so that its weight is exactly zero."""
+"""Score of a masked key: below the initial maximum, so that its weight is exactly zero."""
 LANES = 128
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is static about one kernel: the specification and the padded sizes."""
+    """The static arguments of a kernel: the specification and the padded sizes."""
 
     spec: AttentionSpec
     blocks: Blocks
@@ -54,14 +49,15 @@ class Sizes:
 
     @property
     def grid(self) -> tuple[int, int, int, int, int]:
-        """Rows of the batch, key/value heads, blocks of heads of each, blocks of queries, spans of keys."""
+        """Batch rows, key/value heads, blocks of query heads per key/value head, blocks of queries, spans of keys."""
         blocks, per_group = self.blocks, self.heads // self.groups
         spans = self.kv_len // blocks.span_kv
         return self.batch, self.groups, per_group // blocks.heads, self.q_len // blocks.block_q, spans
 
     @property
     def parts(self) -> int:
-        """Parts of a key/value head's query heads whose dK and dV are summed apart, so that every core has one."""
+        """Into how many groups the query heads of a key/value head are divided, one per core, with separate dK and
+        dV."""
         cores = self.blocks.cores
         return cores if self.batch * self.groups % cores and self.grid[2] % cores == 0 else 1
 
@@ -71,19 +67,20 @@ class Sizes:
 
     @property
     def sums_by_matmul(self) -> bool:
-        """Not with dropout, which needs the sum of all weights and the products of those that are kept."""
+        """Whether the matrix unit computes the sums. Not with dropout: the sum is of all weights, the product of kept
+        ones."""
         return self.blocks.sums_by_matmul and self.head_dim % LANES == 0 and not self.spec.dropout_rate
 
     @property
     def rows(self) -> int:
-        """Of a chunk."""
+        """Rows of a chunk."""
         return self.blocks.chunk_heads * self.blocks.block_q
 
 
 class Specs:
-    """Where the blocks of a grid step lie in the arrays; `grid` and `table` as the kernel has them.
+    """BlockSpecs: the blocks of a grid step in the arrays.
 
-    The grid's second dim counts key/value heads, or parts of them.
+    The second grid dim counts key/value heads, or `parts` of each.
     """
 
     def __init__(self, sizes: Sizes, grid: tuple[int, ...], parts: int = 1):
@@ -107,7 +104,7 @@ class Specs:
 
 
 def read_visits(table, grid, row, span, q_block) -> Visits:
-    """The steps of one block of queries in one span, from the prefetched table."""
+    """The visits of one block of queries in one span, from the prefetched table."""
     at = ((row * grid[4] + span) * grid[3] + q_block) * len(Visits._fields)
     return Visits(*(table[at + i] for i in range(len(Visits._fields))))
 
@@ -159,6 +156,9 @@ def _forward_kernel(
     blocks, dtype, rate, head_dim = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate, sizes.head_dim
     span = pl.program_id(4)
 
+    # Only the maximum is reset for each block of queries. The accumulator and the sum keep the values of the block
+    # before: when a row attends to its first key they are multiplied by exp2(-1e30) = 0. They only have to be finite
+    # at the start. (A NaN in Q therefore spreads over its sequence and head.)
     @pl.when((pl.program_id(3) == 0) & (span == 0))
     def _():
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
@@ -174,19 +174,26 @@ def _forward_kernel(
                 row_words_ref[word, c, rows] = _column(words_ref[0, head, word : word + 1])
 
     def visit(first_key, size, masked):
+        # Scores are in base 2: K is scaled by scale * log2(e) outside the kernel, once per key/value head instead of
+        # once per query head.
         k, v = k_ref[0, :, pl.ds(first_key, size)], v_ref[0, pl.ds(first_key, size), :]
         keys = span * blocks.span_kv + first_key + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         if masked:  # once for all heads of the block
             start, end = _wide(seen_ref[0], size), _wide(seen_ref[1], size)
             bias_ref[...] = jnp.where((keys >= start) & (keys < end), 0.0, HIDDEN)
+        # If the matrix unit is wider than head_dim, columns of ones appended to V compute the sums at no cost.
         if sizes.sums_by_matmul:
             v = jnp.concatenate([v, jnp.ones((size, LANES), dtype)], axis=1)
+        # The scores of the next chunk are issued before the softmax of this one, so that the matrix unit and the vector
+        # unit work at the same time.
         next_scores = _dot(_rows(q_ref, 0, sizes), k)
         for c in range(sizes.num_chunks):
             scores = next_scores
             if c + 1 < sizes.num_chunks:
                 next_scores = _dot(_rows(q_ref, c + 1, sizes), k)
             scores = scores + jnp.concatenate([bias_ref[...]] * blocks.chunk_heads) if masked else scores
+            # Online softmax. The maximum is the same in every lane; the sum stays one partial sum per lane until the
+            # end.
             largest = jnp.maximum(max_ref[c], scores.max(1, keepdims=True))
             shrink = jnp.exp2(max_ref[c] - largest)
             weights = jnp.exp2(scores - _wide(largest, size))
@@ -202,7 +209,8 @@ def _forward_kernel(
 
     @pl.when(span == sizes.grid[4] - 1)
     def _():
-        # Lane h of `columns` collects the maxima of head h, lane 64 + h its sums: one transposition serves all.
+        # Lane h of `columns` collects the maxima of head h, lane 64 + h its sums, so that one transpose serves all
+        # heads.
         lane = jax.lax.broadcasted_iota(jnp.int32, (blocks.block_q, LANES), 1)
         columns = jnp.zeros((blocks.block_q, LANES), jnp.float32)
         for c, head, rows, lanes in _heads(sizes):
@@ -214,6 +222,7 @@ def _forward_kernel(
             columns = jnp.where(lane == head, largest, columns)
             columns = jnp.where(lane == LANES // 2 + head, total, columns)
             inverse = _reciprocal(total * (1.0 - rate) if rate else total, dtype)
+            # A row without any key (padding) has output 0 and log-sum-exp MASKED_SCORE.
             inverse = jnp.where(largest == MASKED_SCORE, 0.0, inverse)
             out_ref[0, :, lanes] = (acc_ref[c, rows, :head_dim] * _wide(inverse, head_dim)).astype(dtype)
         columns = columns.T
@@ -264,11 +273,14 @@ def _backward_kernel(
     blocks, dtype, rate = sizes.blocks, v_ref.dtype, sizes.spec.dropout_rate
     todo = read_visits(table, grid, pl.program_id(0), 0, pl.program_id(3))
 
+    # dK and dV of the span are accumulated in fp32 over all heads and queries of the group and written once: a copy per
+    # query head is never made.
     @pl.when((pl.program_id(2) == 0) & (pl.program_id(3) == 0))
     def _():
         dk_ref[...] = jnp.zeros(dk_ref.shape, jnp.float32)
         dv_ref[...] = jnp.zeros(dv_ref.shape, jnp.float32)
 
+    # Q and dO are transposed once per block of queries, not in the loop over keys.
     acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
     for c, _, rows, lanes in _heads(sizes):
         q_columns_ref[c, :, rows] = _transpose(q_ref[0, :, lanes])
@@ -294,6 +306,8 @@ def _backward_kernel(
             if c + 1 < sizes.num_chunks:
                 following = products(c + 1)
             scores = scores if mask is None else jnp.where(mask, scores, HIDDEN)
+            # P = exp2(scores - log-sum-exp); dV += P^T dO; dS = P * (dP - delta); dK += dS^T Q; dQ += dS K. With
+            # dropout the mask of the forward pass is computed again from the same coordinates.
             weights = jnp.exp2(scores - of_chunk(lse_ref, c))
             kept = weights
             if rate:
@@ -307,19 +321,22 @@ def _backward_kernel(
 
     _walk(todo, blocks, visit)
 
+    # K carries scale * log2(e): dividing by log2(e) leaves dQ with the factor `scale`.
     for c, _, rows, lanes in _heads(sizes):
         dq_ref[0, :, lanes] = (acc_ref[c, :, rows] / LOG2_E).T.astype(dq_ref.dtype)
 
+    # Q is not scaled, so dK gets its factor here.
     @pl.when((pl.program_id(2) == grid[2] - 1) & (pl.program_id(3) == grid[3] - 1))
     def _():
         dk_ref[...] = dk_ref[...] * sizes.spec.scale
 
 
 def _walk(todo: Visits, blocks: Blocks, visit) -> None:
-    """Calls visit(first key, number of keys, masked) for every step; keys count from the span's first."""
+    """Calls visit(first key, number of keys, masked) for every visit; keys count from the first of the span."""
     per_full = blocks.block_kv // blocks.edge_kv
 
-    def edge(i, _):  # those before and those after the whole blocks are one loop, compiled once
+    # The edges before and after the full blocks are one loop, so that its body is compiled once.
+    def edge(i, _):
         skipped = jnp.where(i >= todo.edges_before, todo.fulls * per_full, 0)
         visit(pl.multiple_of((todo.edge + i + skipped) * blocks.edge_kv, blocks.edge_kv), blocks.edge_kv, True)
 
@@ -331,7 +348,7 @@ def _walk(todo: Visits, blocks: Blocks, visit) -> None:
 
 
 def _heads(sizes: Sizes):
-    """Of each head of a block: its chunk, its index, its rows in the chunk, its lanes in the arrays."""
+    """For each head of a block: its chunk, its index, its rows in the chunk, its lanes in the arrays."""
     for head in range(sizes.blocks.heads):
         chunk, i = divmod(head, sizes.blocks.chunk_heads)
         rows = slice(i * sizes.blocks.block_q, (i + 1) * sizes.blocks.block_q)
@@ -346,12 +363,12 @@ def _rows(ref, chunk: int, sizes: Sizes):
 
 
 def _transpose(x):
-    """By way of fp32: the cycle estimator aborts on transposes of packed words."""
+    """Through fp32: libtpu's cycle estimator aborts on transposes of packed dtypes."""
     return x.astype(jnp.float32).T.astype(x.dtype)
 
 
 def _mask(blocks: Blocks, start, end, keys, rows_axis: int):
-    """bool over keys and the rows of a chunk: does the row see the key?"""
+    """bool over keys and the rows of a chunk: whether the row attends to the key."""
     mask = (keys >= start) & (keys < end)
     return mask if blocks.chunk_heads == 1 else jnp.concatenate([mask] * blocks.chunk_heads, axis=rows_axis)
 
@@ -367,7 +384,7 @@ def _wide(x, size: int):
 
 
 def _reciprocal(x, dtype):
-    """As exact as an output of this dtype needs it: bf16 takes the hardware's guess and one step of Newton's."""
+    """As accurate as an output of this dtype needs: for bf16 the hardware's approximation and one Newton step."""
     if dtype == jnp.float32:
         return 1.0 / x
     guess = approximate_reciprocal(x)
