@@ -2,7 +2,7 @@
 
 Orbax writes and reads the arrays. The sequence of steps is ours and not `ocp.training.Checkpointer`, because a step
 counts only with our manifest: an old checkpoint may be deleted after the new manifest is there, and not as soon as
-Orbax has committed its part. A process killed at any moment leaves the last whole checkpoint as it was.
+Orbax has committed its part. A process killed at any moment leaves the last complete checkpoint unchanged.
 All processes of a run call every method, in the same order; process 0 alone touches anything but arrays.
 """
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class Saved(NamedTuple):
-    """A save that is done: seconds that the caller was held up, and until the checkpoint was whole."""
+    """A finished save: seconds that the caller was blocked, and seconds until the checkpoint was complete."""
 
     step: int
     blocked: float
@@ -55,7 +55,8 @@ class Saved(NamedTuple):
 class Checkpointer:
     """Owns `directory` (`<run>/checkpoints`). At most one save is under way; its failure is raised by the next call.
 
-    save_tokenizer: writes the tokenizer's files into a directory (`Tokenizer.save`); they go beside every checkpoint.
+    save_tokenizer: writes the tokenizer's files into a directory (`Tokenizer.save`); they are saved with every
+    checkpoint.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Checkpointer:
 
         Returns when the arrays may be donated. `metadata` is plain JSON. A step that is there, finished and not found
         damaged, is left as it is: writing it again would put it at risk for nothing. Raises CheckpointError if this
-        save cannot begin or the one before has failed; what was whole before stays whole.
+        save cannot begin or the one before has failed; complete checkpoints stay complete.
         """
         if not force and not self.is_due(step):
             return False
@@ -167,7 +168,8 @@ class Checkpointer:
         return [step for step in steps_in(self.directory) if has_manifest(self.directory / str(step))]
 
     def latest_step(self) -> int | None:
-        """The newest step that is whole, checked byte for byte, or None; every one skipped is warned of."""
+        """The newest complete step, verified byte by byte, or None; a warning is logged for every step that is
+        skipped."""
         step = -1
         if jax.process_index() == 0:
             newest = newest_whole(self.directory)
@@ -222,7 +224,7 @@ class Checkpointer:
         for step in steps[: -self.config.keep_last]:
             if every is None or step % every:
                 path = self.directory / str(step)
-                # First what makes it count: half a checkpoint must not look like a whole one.
+                # The manifest first: a partly deleted checkpoint must not look complete.
                 (path / MANIFEST).unlink()
                 path.rmtree()
 

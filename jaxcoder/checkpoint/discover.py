@@ -1,4 +1,4 @@
-"""From a path that a user gives to one whole checkpoint: a run, its `checkpoints`, or a single step."""
+"""Discovers a complete checkpoint from a path: a run, its `checkpoints`, or a single step."""
 
 import logging
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
-    """Steps with a directory here, ascending, whole or not."""
+    """Steps with a directory here, ascending, complete or not."""
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
@@ -22,7 +22,7 @@ def steps_in(directory: epath.PathLike) -> list[int]:
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
-    """Whether `path` looks like a run of ours, its checkpoints or one of them, finished or not."""
+    """Whether `path` looks like a run of jaxcoder, its checkpoints or one of them, complete or not."""
     path = epath.Path(path)
     return has_manifest(path) or (path / CHECKPOINTS).is_dir() or bool(steps_in(path))
 
@@ -47,7 +47,7 @@ def damage_of(path: epath.PathLike, *, by_size: bool = False) -> str | None:
 
 
 def find_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.Path:
-    """The directory of one whole checkpoint under `path`: of `step`, or the newest.
+    """The directory of one complete checkpoint under `path`: of `step`, or the newest.
 
     Raises CheckpointError when there is none, and when the one asked for is damaged.
     """
@@ -66,7 +66,9 @@ def find_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.P
         raise CheckpointError(f"{path} holds no checkpoint: give a run's directory, its {CHECKPOINTS}, or one step.")
     newest = newest_whole(steps)
     if newest is None:
-        raise CheckpointError(f"no checkpoint in {steps} is whole: the warnings above say why, step by step.")
+        raise CheckpointError(
+            f"no checkpoint in {steps} is complete: the warnings above give the reason for each step."
+        )
     return steps / str(newest)
 
 

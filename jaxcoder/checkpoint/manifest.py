@@ -1,4 +1,4 @@
-"""The directory of one checkpoint, and the manifest that makes it whole.
+"""The directory of one checkpoint, and the manifest that makes it complete.
 
     <step>/state/            the arrays, written by Orbax under our flat names (names.py)
     <step>/tokenizer/        the tokenizer's files, so that the directory is all that inference needs
@@ -76,7 +76,7 @@ class Manifest:
 
 
 def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
-    """Takes stock of the files in `directory` and writes the manifest, which makes the checkpoint whole."""
+    """Records all files of `directory` in the manifest and writes it, which makes the checkpoint complete."""
     relative = [str(file.relative_to(directory)) for file in _files(directory)]
     with ThreadPoolExecutor() as pool:
         files = dict(zip(relative, pool.map(lambda name: _measure(directory / name), relative), strict=True))

@@ -4,11 +4,11 @@
     DRILL/disturbed/      the same, hit by one fault after another, on the same mesh: it must end in the same bits
     DRILL/resized/        the same, going on with other numbers of processes and other meshes: the same batches, and the
                           same curve within rounding
-    DRILL/*-logs/         what every process of every start has said
+    DRILL/*-logs/         the log of every process of every start
     DRILL/drill.json      the outcome, as it is printed
 
 After each fault the processes that are left must end by themselves, and the same command must go on from the newest
-checkpoint that is whole, which the drill knows from outside.
+complete checkpoint, which the drill determines independently.
 """
 
 import logging
@@ -177,8 +177,7 @@ class DisturbedRun:
         if fault.start_is_killed_after is not None:
             with self.trainer.start(self.run, self.layout):
                 time.sleep(fault.start_is_killed_after)
-        whole = self.run.complete_steps()
-        expected = whole[-1] if whole else 0
+        expected = max(self.run.complete_steps(), default=0)
         if fault.saves and expected != outcome.step:
             outcome.problems.append(
                 f"it ended after step {outcome.step}, but the newest checkpoint is of step {expected}"
@@ -199,7 +198,7 @@ class DisturbedRun:
                 self.start.__exit__()
         else:
             raise DrillError(f"{STARTS} starts in a row failed")
-        outcome.continued = continued_after(self.start.said(0))
+        outcome.continued = continued_after(self.start.log_text(0))
         if outcome.continued != expected:
             outcome.problems.append(
                 f"it continued after step {outcome.continued}, but {expected} was the newest complete checkpoint"
@@ -215,7 +214,7 @@ class DisturbedRun:
         if not ended:
             stuck = [index for index in start.running() if index in others]
             outcome.problems.append(f"processes {stuck} were still running after {fault.limit:.0f} s")
-        elif outcome.noticed > fault.prompt and start.unsaid("the save of step", others):
+        elif outcome.noticed > fault.prompt and start.missing_words("the save of step", others):
             outcome.problems.append(f"it took {outcome.noticed:.0f} s to end, and {fault.prompt:.0f} are enough")
         outcome.codes = [code if index in others else None for index, code in enumerate(start.codes())]
         start.signal(signal.SIGKILL)
@@ -224,7 +223,7 @@ class DisturbedRun:
             if not is_right(outcome.codes[index], right):
                 outcome.problems.append(f"process {index} ended with {outcome.codes[index]}, not {right}")
         if fault.is_named:
-            outcome.problems += start.unsaid(fault.is_named, list(fault.codes))
+            outcome.problems += start.missing_words(fault.is_named, list(fault.codes))
 
     def _wait_for_training(self, start: Start, expected: int) -> float:
         """Seconds from the start to the first step after the restored one. DrillError if there is none."""

@@ -136,19 +136,19 @@ class Start:
         wanted = set(range(len(self.processes)) if indices is None else indices)
         return wait_until(lambda: not wanted & set(self.running()), seconds, period=0.02)
 
-    def said(self, index: int) -> str:
+    def log_text(self, index: int) -> str:
         """What a process has written on stdout and stderr."""
         return self.logs[index].read_text(errors="replace")
 
-    def unsaid(self, words: str, indices: Sequence[int]) -> list[str]:
-        """A problem in words, unless one of these processes has said what the pattern `words` finds."""
-        if any(re.search(words, self.said(index)) for index in indices):
+    def missing_words(self, words: str, indices: Sequence[int]) -> list[str]:
+        """A problem, unless the log of one of these processes matches the pattern `words`."""
+        if any(re.search(words, self.log_text(index)) for index in indices):
             return []
-        return [f"no process has said {words!r}: {self.last_words()}"]
+        return [f"no log contains {words!r}: {self.last_words()}"]
 
     def last_words(self) -> str:
         """The end of every process's log, for an error message."""
-        ends = [" / ".join(self.said(index).strip().splitlines()[-3:]) for index in range(len(self.logs))]
+        ends = [" / ".join(self.log_text(index).strip().splitlines()[-3:]) for index in range(len(self.logs))]
         return "; ".join(f"process {index}: {end}" for index, end in enumerate(ends))
 
 
@@ -180,7 +180,7 @@ class RunFiles:
         return logs
 
     def all_logs(self) -> str:
-        """What the processes of all starts have said."""
+        """The logs of all processes of all starts."""
         return "\n".join(log.read_text(errors="replace") for log in sorted(self._logs.glob("*/*.log")))
 
     # --- metrics -----------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class RunFiles:
             return None
 
     def damage_newest(self, how: str, draw: random.Random) -> str:
-        """Removes or damages the newest whole checkpoint; what was done, in words.
+        """Removes or damages the newest complete checkpoint; returns a description.
 
         how: "lose" (all of it), "truncate" or "flip" (a file), "manifest" or "commit" (such a marker is removed).
         """
@@ -249,12 +249,12 @@ class RunFiles:
         return f"{name} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
 
     def largest_file(self) -> int:
-        """Bytes of the largest file of the newest whole checkpoint."""
+        """Bytes of the largest file of the newest complete checkpoint."""
         path = self.checkpoints / str(self.complete_steps()[-1])
         return max(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def continued_after(said: str) -> int:
-    """The step after which process 0 says that it goes on; 0 for a beginning."""
-    found = re.search(r"Continuing after step ([\d,]+)\.", said)
+def continued_after(log: str) -> int:
+    """The step from which process 0 continued, by its log; 0 for a new run."""
+    found = re.search(r"Continuing after step ([\d,]+)\.", log)
     return int(found[1].replace(",", "")) if found else 0

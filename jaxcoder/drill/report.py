@@ -65,7 +65,7 @@ COLUMNS = ("#", "fault", "what", "at step", "exit codes", "s to notice", "steps 
 
 @dataclass(kw_only=True)
 class Verdict:
-    """Of one run at its end, beside the undisturbed one."""
+    """The comparison of one finished run with the undisturbed one."""
 
     problems: list[str] = field(default_factory=list)
     is_identical: bool = False
@@ -87,7 +87,7 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class DrillReport:
-    """Of the whole drill."""
+    """The results of a drill."""
 
     seed: int
     processes: int
@@ -128,23 +128,26 @@ class DrillReport:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# --- the end of a run, beside the undisturbed one --------------------------------------------------------------------
+# --- a finished run, compared with the undisturbed one
+# --------------------------------------------------------------------
 
 
 def compare(run: RunFiles, undisturbed: RunFiles, *, is_elastic: bool) -> Verdict:
     """is_elastic: it was not always on the same mesh, so that losses and weights agree within rounding only."""
     verdict = Verdict()
-    ours, theirs = run.steps(), undisturbed.steps()
-    numbers, expected = [r["step"] for r in ours], [r["step"] for r in theirs]
+    run_steps, expected_steps = run.steps(), undisturbed.steps()
+    numbers, expected = [r["step"] for r in run_steps], [r["step"] for r in expected_steps]
     if numbers != expected:
         wrong = sorted(set(numbers) ^ set(expected)) or [n for n in numbers if numbers.count(n) > 1] or numbers
         verdict.problems.append(f"metrics.jsonl does not hold every step once and in order: see {wrong[:5]}")
         return verdict
     for name in ("samples", "batch_hash", "skipped"):
-        different = [a["step"] for a, b in zip(ours, theirs, strict=True) if a[name] != b[name]]
+        different = [a["step"] for a, b in zip(run_steps, expected_steps, strict=True) if a[name] != b[name]]
         if different:
             verdict.problems.append(f"{name} differs from step {different[0]} on ({len(different)} steps)")
-    verdict.largest_loss_difference = max(_difference(a["loss"], b["loss"]) for a, b in zip(ours, theirs, strict=True))
+    verdict.largest_loss_difference = max(
+        _difference(a["loss"], b["loss"]) for a, b in zip(run_steps, expected_steps, strict=True)
+    )
     allowed = LOSS_TOLERANCE if is_elastic else 0.0
     if not verdict.largest_loss_difference <= allowed:
         verdict.problems.append(f"losses differ by up to {verdict.largest_loss_difference:.2e} (allowed: {allowed})")
@@ -163,8 +166,8 @@ def _difference(one: float, other: float) -> float:
 
 
 def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int) -> list[Outcome]:
-    """Each must have been skipped, and said to be; nothing else may have been. They are numbered from `first`."""
-    steps, said = {record["step"]: record for record in run.steps()}, run.all_logs()
+    """Each must have been skipped, and logged; nothing else may have been. They are numbered from `first`."""
+    steps, logs = {record["step"]: record for record in run.steps()}, run.all_logs()
     outcomes = []
     for number, (step, kind) in enumerate(sorted(bad_batches.items()), first):
         record = steps.get(step, {})
@@ -173,8 +176,8 @@ def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int)
             outcome.detail = f"loss {record['loss']:.3g}, gradient norm {record['grad_norm']:.3g}, skipped"
         if not record.get("skipped"):
             outcome.problems.append(f"step {step} was not skipped")
-        if not re.search(rf"step {step:,}: skipped", said):
-            outcome.problems.append(f"nothing was said of step {step}")
+        if not re.search(rf"step {step:,}: skipped", logs):
+            outcome.problems.append(f"step {step} was not logged")
         outcomes.append(outcome)
     others = [step for step, record in steps.items() if record["skipped"] and step not in bad_batches]
     if others and outcomes:
@@ -200,13 +203,15 @@ def compare_arrays(run: str, undisturbed: str) -> dict:
     from jaxcoder.checkpoint.discover import open_checkpoint
 
     opened = [open_checkpoint(path) for path in (run, undisturbed)]
-    ours, theirs = (load_numpy(directory, manifest.arrays) for directory, manifest in opened)
-    different = sorted(set(ours) ^ set(theirs))
+    arrays, expected_arrays = (load_numpy(directory, manifest.arrays) for directory, manifest in opened)
+    different = sorted(set(arrays) ^ set(expected_arrays))
     largest = 0.0 if opened[0][1].step == opened[1][1].step else math.inf
-    for name in set(ours) & set(theirs):
-        if ours[name].tobytes() != theirs[name].tobytes():
+    for name in set(arrays) & set(expected_arrays):
+        if arrays[name].tobytes() != expected_arrays[name].tobytes():
             different.append(name)
-            largest = max(largest, float(np.abs(np.subtract(ours[name], theirs[name], dtype=np.float64)).max()))
+            largest = max(
+                largest, float(np.abs(np.subtract(arrays[name], expected_arrays[name], dtype=np.float64)).max())
+            )
     return {"different": sorted(different), "largest": largest}
 
 

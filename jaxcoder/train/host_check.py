@@ -52,12 +52,12 @@ def check_configuration(config: RunConfig, group: ProcessGroup, decide: Callable
         for index, facts in enumerate(everyone[1:], start=1):
             for what, advice in _ADVICE.items():
                 if different := _differences(everyone[0][what], facts[what]):
-                    said = "; ".join(
-                        f"{group.name(index)} has {name} {theirs} and {group.name(0)} {ours}"
-                        for name, ours, theirs in different[:_MOST_FIELDS]
+                    listed = "; ".join(
+                        f"{group.name(index)} has {name} {other} and {group.name(0)} {first}"
+                        for name, first, other in different[:_MOST_FIELDS]
                     )
                     more = f"; and {len(different) - _MOST_FIELDS} more" if len(different) > _MOST_FIELDS else ""
-                    raise ConfigError(f"the hosts do not agree: {said}{more}. {advice}")
+                    raise ConfigError(f"the hosts do not agree: {listed}{more}. {advice}")
         decide()
 
     group.agree("configuration", mine, compare)
@@ -78,17 +78,18 @@ def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: P
 
     def compare(everyone: list[dict[str, str]]) -> None:
         for index, facts in enumerate(everyone[1:], start=1):
-            for path, ours, theirs in _differences(everyone[0], facts):
+            for path, first, other in _differences(everyone[0], facts):
                 raise DataError(
                     f"the hosts do not agree: {group.name(index)} has another version of the token store {path} than "
-                    f"{group.name(0)} (their manifests are {theirs} and {ours}): give all hosts the same copy."
+                    f"{group.name(0)} (their manifests are {other} and {first}): give all hosts the same copy."
                 )
 
     group.agree("data", mine, compare)
 
 
 def check_clocks(group: ProcessGroup) -> None:
-    """Warns of clocks that are far from process 0's; all have just heard one answer, so they read theirs together."""
+    """Warns of clocks that differ from process 0's. All processes have just received one message, so they read their
+    clocks at the same time."""
     group.agree("now", None, lambda _: None)
 
     def compare(times: list[float]) -> list[str]:
@@ -124,8 +125,8 @@ def check_devices(mesh: Mesh) -> None:
     axes = tuple(mesh.shape)
     sharding = NamedSharding(mesh, PartitionSpec(axes))
     ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.float32)[index])
-    whole = NamedSharding(mesh, PartitionSpec())
-    found = float(jax.jit(lambda x: jnp.sum(jax.sharding.reshard(x, PartitionSpec())), out_shardings=whole)(ones))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    found = float(jax.jit(lambda x: jnp.sum(jax.sharding.reshard(x, PartitionSpec())), out_shardings=replicated)(ones))
     if found != mesh.size:
         raise JaxcoderError(
             f"a sum of ones over the {mesh.size} devices of the mesh gives {found:g}: a device or a link computes "
@@ -134,20 +135,20 @@ def check_devices(mesh: Mesh) -> None:
 
 
 def source_hash() -> str:
-    """Of every Python file of this package, so that two installations of one version are told apart."""
+    """Hash of every Python file of this package, which distinguishes two installations of one version."""
     root = Path(jaxcoder.__file__).parent
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        whole.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return whole.hexdigest()[:12]
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, ours, theirs) where they differ; "nothing" stands for what is not there."""
-    names = [*ours, *(name for name in theirs if name not in ours)]
-    pairs = ((name, ours.get(name, "nothing"), theirs.get(name, "nothing")) for name in names)
-    return [(name, ours, theirs) for name, ours, theirs in pairs if ours != theirs]
+def _differences(first: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, first, other) where they differ; "nothing" if a name is missing."""
+    names = [*first, *(name for name in other if name not in first)]
+    pairs = ((name, first.get(name, "nothing"), other.get(name, "nothing")) for name in names)
+    return [(name, first, other) for name, first, other in pairs if first != other]

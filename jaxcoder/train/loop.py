@@ -2,7 +2,7 @@
 
 One step: take the next batch, already on the devices -> dispatch the jitted step -> write the metrics of the step
 before -> evaluate and save when due -> stop when a signal came. `step` counts completed optimizer steps, `samples` the
-windows that they consumed, which is the whole position in the data.
+windows that they consumed, which is the complete position in the data.
 """
 
 import dataclasses
@@ -129,7 +129,7 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
         sized = dataclasses.replace(session.config, global_batch_size=batch_size)
         train_steps[batch_size] = make_train_step(sized)
     with session.spent.on("compile" if is_first else "step"):
-        # Rows of the other processes are of the same mixture: this process's bytes stand for theirs.
+        # The other processes' rows come from the same mixture: their bytes are estimated by this process's.
         num_bytes = text_bytes(batch, session.token_bytes)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             session.state, metrics = train_steps[batch_size](session.state, device_batch)

@@ -46,7 +46,7 @@ class StepLog:
         progress: TrainingProgress,
         watch: Callable[[int, Mapping[str, float]], None],
     ):
-        """watch: is told (step, metrics) of every step, once they have been written."""
+        """watch: called with (step, metrics) of every step after they have been written."""
         self._config, self._writer, self._progress, self._watch = config, writer, progress, watch
         self._flops_per_window = (
             training_flops_per_token(config.model, config.model.max_seq_len) * config.model.max_seq_len

@@ -203,7 +203,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, caplog):
     unfinished = make_run(tmp_path / "run") / "checkpoints" / "5"
     (unfinished / "manifest.json").unlink()
     for path in (tmp_path / "run", unfinished.parent):
-        with pytest.raises(CheckpointError, match="no checkpoint in .* is whole"):
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is complete"):
             load_model(path)
         assert "not finished" in caplog.text
     with pytest.raises(CheckpointError):

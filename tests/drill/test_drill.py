@@ -148,7 +148,7 @@ def test_a_curve_on_another_mesh_may_differ_a_little(tmp_path, monkeypatch):
 def test_bad_batches_that_were_not_skipped(tmp_path):
     run = fake_run(tmp_path / "a", [{"step": 1, "grad_norm": 9.0}, {"step": 2, "skipped": 1, "grad_norm": 9.0}])
     one, other = judge_bad_batches({1: "nan", 2: "spike"}, run, first=5)
-    assert "step 1 was not skipped" in one.problems and other.problems == ["nothing was said of step 2"]
+    assert "step 1 was not skipped" in one.problems and other.problems == ["step 2 was not logged"]
 
 
 def test_an_outcome_is_judged_by_codes_time_and_words(alone):
@@ -159,7 +159,7 @@ def test_an_outcome_is_judged_by_codes_time_and_words(alone):
     ))  # fmt: skip
     lane.start = SimpleNamespace(
         wait=lambda *_: False, running=lambda: [1], codes=lambda: [0, 2], signal=lambda *_: None,
-        unsaid=lambda *_: ["no process has said it"],
+        missing_words=lambda *_: ["no process has said it"],
     )  # fmt: skip
     outcome = Outcome(number=1, kind="stop-one")
     fault = InjectedFault(detail="", codes={0: ANY_FAILURE, 1: 75}, is_named="it")
