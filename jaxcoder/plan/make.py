@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from jaxcoder.config import MeshConfig, RunConfig
-from jaxcoder.config.mesh import resolve_mesh, slice_problem
+from jaxcoder.config.mesh import DimRules, resolve_mesh, slice_problem
 from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention.blocks_tpu import has_kernels
@@ -16,6 +16,9 @@ from jaxcoder.plan.topology import Topology
 from jaxcoder.plan.workload import DecoderShape, Layout, Work, work_of
 from jaxcoder.train.dry_run import num_samples
 from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory, shards_of
+
+MOST_SHARDS = 16
+"""Most devices of a mesh axis that shards heads, MLP or sequence: its transfers lie between matmuls."""
 
 COMPILE = Callable[[RunConfig, Topology], Compiled]
 
@@ -179,10 +182,11 @@ def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, Ru
         smallest = replace(smallest, compute=replace(config.compute, remat="block"))
         said += "--compute.remat block"
         yield said.strip(), smallest
-    tensor = mesh.tensor
-    while tensor < 16 and mesh.fsdp % (2 * tensor // mesh.tensor) == 0:
-        tensor *= 2
-        wider = replace(mesh, fsdp=mesh.fsdp * mesh.tensor // tensor, tensor=tensor)
+    # Devices move from the axis that shards weights to the one that shards the activations between heads and MLP.
+    (source,), (target,) = DimRules().of("embed"), DimRules().of("mlp")
+    wider = mesh
+    while wider.sizes[target] < MOST_SHARDS and wider.sizes[source] % 2 == 0:
+        wider = replace(wider, **{source: wider.sizes[source] // 2, target: wider.sizes[target] * 2})
         on_wider = replace(smallest, mesh=wider)
         if config.microbatch_size is not None or size < batch:
             on_wider = replace(on_wider, microbatch_size=shards_of(on_wider)("batch"))
@@ -190,7 +194,8 @@ def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, Ru
             validate(on_wider, topology.devices)
         except ConfigError:
             continue
-        yield f"--mesh.fsdp {wider.fsdp} --mesh.tensor {wider.tensor} {said}".strip(), on_wider
+        sizes = " ".join(f"--mesh.{axis} {wider.sizes[axis]}" for axis in (source, target))
+        yield f"{sizes} {said}".strip(), on_wider
 
 
 def find_fit(plan: Plan, compile_one: COMPILE, *, tries: int = 4) -> tuple[list[tuple[str, Plan]], bool]:

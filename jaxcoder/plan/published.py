@@ -65,8 +65,7 @@ def _llama(layers: int, embed: int, heads: int, kv: int, mlp: int, vocab: int, s
     )  # fmt: skip
 
 
-def _layout(batch: int, recomputed: frozenset[str], *, fsdp: int, tensor: int = 1, data: int = 1) -> Layout:
-    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+def _layout(batch: int, recomputed: frozenset[str], mesh: MeshConfig) -> Layout:
     return Layout(mesh=mesh, batch=batch, recomputed=recomputed, gradient_bytes=FP32)
 
 
@@ -84,57 +83,60 @@ _A3 = "MaxText, src/maxtext/configs/gpu/a3/llama_2_7b/README.md and {}.sh, confi
 RUNS = (
     PublishedRun(
         name="GPT 16B, v5e-256", topology="v5e:16x16", decoder=_maxtext(16), attention="splash", tflops=120,
-        layout=_layout(256 * 6, FULL, fsdp=256), source=_V5E.format(16),
+        layout=_layout(256 * 6, FULL, MeshConfig(fsdp=256)), source=_V5E.format(16),
     ),
     PublishedRun(
         name="GPT 16B, 8 x v5e-256", topology="v5e:16x16", num_slices=8, decoder=_maxtext(16), attention="splash",
-        tflops=115, layout=_layout(8 * 256 * 6, FULL, data=8, fsdp=256), source=_V5E.format(16),
+        tflops=115, layout=_layout(8 * 256 * 6, FULL, MeshConfig(data=8, fsdp=256)), source=_V5E.format(16),
     ),
     PublishedRun(
         name="GPT 32B, v5e-256", topology="v5e:16x16", decoder=_maxtext(32), attention="splash", tflops=132,
-        layout=_layout(256 * 4, FULL, fsdp=256), source=_V5E.format(32),
+        layout=_layout(256 * 4, FULL, MeshConfig(fsdp=256)), source=_V5E.format(32),
     ),
     PublishedRun(
         name="GPT 64B, v5e-256", topology="v5e:16x16", decoder=_maxtext(64), attention="splash", tflops=118,
-        layout=_layout(256 * 2, FULL, fsdp=256), source=_V5E.format(64),
+        layout=_layout(256 * 2, FULL, MeshConfig(fsdp=256)), source=_V5E.format(64),
     ),
     PublishedRun(
         name="GPT 32B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=_maxtext(32), attention="splash", tflops=328,
-        layout=_layout(64 * 6, CONTEXT, fsdp=16, tensor=4), source=_V5P.format(32),
+        layout=_layout(64 * 6, CONTEXT, MeshConfig(fsdp=16, tensor=4)), source=_V5P.format(32),
     ),
     PublishedRun(
         name="GPT 64B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=_maxtext(64), attention="splash", tflops=323,
-        layout=_layout(64 * 3, CONTEXT, fsdp=16, tensor=4), source=_V5P.format(64),
+        layout=_layout(64 * 3, CONTEXT, MeshConfig(fsdp=16, tensor=4)), source=_V5P.format(64),
     ),
     PublishedRun(
         name="Llama 3.1 8B, v6e-256", topology="v6e:16x16", decoder=LLAMA31_8B, attention="splash", seconds=4.546,
-        layout=_layout(256 * 4, QKV_OUT_KEPT, fsdp=256), source=_TRILLIUM.format("Llama3.1-8B-MaxText/v6e-256"),
+        layout=_layout(256 * 4, QKV_OUT_KEPT, MeshConfig(fsdp=256)),
+        source=_TRILLIUM.format("Llama3.1-8B-MaxText/v6e-256"),
     ),
     PublishedRun(
         name="Llama 3.1 70B, v6e-256", topology="v6e:16x16", decoder=LLAMA31_70B, attention="splash", seconds=42.656,
-        layout=_layout(256 * 5, QKV_KEPT, fsdp=256), source=_TRILLIUM.format("Llama3.1-70B-MaxText/v6e-256"),
+        layout=_layout(256 * 5, QKV_KEPT, MeshConfig(fsdp=256)),
+        source=_TRILLIUM.format("Llama3.1-70B-MaxText/v6e-256"),
     ),
     PublishedRun(
         name="Mistral 7B, v6e-8", topology="v6e:2x4", decoder=MISTRAL_7B, attention="splash", seconds=6.320,
-        layout=_layout(8 * 6, QKV_OUT_KEPT, fsdp=8), source=_TRILLIUM.format("Mistral-7B-MaxText"),
+        layout=_layout(8 * 6, QKV_OUT_KEPT, MeshConfig(fsdp=8)), source=_TRILLIUM.format("Mistral-7B-MaxText"),
     ),
     PublishedRun(
         name="Llama 2 70B, v6e-256", topology="v6e:16x16", decoder=LLAMA2_70B, attention="splash", seconds=9.052,
-        layout=_layout(256 * 2, QKV_KEPT, fsdp=256),
+        layout=_layout(256 * 2, QKV_KEPT, MeshConfig(fsdp=256)),
         source=_TRILLIUM.format("Llama2-70B-MaxText") + " (its log's tokens a second say 2 sequences a chip)",
     ),
     PublishedRun(
         name="Llama 3.1 70B, 64 TPU7x", topology="tpu7x:4x4x4", decoder=LLAMA31_70B, attention="splash", seconds=12.20,
-        layout=_layout(256, QKV_KEPT, fsdp=128),
+        layout=_layout(256, QKV_KEPT, MeshConfig(fsdp=128)),
         source="tpu-recipes, training/ironwood/README.md and llama3.1-70b/8k-bf16-tpu7x-4x4x4",
     ),
     PublishedRun(
         name="Llama 2 7B, 8 x H100", topology="h100:1x8", decoder=LLAMA2_7B, attention="flash", tflops=492,
-        layout=_layout(8 * 4, NOTHING, fsdp=8), source=_A3.format("1vm"),
+        layout=_layout(8 * 4, NOTHING, MeshConfig(fsdp=8)), source=_A3.format("1vm"),
     ),
     PublishedRun(
         name="Llama 2 7B, 128 x H100 (A3)", topology="h100:16x8", decoder=LLAMA2_7B, attention="flash", tflops=375,
-        layout=_layout(128 * 4, NOTHING, data=16, fsdp=8), network_bandwidth=12.5e9,  # A3 High: 4 x 200 Gbit/s a node
+        layout=_layout(128 * 4, NOTHING, MeshConfig(data=16, fsdp=8)),
+        network_bandwidth=12.5e9,  # A3 High: 4 x 200 Gbit/s a node
         source=_A3.format("16vm"),
     ),
 )  # fmt: skip

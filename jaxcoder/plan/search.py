@@ -5,17 +5,20 @@ The model ranks thousands of layouts in a second; a compile takes minutes. So wh
 until a few fit or the time is up, and the answer says how far the model was off.
 """
 
+import itertools
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from jaxcoder.config import RunConfig
+from jaxcoder.config import MeshConfig, RunConfig
+from jaxcoder.config.mesh import MESH_AXES, SLICE_AXIS, DimRules
 from jaxcoder.config.validate import validate
 from jaxcoder.errors import ConfigError, JaxcoderError
 from jaxcoder.formatting import format_bytes, format_duration, format_table
-from jaxcoder.plan.make import COMPILE, Plan, make_plan, prepare
+from jaxcoder.plan.make import COMPILE, MOST_SHARDS, Plan, make_plan, prepare
 from jaxcoder.plan.ranking import layout_of, lines_of_ranking
 from jaxcoder.plan.report import as_dict, lines_of
 from jaxcoder.plan.topology import Topology
@@ -23,7 +26,6 @@ from jaxcoder.train.dry_run import row
 
 logger = logging.getLogger(__name__)
 
-MOST_TENSOR = 16
 MOST_WINDOWS = 16
 """Of one shard of the batch at a time."""
 COMPILED = 3
@@ -108,27 +110,34 @@ def search(
 
 def candidates(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
     """Every layout of the run that can be built on the topology."""
-    for data in _powers(topology.num_slices, topology.devices):
-        for tensor in _powers(1, MOST_TENSOR):
-            fsdp, rest = divmod(topology.devices, data * tensor)
-            if rest:
+    for mesh in meshes(config.mesh, topology):
+        shards = DimRules().shards("batch", mesh)
+        for micro in (windows * shards for windows in _powers(1, MOST_WINDOWS)):
+            if config.global_batch_size % micro:
                 continue
-            mesh = replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor)
-            for windows in _powers(1, MOST_WINDOWS):
-                micro = windows * data * fsdp
-                if config.global_batch_size % micro:
+            size = None if micro == config.global_batch_size else micro
+            for remat in ("none", "minimal", "offload", "block"):
+                if remat == "offload" and topology.chip.host_bandwidth is None:
                     continue
-                size = None if micro == config.global_batch_size else micro
-                for remat in ("none", "minimal", "offload", "block"):
-                    if remat == "offload" and topology.chip.host_bandwidth is None:
-                        continue
-                    compute = replace(config.compute, remat=remat)
-                    candidate = replace(config, mesh=mesh, microbatch_size=size, compute=compute)
-                    try:
-                        validate(candidate, topology.devices)
-                    except ConfigError:
-                        continue
-                    yield candidate
+                compute = replace(config.compute, remat=remat)
+                candidate = replace(config, mesh=mesh, microbatch_size=size, compute=compute)
+                try:
+                    validate(candidate, topology.devices)
+                except ConfigError:
+                    continue
+                yield candidate
+
+
+def meshes(mesh: MeshConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """Meshes on the topology's devices: powers of two, and the axis that shards weights takes what they leave."""
+    (weights,) = DimRules().of("embed")
+    free = [axis for axis in MESH_AXES if axis != weights]
+    ranges = {axis: list(_powers(1, MOST_SHARDS)) for axis in free}
+    ranges[SLICE_AXIS] = list(_powers(topology.num_slices, topology.devices))
+    for sizes in itertools.product(*(ranges[axis] for axis in free)):
+        left, rest = divmod(topology.devices, math.prod(sizes))
+        if not rest:
+            yield replace(mesh, **dict(zip(free, sizes, strict=True)), **{weights: left})
 
 
 def _powers(first: int, last: int) -> Iterator[int]:
