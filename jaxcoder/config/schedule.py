@@ -10,7 +10,7 @@ def learning_rate(config: OptimizerConfig, step: Any, num_steps: int) -> Any:
     """The rate of the update that completes `step` (1 is the first), fp32, of the shape of `step`.
 
     Linear from 0 to the peak at warmup_steps, a cosine to the floor at decay_steps (default num_steps), then the floor.
-    `step` is a number, a numpy array or a jax array, traced or not; only the last two need their library.
+    `step` is a number, a numpy array or a jax array, traced or not; numpy is imported for the first two.
     """
     if hasattr(step, "__array_namespace__"):
         xp = step.__array_namespace__()
