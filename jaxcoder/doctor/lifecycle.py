@@ -19,7 +19,7 @@ from jaxcoder.record.status import exit_reason, silent_for, status
 # Thresholds.
 LOOP = 3  # starts in a row without progress; two may be one lost machine and its replacement
 SCHEDULE = 1.25  # cycle of the cosine relative to the run: beyond that the loss is worse (Hoffmann et al. 2022, app. B)
-WARMUP = 0.2  # share of the run; ten times the 2 % at most that GPT-3, Llama and StarCoder warmed up
+WARMUP = 0.2  # share of the run; ten times 2 %, the longest warm-up of the StarCoder family (SantaCoder)
 RATE = 1e-3  # relative difference of learning rates; rounding in float32 is below 1e-5
 
 
