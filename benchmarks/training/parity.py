@@ -109,7 +109,7 @@ def train_jaxcoder(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
     """The steps of `jaxcoder train` from `model`, whose arrays lie on `mesh`, on one batch after the other."""
     import jax
 
-    from jaxcoder.train.inputs import place
+    from jaxcoder.train.inputs import shard_batch
     from jaxcoder.train.state import state_of
     from jaxcoder.train.step import make_train_step
 
@@ -118,7 +118,7 @@ def train_jaxcoder(model, config: RunConfig, batches: Sequence, mesh) -> Curve:
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         step, state = make_train_step(config), jax.jit(lambda model: state_of(model, config))(model)
         for batch in batches:
-            state, metrics = step(state, place(batch, mesh))
+            state, metrics = step(state, shard_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
             norms.append(float(metrics["grad_norm"]))
     return Curve(losses, norms, torch_reference.hf_tensors(state.model))

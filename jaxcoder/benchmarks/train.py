@@ -142,7 +142,7 @@ class _JaxStep:
 
         from jaxcoder.data.loader import make_batch
         from jaxcoder.sharding.mesh import single_device_mesh
-        from jaxcoder.train.inputs import place
+        from jaxcoder.train.inputs import shard_batch
         from jaxcoder.train.state import initial_state
         from jaxcoder.train.step import make_train_step
 
@@ -150,7 +150,7 @@ class _JaxStep:
         batch = make_batch(windows(config), end_id=None, pad_id=None, document_mask=False)
         with jax.set_mesh(self._mesh):
             self.state = jax.jit(lambda: initial_state(config))()
-            self._batch = place(batch, self._mesh)
+            self._batch = shard_batch(batch, self._mesh)
             self._step = make_train_step(config)
         self.first_loss: float | None = None
 

@@ -1,4 +1,4 @@
-"""Flat dictionaries of arrays in and out of Orbax: at once, in the background, or piece by piece.
+"""Flat dictionaries of arrays in and out of Orbax: at once, asynchronously, or in chunks.
 
 Reference: Orbax v1, https://orbax.readthedocs.io
 """
@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxcoder.checkpoint.manifest import STATE, ArrayInfo
 from jaxcoder.checkpoint.names import concrete
 
-_PIECE_BYTES = 256 * 2**20
+CHUNK_BYTES = 256 * 2**20
 
 
 def save_async(directory: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
@@ -24,34 +24,34 @@ def save_async(directory: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
 
 
 def load(directory: epath.PathLike, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The arrays named in `targets`, each straight into its sharding and dtype; each process reads what it holds."""
+    """The arrays named in `targets` in their shardings and dtypes; each process reads its own shards."""
     with _context():
         return ocp.load(_state(directory), {name: concrete(leaf) for name, leaf in targets.items()})
 
 
 def load_numpy(directory: epath.PathLike, infos: Mapping[str, ArrayInfo]) -> dict[str, np.ndarray]:
-    """The arrays named in `infos` on the host: for conversions, a few at a time."""
+    """The arrays named in `infos` as numpy arrays."""
     # Orbax looks at type, shape and dtype only; a broadcast scalar costs no memory.
     targets = {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in infos.items()}
     with _context():
         return ocp.load(_state(directory), targets)
 
 
-class PieceWriter:
-    """Writes `directory/state` array by array; no more than one piece of 256 MiB (or one array) is in memory."""
+class ArrayWriter:
+    """Writes `directory/state` array by array; at most 256 MiB (or one array) are in memory."""
 
     def __init__(self, directory: epath.PathLike):
         self.path = _state(directory)
         self.infos: dict[str, ArrayInfo] = {}
-        self._piece: dict[str, np.ndarray] = {}
-        self._piece_bytes = 0
+        self._chunk: dict[str, np.ndarray] = {}
+        self._chunk_bytes = 0
 
     def add(self, name: str, array: np.ndarray) -> None:
         # Contiguous, because Orbax writes an array in the order of its memory.
-        self._piece[name] = np.ascontiguousarray(array)
-        self._piece_bytes += array.nbytes
+        self._chunk[name] = np.ascontiguousarray(array)
+        self._chunk_bytes += array.nbytes
         self.infos[name] = ArrayInfo(array.shape, array.dtype.name)
-        if self._piece_bytes >= _PIECE_BYTES:
+        if self._chunk_bytes >= CHUNK_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -60,10 +60,10 @@ class PieceWriter:
             ocp.partial.finalize(self.path)
 
     def _flush(self) -> None:
-        if self._piece:
+        if self._chunk:
             with _context():
-                ocp.partial.save(self.path, self._piece)
-        self._piece, self._piece_bytes = {}, 0
+                ocp.partial.save(self.path, self._chunk)
+        self._chunk, self._chunk_bytes = {}, 0
 
 
 def _state(directory: epath.PathLike) -> epath.Path:
@@ -73,8 +73,8 @@ def _state(directory: epath.PathLike) -> epath.Path:
 
 def _context() -> ocp.Context:
     context = ocp.Context()
-    # Trained weights do not compress; zstd would cost time and save nothing.
+    # Trained weights do not compress.
     context.array.saving.use_compression = False
-    # What may be left out (the optimizer, for inference) is decided before, against the manifest.
+    # Callers have compared the names with the manifest; inference leaves out the optimizer.
     context.pytree.loading.partial_load = True
     return context

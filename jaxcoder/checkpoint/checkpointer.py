@@ -1,17 +1,15 @@
-"""The checkpoints of a training run: saved in the background, verified, kept or deleted.
+"""The checkpoints of a training run: saved asynchronously, verified, retained or deleted.
 
-Orbax writes and reads the arrays. The sequence of steps is ours and not `ocp.training.Checkpointer`, because a step
-counts only with our manifest: an old checkpoint may be deleted after the new manifest is there, and not as soon as
-Orbax has committed its part. A process killed at any moment leaves the last complete checkpoint unchanged.
+Orbax writes and reads the arrays. `ocp.training.Checkpointer` is not used because it deletes old steps as soon as Orbax
+has committed the new arrays; here a step is complete only with its manifest, and old steps are deleted after it is
+written. A process killed at any moment leaves the last complete checkpoint unchanged.
 All processes of a run call every method, in the same order; process 0 alone touches anything but arrays.
 """
 
 import logging
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from jaxcoder.checkpoint import arrays as array_files
-from jaxcoder.checkpoint.discover import newest_whole, steps_in
+from jaxcoder.checkpoint.discover import latest_complete, steps_in
 from jaxcoder.checkpoint.manifest import (
     CONFIG,
     MANIFEST,
@@ -53,10 +51,9 @@ class Saved(NamedTuple):
 
 
 class Checkpointer:
-    """Owns `directory` (`<run>/checkpoints`). At most one save is under way; its failure is raised by the next call.
+    """Owns `directory` (`<run>/checkpoints`). At most one save is in progress; its failure is raised by the next call.
 
-    save_tokenizer: writes the tokenizer's files into a directory (`Tokenizer.save`); they are saved with every
-    checkpoint.
+    tokenizer_files: name -> content (`Tokenizer.files`), saved with every checkpoint.
     """
 
     def __init__(
@@ -65,11 +62,12 @@ class Checkpointer:
         config: CheckpointConfig,
         *,
         run: RunConfig,
-        save_tokenizer: Callable[[Path], None] | None = None,
+        tokenizer_files: Mapping[str, bytes] | None = None,
     ):
         self.directory = epath.Path(directory)
         self.config, self.run = config, run
-        self._small_files = _small_files(run, save_tokenizer)
+        self._small_files = {CONFIG: to_json(run).encode()}
+        self._small_files |= {f"{TOKENIZER}/{name}": content for name, content in (tokenizer_files or {}).items()}
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saving_step, self._saving_bytes = -1, 0
@@ -92,11 +90,11 @@ class Checkpointer:
     def save(
         self, step: int, arrays: Mapping[str, jax.Array], metadata: Mapping[str, Any], *, force: bool = False
     ) -> bool:
-        """Starts to save `arrays` as `step` if that is due, or forced; whether it did.
+        """Starts to save `arrays` as `step` if that is due, or forced; returns whether it did.
 
-        Returns when the arrays may be donated. `metadata` is plain JSON. A step that is there, finished and not found
-        damaged, is left as it is: writing it again would put it at risk for nothing. Raises CheckpointError if this
-        save cannot begin or the one before has failed; complete checkpoints stay complete.
+        Returns when the arrays may be donated. `metadata` is plain JSON. A complete checkpoint of `step` that is not
+        known to be damaged is not written again. Raises CheckpointError if this save cannot start or the previous one
+        has failed; complete checkpoints stay complete.
         """
         if not force and not self.is_due(step):
             return False
@@ -123,19 +121,19 @@ class Checkpointer:
         except Exception as error:
             raise self._failed(step, error) from error
         self._last_save_time = time.monotonic()
-        # A daemon: a second Ctrl-C must not wait for a disk. The save is then unfinished, and the one before counts.
+        # A daemon thread: a second Ctrl-C must not wait for a disk. That save stays incomplete.
         self._saving = threading.Thread(target=self._finish, args=(path, manifest, response), daemon=True)
         self._saving.start()
         self._began, self._blocked = began, time.monotonic() - began
         return True
 
     def poll(self) -> None:
-        """Raises CheckpointError if the save under way has failed; call it every step, it costs nothing."""
+        """Raises CheckpointError if the save in progress has failed; cheap, to be called every step."""
         if self._saving is not None and not self._saving.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Returns when no save is under way; CheckpointError as in `poll`."""
+        """Returns when no save is in progress; CheckpointError as in `poll`."""
         if self._saving is None:
             return
         self._saving.join()
@@ -146,25 +144,25 @@ class Checkpointer:
         self._finished.append(Saved(self._saving_step, self._blocked, seconds, self._saving_bytes))
 
     def take_finished(self) -> list[Saved]:
-        """The saves that were found done since the last call."""
+        """The saves that have finished since the last call."""
         finished, self._finished = self._finished, []
         return finished
 
     def close(self) -> None:
-        """Waits for the last save; the same as `wait`, at the end."""
+        """The same as `wait`."""
         self.wait()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *rest: object) -> None:
-        if exc_type is not KeyboardInterrupt:  # which means: at once
+        if exc_type is not KeyboardInterrupt:  # the user wants to leave immediately
             self.close()
 
     # --- restoring ---------------------------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """Steps whose save was finished, ascending; they may be damaged."""
+        """Steps with a manifest, ascending; they may be damaged."""
         return [step for step in steps_in(self.directory) if has_manifest(self.directory / str(step))]
 
     def latest_step(self) -> int | None:
@@ -172,17 +170,17 @@ class Checkpointer:
         skipped."""
         step = -1
         if jax.process_index() == 0:
-            newest = newest_whole(self.directory)
+            newest = latest_complete(self.directory)
             step = -1 if newest is None else newest
             self._bad = {bad for bad in steps_in(self.directory) if bad > step}
         step = int(_of_process_0(step))
         return None if step < 0 else step
 
     def restore(self, step: int, abstract_arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The arrays of `step` in the shapes, dtypes and shardings asked for, whatever mesh they were saved on.
+        """The arrays of `step` in the requested shapes, dtypes and shardings, whatever mesh they were saved on.
 
-        Shardings on an abstract mesh are taken on the mesh in scope. Raises CheckpointError for a step that is not
-        whole, or whose names and shapes are not those asked for.
+        Shardings on an abstract mesh are resolved on the mesh in scope. Raises CheckpointError for a step that is not
+        complete, or whose names or shapes differ from the requested ones.
         """
         path = self.directory / str(step)
         manifest = self.manifest(step)
@@ -190,7 +188,7 @@ class Checkpointer:
         return array_files.load(path, abstract_arrays)
 
     def manifest(self, step: int) -> Manifest:
-        """What the checkpoint of `step` says of itself; its `metadata` is what was given to `save`."""
+        """The manifest of `step`; its `metadata` is what was given to `save`."""
         return read_manifest(self.directory / str(step))
 
     def run_config(self, step: int) -> RunConfig:
@@ -218,7 +216,8 @@ class Checkpointer:
             self._failure = error
 
     def _delete_old(self, newest: int) -> None:
-        """Keeps the newest steps and the multiples of keep_every_steps. Damaged ones and later ones do not count."""
+        """Retains the last `keep_last` steps and the multiples of keep_every_steps; damaged and later steps are not
+        counted."""
         steps = [step for step in self.steps() if step <= newest and step not in self._bad]
         every = self.config.keep_every_steps
         for step in steps[: -self.config.keep_last]:
@@ -229,36 +228,27 @@ class Checkpointer:
                 path.rmtree()
 
     def _remove_unfinished(self) -> None:
-        """What a killed process left of a save."""
+        """Deletes incomplete saves of a killed process."""
         for step in steps_in(self.directory):
             path = self.directory / str(step)
             names = {entry.name.partition(".")[0] for entry in path.iterdir()}
             if not has_manifest(path) and names <= {"", STATE, TOKENIZER, "config"}:
-                logger.warning(f"{path} is an unfinished save of an earlier process and is removed.")
+                logger.warning(f"{path} is an incomplete save of an earlier process and is removed.")
                 path.rmtree()
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         if jax.process_index() == 0:
             path = self.directory / str(step)
             if not has_manifest(path):
-                _remove(path)  # gives a full disk its room back
-        kept = self.steps()
-        kept_words = f"the one of step {kept[-1]} is kept" if kept else "there is none yet"
+                _remove(path)  # frees space on a full disk
+        complete = self.steps()
+        latest = f"the latest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
         reason = "the disk is full" if is_disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(
-            f"the checkpoint of step {step} could not be saved to {self.directory} ({reason}); {kept_words}. "
-            f"One needs {format_bytes(self._saving_bytes)} and a little more: make room there, or see to it that the "
-            "directory can be written, and run the same command again."
+            f"the checkpoint of step {step} could not be saved to {self.directory} ({reason}); {latest}. "
+            f"A checkpoint needs a little more than {format_bytes(self._saving_bytes)}: free some space or make the "
+            "directory writable, and run the same command again."
         )
-
-
-def _small_files(run: RunConfig, save_tokenizer: Callable[[Path], None] | None) -> dict[str, bytes]:
-    files = {CONFIG: to_json(run).encode()}
-    if save_tokenizer is not None:
-        with tempfile.TemporaryDirectory() as directory:
-            save_tokenizer(Path(directory))
-            files |= {f"{TOKENIZER}/{path.name}": path.read_bytes() for path in sorted(Path(directory).iterdir())}
-    return files
 
 
 def _mesh_of(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -269,7 +259,7 @@ def _mesh_of(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def _of_process_0(value: int | bool) -> Any:
-    """What process 0 has found, in all processes."""
+    """The value of process 0, in all processes."""
     return multihost_utils.broadcast_one_to_all(np.asarray(value)) if jax.process_count() > 1 else value
 
 

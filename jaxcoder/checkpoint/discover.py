@@ -1,4 +1,4 @@
-"""Discovers a complete checkpoint from a path: a run, its `checkpoints`, or a single step."""
+"""Discovers complete checkpoints under a path: of a run, of its `checkpoints`, or a single step."""
 
 import logging
 
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
-    """Steps with a directory here, ascending, complete or not."""
+    """Steps that have a directory here, ascending, complete or not."""
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
@@ -22,49 +22,49 @@ def steps_in(directory: epath.PathLike) -> list[int]:
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:
-    """Whether `path` looks like a run of jaxcoder, its checkpoints or one of them, complete or not."""
+    """Whether `path` looks like a jaxcoder run, its checkpoints or one of them, complete or not."""
     path = epath.Path(path)
     return has_manifest(path) or (path / CHECKPOINTS).is_dir() or bool(steps_in(path))
 
 
-def newest_whole(directory: epath.PathLike) -> int | None:
-    """The newest step in a checkpoints directory whose manifest and checksums fit; warns of each one skipped."""
+def latest_complete(directory: epath.PathLike) -> int | None:
+    """The latest step of a checkpoints directory whose manifest and checksums match; logs every step it skips."""
     for step in reversed(steps_in(directory)):
         path = epath.Path(directory) / str(step)
         damage = damage_of(path)
         if damage is None:
             return step
-        logger.warning(f"checkpoint {path} is skipped: {damage}. The one before it is used if there is one.")
+        logger.warning(f"checkpoint {path} is skipped: {damage}. The previous one is used if there is one.")
     return None
 
 
 def damage_of(path: epath.PathLike, *, by_size: bool = False) -> str | None:
-    """Why the checkpoint at `path` cannot be used, or None; by_size: without reading its arrays."""
+    """The reason why the checkpoint at `path` cannot be used, or None; by_size: without reading its arrays."""
     try:
         return find_damage(path, read_manifest(path), by_size=by_size)
     except UnusableCheckpoint as error:
         return error.damage
 
 
-def find_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.Path:
-    """The directory of one complete checkpoint under `path`: of `step`, or the newest.
+def discover_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.Path:
+    """The directory of a complete checkpoint under `path`: of `step`, or of the latest.
 
-    Raises CheckpointError when there is none, and when the one asked for is damaged.
+    Raises CheckpointError if there is none, or if `step` is damaged.
     """
     path = epath.Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: give a run's directory, its {CHECKPOINTS}, or one checkpoint.")
     if has_manifest(path) and step is None:
-        return _whole(path)
+        return _verified(path)
     steps = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     if step is not None:
         if step not in steps_in(steps):
             there = ", ".join(map(str, steps_in(steps))) or "none"
             raise CheckpointError(f"{steps} has no step {step}: there are {there}.")
-        return _whole(steps / str(step))
+        return _verified(steps / str(step))
     if not steps_in(steps):
         raise CheckpointError(f"{path} holds no checkpoint: give a run's directory, its {CHECKPOINTS}, or one step.")
-    newest = newest_whole(steps)
+    newest = latest_complete(steps)
     if newest is None:
         raise CheckpointError(
             f"no checkpoint in {steps} is complete: the warnings above give the reason for each step."
@@ -73,12 +73,12 @@ def find_checkpoint(path: epath.PathLike, *, step: int | None = None) -> epath.P
 
 
 def open_checkpoint(path: epath.PathLike, *, step: int | None = None) -> tuple[epath.Path, Manifest]:
-    """`find_checkpoint` with its manifest."""
-    directory = find_checkpoint(path, step=step)
+    """`discover_checkpoint` with its manifest."""
+    directory = discover_checkpoint(path, step=step)
     return directory, read_manifest(directory)
 
 
-def _whole(path: epath.Path) -> epath.Path:
+def _verified(path: epath.Path) -> epath.Path:
     damage = damage_of(path)
     if damage is not None:
         raise UnusableCheckpoint(path, damage)

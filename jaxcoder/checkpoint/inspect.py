@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as lines of text. Reads manifests only; no device and no jax needed."""
+"""The contents of a checkpoint as lines of text, from its manifest only: no device and no jax."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from jaxcoder.checkpoint.manifest import (
 )
 from jaxcoder.config.serialize import from_json, to_dict
 from jaxcoder.errors import CheckpointError, ConfigError
-from jaxcoder.formatting import format_bytes
+from jaxcoder.formatting import format_bytes, format_table
 
 
 class Row(NamedTuple):
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def choose(path: epath.PathLike, step: int | None = None) -> epath.Path:
-    """The directory of `step`, or of the newest finished one; nothing is verified. CheckpointError if there is none."""
+    """The directory of `step`, or of the latest one with a manifest, not verified. CheckpointError if there is none."""
     path = epath.Path(path)
     if has_manifest(path) and step is None:
         return path
@@ -58,16 +58,16 @@ def describe(directory: epath.Path) -> Iterator[str]:
     yield f"parameters   {num_parameters(manifest):,}"
     size = sum(info.size for info in manifest.files.values())
     yield f"on disk      {format_bytes(size)} in {len(manifest.files)} files"
-    yield f"tokenizer    {'yes' if (directory / TOKENIZER).is_dir() else 'none beside the weights'}"
+    yield f"tokenizer    {'yes' if (directory / TOKENIZER).is_dir() else 'none'}"
     for key, value in manifest.metadata.items():
         yield f"{key.replace('_', ' '):<12} {value}"
     yield from _run(directory, manifest)
     yield ""
-    yield from _table(rows(manifest))
+    yield from _table(rows(manifest)).splitlines()
 
 
 def num_parameters(manifest: Manifest) -> int:
-    """Of the model, without optimizer state; the tied head counts once."""
+    """Parameters of the model; the tied head counts once."""
     return sum(math.prod(info.shape) for name, info in manifest.arrays.items() if name.startswith("params/"))
 
 
@@ -89,7 +89,7 @@ def _siblings(directory: epath.Path) -> str:
     if not directory.name.isdecimal() or not others:
         return ""
     named = [f"{step:,}" if has_manifest(directory.parent / str(step)) else f"{step:,} (unfinished)" for step in others]
-    return f"   (beside it: {', '.join(named)})"
+    return f"   (other steps: {', '.join(named)})"
 
 
 def _when(manifest: Manifest) -> str:
@@ -120,22 +120,19 @@ def _fields(values: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in values.items())
 
 
-def _table(table: list[Row]) -> Iterator[str]:
-    lines = [("arrays", "number", "shape", "dtype", "bytes")]
+def _table(table: list[Row]) -> str:
+    lines: list[tuple[str, int, str, str, str]] = []
     shown = list(table)
     for prefix in ("optimizer/mu/", "optimizer/nu/"):
         moments = _under(prefix, table)
         if moments and _relative(prefix, moments) == _relative("params/", _under("params/", table)):
             shown = [row for row in shown if row not in moments]
             number, size = sum(row.num_arrays for row in moments), sum(map(_size, moments))
-            lines.append((f"{prefix}*", str(number), "as params/", moments[0].info.dtype, format_bytes(size)))
+            lines.append((f"{prefix}*", number, "as params/", moments[0].info.dtype, format_bytes(size)))
     for row in shown:
         shape = "x".join(map(str, row.info.shape)) or "scalar"
-        lines.append((row.name, str(row.num_arrays), shape, row.info.dtype, format_bytes(_size(row))))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    for line in lines:
-        cells = (line[0].ljust(widths[0]), line[1].rjust(widths[1]), line[2].rjust(widths[2]), line[3].ljust(widths[3]))
-        yield "  ".join((*cells, line[4].rjust(widths[4])))
+        lines.append((row.name, row.num_arrays, shape, row.info.dtype, format_bytes(_size(row))))
+    return format_table(("arrays", "number", "shape", "dtype", "size"), lines)
 
 
 def _under(prefix: str, table: list[Row]) -> list[Row]:

@@ -1,14 +1,14 @@
 """The directory of one checkpoint, and the manifest that makes it complete.
 
-    <step>/state/            the arrays, written by Orbax under our flat names (names.py)
-    <step>/tokenizer/        the tokenizer's files, so that the directory is all that inference needs
+    <step>/state/            the arrays, written by Orbax under flat names (names.py)
+    <step>/tokenizer/        the tokenizer's files, so that inference needs this directory only
     <step>/config.json       the run's resolved config (absent after a conversion)
-    <step>/manifest.json     written last: what is in here, and the size and CRC-32 of every other file
+    <step>/manifest.json     written last: the contents, with size and CRC-32 of every other file
 
-Orbax's own commit marker says that its part is complete, not that its bytes are still what was written: a flipped bit
-is read back without a word. So a checkpoint counts only with a manifest that fits. Object stores have no rename of a
-directory; writing one small file last works there too.
-No jax here: looking into a checkpoint must be quick, and possible where its devices are not.
+Orbax's commit marker shows that the arrays were written, not that their bytes are unchanged: Orbax restores a flipped
+bit without an error. A checkpoint is complete when its manifest exists and matches its files. Object stores cannot
+rename a directory; writing one small file last works there too.
+This module does not import jax, so that a checkpoint can be inspected quickly and without its devices.
 """
 
 import json
@@ -35,7 +35,7 @@ _BLOCK = 4 * 2**20
 
 
 class UnusableCheckpoint(CheckpointError):
-    """A checkpoint that is there and cannot be read; `damage` is the reason alone."""
+    """A checkpoint that exists and cannot be read; `damage` is the reason."""
 
     def __init__(self, directory: epath.PathLike, damage: str):
         super().__init__(f"the checkpoint {directory} cannot be used: {damage}; use another one.")
@@ -60,23 +60,23 @@ class FileInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """Contents and origin of a checkpoint."""
 
     step: int
     model: ModelConfig
     arrays: Mapping[str, ArrayInfo]
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    """Plain JSON of the writer: samples consumed, tokenizer fingerprint, where a conversion came from, ..."""
+    """Plain JSON from the writer: samples consumed, tokenizer fingerprint, source of a conversion, ..."""
     mesh: Mapping[str, int] = field(default_factory=dict)
-    """Axis sizes of the mesh that it was saved on; empty after a conversion."""
+    """Axis sizes of the mesh it was saved on; empty after a conversion."""
     files: Mapping[str, FileInfo] = field(default_factory=dict)
-    """Every file but the manifest, by its path inside the directory."""
+    """Every file except the manifest, by its path relative to the directory."""
     written_at: str = ""
     written_by: str = ""
 
 
 def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
-    """Records all files of `directory` in the manifest and writes it, which makes the checkpoint complete."""
+    """Writes the manifest with all files of `directory`; from then on the checkpoint is complete."""
     relative = [str(file.relative_to(directory)) for file in _files(directory)]
     with ThreadPoolExecutor() as pool:
         files = dict(zip(relative, pool.map(lambda name: _measure(directory / name), relative), strict=True))
@@ -99,12 +99,12 @@ def write_manifest(directory: epath.Path, manifest: Manifest) -> None:
 
 
 def has_manifest(directory: epath.PathLike) -> bool:
-    """Whether a save of this checkpoint came to its end."""
+    """Whether the save of this checkpoint has finished."""
     return (epath.Path(directory) / MANIFEST).exists()
 
 
 def read_manifest(directory: epath.PathLike) -> Manifest:
-    """The manifest of a checkpoint; UnusableCheckpoint when there is none, it is damaged, or of another format."""
+    """The manifest of a checkpoint; UnusableCheckpoint if it is missing, damaged or of another format."""
     path = epath.Path(directory) / MANIFEST
     try:
         body = json.loads(path.read_text())
@@ -141,10 +141,10 @@ def find_damage(
     by_size: bool = False,
     progress: Callable[[int], None] = lambda num_bytes: None,
 ) -> str | None:
-    """The first file that is missing, of another size or altered, in words; None when all is as it was written.
+    """A message about the first file that is missing or altered; None if all files are as written.
 
-    Reads every byte once (CRC-32 runs at several GB/s), unless the sizes alone are asked for; `progress` is called with
-    the size of each file that is done.
+    Reads every byte once (CRC-32 runs at several GB/s); with by_size it compares sizes only. `progress` is called with
+    the size of each file that has been read.
     """
     directory = epath.Path(directory)
     if not (directory / COMMIT_MARKER).exists():
@@ -183,5 +183,5 @@ def _measure(path: epath.Path) -> FileInfo:
 
 
 def _fingerprint(body: Mapping[str, Any]) -> str:
-    """Of the manifest itself: a changed digit in it must not pass either."""
+    """CRC-32 of the manifest's own content."""
     return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"

@@ -1,9 +1,9 @@
-"""Names of arrays on disk, and the way between a pytree in memory and a flat dictionary of named arrays.
+"""Names of arrays on disk: a pytree in memory <-> a flat dictionary of named arrays.
 
-A name is the tree path without what a library put there: `params/wte`, `optimizer/mu/h/00/ln_1/scale`. The layers, in
-memory one Block whose arrays have a leading L, are arrays of their own on disk: `params/h/00/attn/q/kernel`.
-Any pytree has such names: a model, its gradients, an optimizer's state. Arrays may be sharded; nothing is gathered on a
-host in either direction.
+A name is the tree path without the attributes that a library adds: `params/wte`, `optimizer/mu/h/00/ln_1/scale`.
+Layers are stacked in memory (one Block whose arrays have a leading dim L) and single arrays on disk:
+`params/h/00/attn/q/kernel`. It works for any pytree: a model, its gradients, an optimizer's state. Arrays may be
+sharded; nothing is gathered on a host in either direction.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping

@@ -1,6 +1,6 @@
-"""A directory (or hub id) in Hugging Face's format -> a checkpoint, array by array, without torch.
+"""Converts a directory (or hub id) in Hugging Face's format to a checkpoint, array by array, without torch.
 
-The result is one checkpoint directory (jaxcoder/checkpoint/manifest.py) of step 0 without optimizer state.
+The output is one checkpoint directory (jaxcoder/checkpoint/manifest.py) of step 0 without optimizer state.
 """
 
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from etils import epath
 
-from jaxcoder.checkpoint.arrays import PieceWriter
+from jaxcoder.checkpoint.arrays import ArrayWriter
 from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
 from jaxcoder.convert.hf_names import shape
 from jaxcoder.convert.hf_weights import HFWeights, open_hf_weights
@@ -25,8 +25,8 @@ def from_hf(
 ) -> Summary:
     """Writes the weights at `source`, a directory or a hub id such as "bigcode/starcoderbase-1b", as a checkpoint.
 
-    float16 and bfloat16 become fp32. Raises ConversionError that names what does not fit: a tensor missing, left over
-    or misshapen, a config of a model that is computed otherwise, a file that is cut off or wants to run code.
+    float16 and bfloat16 become fp32. Raises ConversionError for tensors that are missing, unexpected or of another
+    shape, a config that is not supported, and files that are truncated or would run code.
     """
     weights = open_hf_weights(_local(source))
     if Path(directory).resolve() == weights.directory.resolve():
@@ -50,8 +50,8 @@ def from_hf(
     return Summary(Path(directory), num_parameters, 1, has_tokenizer, 0)
 
 
-def _write_arrays(weights: HFWeights, output: Path, progress: Progress) -> PieceWriter:
-    writer = PieceWriter(output)
+def _write_arrays(weights: HFWeights, output: Path, progress: Progress) -> ArrayWriter:
+    writer = ArrayWriter(output)
     for name, array in weights.arrays():
         writer.add(name, array)
         progress.advance(array.size)
@@ -64,7 +64,7 @@ def _local(source: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise ConversionError(f"{source} is a file: give the directory that holds it and its config.json.")
+        raise ConversionError(f"{source} is a file: give the directory that contains it and its config.json.")
     if isinstance(source, str) and is_hub_id(source):
         return fetch(source)
     raise ConversionError(f"{source} does not exist: give a directory, or a hub id such as bigcode/starcoderbase-1b.")

@@ -1,7 +1,7 @@
 """config.json of Hugging Face's GPTBigCode <-> ModelConfig.
 
-A key that is absent has the default of transformers' `GPTBigCodeConfig`; keys that change nothing in the computation
-are passed over. Reference: transformers, configuration_gpt_bigcode.py.
+Absent keys have the defaults of transformers' `GPTBigCodeConfig`; keys that do not affect the computation are ignored.
+Reference: transformers, configuration_gpt_bigcode.py.
 """
 
 import json
@@ -29,18 +29,18 @@ _ONLY = {
     "scale_attn_by_inverse_layer_idx": False,
     "quantization_config": None,
 }
-"""Keys with one supported value, which is also the default."""
+"""Keys with a single supported value, which is also the default."""
 
 
 def read_hf_config(directory: Path) -> ModelConfig:
-    """The ModelConfig that `directory/config.json` describes; ConversionError for a model that is not supported."""
+    """The ModelConfig of `directory/config.json`. Raises ConversionError for a model that is not supported."""
     path = directory / "config.json"
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConversionError(f"{directory} has no config.json: give a directory that transformers can open.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConversionError(f"{path} cannot be read as JSON ({error}): fetch or save the file again.") from error
+        raise ConversionError(f"{path} cannot be read as JSON ({error}): download or save the file again.") from error
     if not isinstance(keys, dict) or keys.get("model_type") != MODEL_TYPE:
         found = repr(keys.get("model_type")) if isinstance(keys, dict) else "no object"
         raise ConversionError(
@@ -49,8 +49,7 @@ def read_hf_config(directory: Path) -> ModelConfig:
     for key, value in _ONLY.items():
         if key in keys and keys[key] != value:
             raise ConversionError(
-                f"{path} sets {key} to {json.dumps(keys[key])}, and only {json.dumps(value)} is supported: "
-                "such a model computes something else."
+                f"{path} sets {key} to {json.dumps(keys[key])}, and only {json.dumps(value)} is supported."
             )
     return _model_config(keys, path)
 
@@ -60,13 +59,13 @@ def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
         value = keys.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConversionError(f"{path} has {key} {json.dumps(value)}: it has to be a whole number of at least 1.")
+            raise ConversionError(f"{path} has {key} {json.dumps(value)}: it must be an integer of at least 1.")
         return value
 
     def number(key: str, default: float) -> float:
         value = keys.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-            raise ConversionError(f"{path} has {key} {json.dumps(value)}: it has to be a number from 0 to below 1.")
+            raise ConversionError(f"{path} has {key} {json.dumps(value)}: it must be a number in [0, 1).")
         return float(value)
 
     activation = keys.get("activation_function", "gelu_pytorch_tanh")
@@ -76,7 +75,7 @@ def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
         )
     multi_query = keys.get("multi_query", True)
     if not isinstance(multi_query, bool):
-        raise ConversionError(f"{path} has multi_query {json.dumps(multi_query)}: it has to be true or false.")
+        raise ConversionError(f"{path} has multi_query {json.dumps(multi_query)}: it must be true or false.")
     embed_dim, num_heads = size("n_embd"), size("n_head")
     if embed_dim % num_heads:
         raise ConversionError(f"{path} has n_embd {embed_dim}, which is not a multiple of n_head {num_heads}.")
@@ -106,19 +105,19 @@ def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def hf_config(config: ModelConfig, *, end_of_text: int) -> dict[str, Any]:
-    """The keys of config.json for fp32 weights; `end_of_text` is the token id at the begin and end of documents.
+    """The keys of config.json for fp32 weights. end_of_text: the token id at the begin and end of documents.
 
-    Raises ConversionError for a model that transformers has no form for.
+    Raises ConversionError for a model that transformers cannot represent.
     """
     if config.num_kv_heads not in (1, config.num_heads):
         raise ConversionError(
             f"the model has {config.num_kv_heads} key/value heads for {config.num_heads} query heads: "
-            "the PyTorch format knows only one, or as many as query heads."
+            "the PyTorch format supports only one, or as many as query heads."
         )
     if config.num_heads * config.head_dim != config.embed_dim:
         raise ConversionError(
-            f"the model has {config.num_heads} heads of {config.head_dim}, which is not its embed_dim "
-            f"{config.embed_dim}: the PyTorch format has no key for that."
+            f"the model has {config.num_heads} heads of {config.head_dim}, whose product is not its embed_dim "
+            f"{config.embed_dim}: the PyTorch format has no key for head_dim."
         )
     return {
         "architectures": ["GPTBigCodeForCausalLM"],

@@ -18,12 +18,12 @@ from jaxcoder.config import ModelConfig
 
 EMBEDDING = "transformer.wte.weight"
 LM_HEAD = "lm_head.weight"
-"""The output head: the embedding itself, so files may or may not hold it."""
+"""The output head, tied to the embedding: optional in files."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One hf tensor and the jax arrays that it holds, name -> dims; dims are letters of the module docstring."""
+    """One hf tensor and the jax arrays it contains, name -> dims; dims are letters of the module docstring."""
 
     hf_name: str
     hf_dims: str
@@ -80,7 +80,7 @@ def shape(dims: str, config: ModelConfig) -> tuple[int, ...]:
 
 
 def to_hf_tensor(entry: Entry, arrays: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
-    """The hf tensor of jax arrays (in the order of `entry.jax_dims`): values are moved, never changed."""
+    """The hf tensor of jax arrays, given in the order of `entry.jax_dims`. Exact: a permutation of the values."""
     if len(arrays) == 2:
         fused = _fuse(*arrays, config)
     else:

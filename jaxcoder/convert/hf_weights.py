@@ -1,10 +1,10 @@
-"""The weights of a directory in Hugging Face's format, checked against its config and opened without being read.
+"""The weights of a directory in Hugging Face's format, checked against its config and read lazily.
 
-Known forms: model.safetensors, its shards with an index, pytorch_model.bin, its shards with an index.
+Supported files: model.safetensors or pytorch_model.bin, or shards of either with an index.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ _ROWS_AT_ONCE = 4096
 
 @dataclass(frozen=True)
 class HFWeights:
-    """A checked directory; every tensor of the table is there, in its shape."""
+    """A checked directory: it has every tensor of the table in the expected shape."""
 
     directory: Path
     config: ModelConfig
@@ -40,6 +40,11 @@ class HFWeights:
         tensor = self.tensors[entry.hf_name].read().astype(np.float32, copy=False)
         return to_jax_arrays(entry, tensor, self.config)
 
+    def reader(self) -> Callable[[str, object], np.ndarray]:
+        """A `fetch` for `checkpoint.names.assemble_tree`: reads the jax array of a name."""
+        entry_of = {name: entry for entry in self.entries() for name in entry.jax_dims}
+        return lambda name, target: self.read(entry_of[name])[name]
+
     def arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         """All jax arrays, one at a time."""
         for entry in self.entries():
@@ -52,9 +57,10 @@ def is_hf_directory(directory: Path) -> bool:
 
 
 def open_hf_weights(directory: Path) -> HFWeights:
-    """Opens and checks a directory; ConversionError names what is missing, left over, misshapen or not supported."""
+    """Opens and checks a directory. Raises ConversionError for tensors that are missing, unexpected or of another shape
+    or dtype."""
     config = read_hf_config(directory)
-    tensors = _without_buffers(_with_prefix(_find(directory)))
+    tensors = _without_buffers(_with_prefix(_read_headers(directory)))
     if EMBEDDING not in tensors and LM_HEAD in tensors:
         tensors[EMBEDDING] = tensors[LM_HEAD]  # tied: either name is valid
     _check(directory, tensors, config)
@@ -64,7 +70,7 @@ def open_hf_weights(directory: Path) -> HFWeights:
     return HFWeights(directory, config, tensors)
 
 
-def _find(directory: Path) -> dict[str, Tensor]:
+def _read_headers(directory: Path) -> dict[str, Tensor]:
     for form, read in _FORMS:
         if (directory / form).is_file():
             return read(directory / form)
@@ -75,21 +81,21 @@ def _find(directory: Path) -> dict[str, Tensor]:
                 tensors.update(read(shard))
             return tensors
     names = ", ".join(form for form, _ in _FORMS)
-    raise ConversionError(f"{directory} has no weights: none of {names} (or their .index.json) is there.")
+    raise ConversionError(f"{directory} has no weights: none of {names} (or their .index.json) exists.")
 
 
 def _shards(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        # A name with a directory in it would lead out of this one.
+        # A name with a directory in it could refer to files outside this directory.
         is_sound = all(Path(name).name == name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         is_sound = False
     if not is_sound:
-        raise ConversionError(f"{index} is not the index of a sharded model: fetch it again.")
+        raise ConversionError(f"{index} is not the index of a sharded model: download it again.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
-        raise ConversionError(f"{index.parent} lacks {listed(missing)} of its {len(names)} shards: fetch it again.")
+        raise ConversionError(f"{index.parent} lacks {listed(missing)} of its {len(names)} shards: download it again.")
     return [index.parent / name for name in names]
 
 
@@ -111,10 +117,10 @@ def _check(directory: Path, tensors: Mapping[str, Tensor], config: ModelConfig) 
     expected = {entry.hf_name: shape(entry.hf_dims, config) for entry in entries(config)}
     allowed = expected | {LM_HEAD: expected[EMBEDDING]}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is left over" for name in tensors if name not in allowed]
+    problems += [f"{name} is unexpected" for name in tensors if name not in allowed]
     for name, tensor in tensors.items():
         if name in allowed and tensor.shape != allowed[name]:
-            problems.append(f"{name} is {list(tensor.shape)} where config.json means {list(allowed[name])}")
+            problems.append(f"{name} is {list(tensor.shape)} instead of {list(allowed[name])}")
         elif name in allowed and tensor.dtype not in ("float32", "float16", "bfloat16"):
             problems.append(f"{name} is {tensor.dtype}, not float32, float16 or bfloat16")
     if problems:
@@ -127,6 +133,6 @@ def _check_tied(directory: Path, head: Tensor, embedding: Tensor) -> None:
         rows = slice(start, start + _ROWS_AT_ONCE)
         if head_rows[rows].tobytes() != embedding_rows[rows].tobytes():
             raise ConversionError(
-                f"{directory} has an lm_head.weight of its own, different from {EMBEDDING}: "
-                "only tied heads are supported, as in every published model of the family."
+                f"{directory} has an lm_head.weight that differs from {EMBEDDING}: only tied heads are supported, as "
+                "in every published model of the family."
             )

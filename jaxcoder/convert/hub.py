@@ -15,9 +15,9 @@ def is_hub_id(text: str) -> bool:
 
 
 def fetch(hub_id: str) -> Path:
-    """The directory with the model's files, fetched or in the hub's cache; ConversionError if they cannot be had.
+    """The directory of the model's files in the hub's cache, downloaded if needed. Raises ConversionError.
 
-    Safetensors where the model has them, else pytorch_model.bin; never both.
+    Safetensors if the model has them, else pytorch_model.bin.
     """
     from huggingface_hub import snapshot_download
 
@@ -40,10 +40,10 @@ def _reason(hub_id: str, error: Exception) -> str:
             f"and try again, {elsewhere}."
         )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no model {hub_id} on the hub, nor in this directory: check the spelling, {elsewhere}."
-    # A private model looks like one that does not exist, and no network like a file that is not in the cache.
+        return f"there is no model {hub_id} on the hub and no such directory: check the spelling, {elsewhere}."
+    # The hub's errors do not distinguish a private model from a missing one, nor a lost network from an empty cache.
     return (
-        f"{hub_id} could not be fetched from the hub ({_first_line(error)}): check the network "
+        f"{hub_id} could not be downloaded from the hub ({_first_line(error)}): check the network "
         f"and HF_HUB_OFFLINE, {elsewhere}."
     )
 

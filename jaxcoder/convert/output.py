@@ -16,10 +16,10 @@ _HF_NAMES = frozenset({"config.json", "generation_config.json", "model.safetenso
 
 @contextlib.contextmanager
 def output_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a temporary directory to write into; on success it replaces `path`.
+    """Yields a temporary directory, which replaces `path` on success and is removed on failure.
 
-    On failure it is removed and `path` stays as it was. Raises ConversionError when `path` is there already
-    (and not empty) without `overwrite`, when it holds anything that no conversion wrote, and when it cannot be written.
+    Raises ConversionError if `path` is not empty and `overwrite` is false, if it contains files that no conversion
+    writes, or if it cannot be written.
     """
     path = path.resolve() if path.name in ("", "..") else path
     if path.exists() and not path.is_dir():
@@ -29,15 +29,15 @@ def output_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
     others = _other_names(path)
     if others:
         raise ConversionError(
-            f"the output directory {path} holds more than a converted model ({', '.join(others[:3])}), which would "
-            "be lost: choose another one, or empty it yourself."
+            f"the output directory {path} contains other files than a converted model ({', '.join(others[:3])}), which "
+            "would be deleted: choose another one, or empty it."
         )
     with access_errors(path, "write", ConversionError), atomic_directory(path) as temporary:
         yield temporary
 
 
 def _other_names(path: Path) -> list[str]:
-    """Names at `path` that no conversion writes, or all names of an unknown mix; [] for its output or nothing."""
+    """Names in `path` that no conversion writes; all names if it mixes both formats; [] for a conversion's output."""
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
     hf_names = {name for name in names if name in _HF_NAMES or name.endswith(".safetensors")}
     if (MANIFEST in names and names <= _CHECKPOINT_NAMES) or ("config.json" in names and names == hf_names):

@@ -1,7 +1,7 @@
-"""Safetensors files, tensor by tensor: read with the `safetensors` library, written in a stream.
+"""Safetensors files, tensor by tensor: read with the `safetensors` library, written as a stream.
 
-The library's `save_file` wants all tensors of a file at once; `write_safetensors` keeps the memory of a conversion at
-one tensor. The layout is eight bytes of header length, a JSON header, then the tensors' bytes.
+The library's `save_file` needs all tensors of a file in memory; `write_safetensors` needs one. Layout: eight bytes of
+header length, a JSON header, then the tensors' bytes.
 Reference: https://github.com/huggingface/safetensors#format
 """
 
@@ -22,7 +22,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file that is not read yet: `read()` returns the array. dtype: NumPy's name where it has one."""
+    """A tensor of a file; `read()` returns the array. dtype: NumPy's name if it has one."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes fp32 `arrays` as they come, in the order of `shapes`, which is what the header needs to know before."""
+    """Writes fp32 `arrays` one by one. `shapes`, in the same order, make the header, which comes first."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -57,10 +57,10 @@ def write_safetensors(
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the tensors begin aligned
+    encoded += b" " * (-len(encoded) % 8)  # aligns the tensors
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for (expected, shape), (name, array) in zip(shapes.items(), arrays, strict=True):
             if name != expected or array.shape != shape:
-                raise ValueError(f"{name} {array.shape} came where {expected} {shape} was announced")
+                raise ValueError(f"got {name} {array.shape}, expected {expected} {shape}")
             file.write(np.ascontiguousarray(array, dtype="<f4").data)

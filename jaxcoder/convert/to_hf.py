@@ -1,7 +1,7 @@
-"""A checkpoint -> a directory that transformers (and vLLM, llama.cpp, ...) opens.
+"""Converts a checkpoint to a directory that transformers (and vLLM, llama.cpp, ...) loads.
 
-Tensor by tensor: memory is bounded by the largest one. Files: config.json, model.safetensors (or shards with an
-index), generation_config.json, and the tokenizer's.
+It works tensor by tensor: memory is bounded by the largest one. Files: config.json, model.safetensors (or shards with
+an index), generation_config.json, and the tokenizer's.
 """
 
 import json
@@ -30,12 +30,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion has written."""
+    """The output of a conversion."""
 
     directory: Path
     num_parameters: int
     num_files: int
-    """Files of weights."""
+    """Number of files with weights."""
     has_tokenizer: bool
     step: int
 
@@ -51,8 +51,8 @@ def to_hf(
 ) -> Summary:
     """Writes the weights of the checkpoint at `source` (a run, its checkpoints, or one of them) to `directory`, fp32.
 
-    Raises CheckpointError for a source that is none or is damaged, ConversionError for a model that the format has no
-    room for and for an output directory that is not empty.
+    Raises CheckpointError if there is no checkpoint or it is damaged; ConversionError for a model that the format
+    cannot represent and for an output directory that is not empty.
     """
     checkpoint, manifest = open_checkpoint(source, step=step)
     if Path(directory).resolve() == Path(checkpoint).resolve():
@@ -81,7 +81,7 @@ def to_hf(
 
 
 def _check(checkpoint: Path, manifest: Manifest) -> None:
-    """CheckpointError unless the table covers exactly the weights of the checkpoint."""
+    """Raises CheckpointError unless the checkpoint has exactly the arrays of the table."""
     config = manifest.model
     expected = {
         name: ArrayInfo(shape(dims, config), "float32")

@@ -1,8 +1,8 @@
-"""`pytorch_model.bin` without torch, and without running anything that the file brings along.
+"""Reads `pytorch_model.bin` without torch and without executing code from the file.
 
-A .bin file is a zip archive: a pickle that describes the tensors, and one member per storage with their raw bytes. A
-pickle may call any function of any module; this unpickler resolves only the names that a dictionary of tensors needs,
-to local stand-ins, and refuses every other one.
+A .bin file is a zip archive: a pickle that describes the tensors, and one member per storage with raw bytes. A pickle
+may call any function of any module; this unpickler replaces the names that a dictionary of tensors needs by local
+functions and raises ConversionError for every other name.
 """
 
 import collections
@@ -35,13 +35,13 @@ _MAX_PICKLE = 256 * 2**20
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .bin file by name; their bytes are read when asked for.
+    """The tensors of a .bin file by name, read lazily.
 
-    ConversionError for anything but a zip archive with a dictionary of plain tensors.
+    Raises ConversionError for anything but a zip archive with a dictionary of tensors.
     """
     if not zipfile.is_zipfile(path):
         raise ConversionError(
-            f"{path} is cut off, or was saved by torch before 1.6: fetch it again, or save it again as safetensors."
+            f"{path} is truncated, or was saved by torch before 1.6: download it again, or save it as safetensors."
         )
     try:
         with zipfile.ZipFile(path) as archive:
@@ -55,9 +55,9 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
             return {name: _checked(name, tensor, archive, path) for name, tensor in tensors.items()}
     except (ConversionError, MemoryError):
         raise
-    # A hostile or damaged pickle can fail in any way inside the unpickler.
+    # A malicious or damaged pickle can raise any exception inside the unpickler.
     except Exception as error:
-        raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again.") from error
+        raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): download it again.") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class _TensorsOnly(pickle.Unpickler):
         self.path, self.root = path, root
 
     def find_class(self, module: str, name: str) -> Any:
-        # New stand-ins for every use: a pickle cannot alter one that the next file uses.
+        # A new function for every use: a pickle cannot modify one that the next file uses.
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -91,14 +91,14 @@ class _TensorsOnly(pickle.Unpickler):
         if module == "torch" and name in _STORAGES:
             return name
         raise ConversionError(
-            f"{self.path} refers to `{module}.{name}`, which no file of weights needs: nothing was executed. "
+            f"{self.path} refers to `{module}.{name}`, which weights do not need: nothing was executed. "
             "Do not trust this file; ask for safetensors."
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage, key, _location, _numel = pid
         if kind != "storage" or storage not in _STORAGES or not isinstance(key, str):
-            raise ConversionError(f"{self.path} refers to {pid!r}, which is no storage of a tensor.")
+            raise ConversionError(f"{self.path} refers to {pid!r}, which is not the storage of a tensor.")
         return _Storage(f"{self.root}/data/{key}", _STORAGES[storage])
 
 
@@ -113,10 +113,10 @@ def _strided(storage: Any, offset: Any, shape: Any, strides: Any) -> _Strided:
 
 def _dictionary_of_tensors(contents: Any, path: Path) -> dict[str, _Strided]:
     if not isinstance(contents, dict):
-        raise ConversionError(f"{path} holds a {type(contents).__name__} where a dictionary of tensors should be.")
+        raise ConversionError(f"{path} contains a {type(contents).__name__} instead of a dictionary of tensors.")
     for name, value in contents.items():
         if not isinstance(name, str) or not isinstance(value, _Strided):
-            raise ConversionError(f"{path} holds {name!r}, a {type(value).__name__}, among its tensors.")
+            raise ConversionError(f"{path} contains {name!r}, a {type(value).__name__}, among its tensors.")
     return contents
 
 
@@ -126,12 +126,12 @@ def _checked(name: str, tensor: _Strided, archive: zipfile.ZipFile, path: Path) 
     try:
         available = archive.getinfo(tensor.storage.member).file_size // dtype.itemsize
     except KeyError:
-        raise ConversionError(f"{path} lacks the bytes of {name}: fetch it again.") from None
+        raise ConversionError(f"{path} lacks the bytes of {name}: download it again.") from None
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True)) + 1
     needed = tensor.offset + reach if math.prod(tensor.shape) else 0
     if needed > available or math.prod(tensor.shape) > available:
         raise ConversionError(
-            f"{path} gives {name} the shape {tensor.shape} and holds only {available:,} of its numbers."
+            f"{path} gives {name} the shape {tensor.shape}, but its storage has only {available:,} values."
         )
     return Tensor(tensor.shape, dtype.name, _reader(tensor, path))
 
@@ -142,8 +142,8 @@ def _reader(tensor: _Strided, path: Path) -> Callable[[], np.ndarray]:
         try:
             with zipfile.ZipFile(path) as archive:
                 flat = np.frombuffer(archive.read(tensor.storage.member), dtype)
-        except Exception as error:  # `zipfile` fails in many ways on damaged archives
-            raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): fetch it again.") from error
+        except Exception as error:  # `zipfile` raises many types on damaged archives
+            raise ConversionError(f"{path} is damaged ({type(error).__name__}: {error}): download it again.") from error
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return np.lib.stride_tricks.as_strided(flat[tensor.offset :], tensor.shape, strides, writeable=False)
 
@@ -151,7 +151,7 @@ def _reader(tensor: _Strided, path: Path) -> Callable[[], np.ndarray]:
 
 
 def _root(archive: zipfile.ZipFile, path: Path) -> str:
-    """The folder inside the archive, named after the file that it was first saved as."""
+    """The top folder of the archive, named after the file that was saved."""
     roots = [name.removesuffix("/data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise ConversionError(f"{path} is a zip archive without the pickle of a torch file: save it again.")

@@ -1,10 +1,10 @@
-"""From prompts of token ids to new token ids: prefill once, then steps against the key/value cache.
+"""Generation from token ids: one prefill of the prompts, then decode steps against the key/value cache.
 
-Shapes: B rows, S prompt length, T cache slots, V vocabulary. All programs are compiled for padded shapes: B, S and T
-are powers of two (or the model's limit), so there are few of them, and a prompt that is a token longer runs one that
-exists. Rows are padded on the right; what they hold behind their end is written over before it is read. The cache
-starts small and doubles when the longest row reaches its end, so that a step costs what its context costs. Several
-steps run per call of a program, which ends early when all rows are done.
+Shapes: B rows, S prompt length, T cache slots, V vocabulary.
+Programs are compiled for padded shapes: B, S and T are powers of two (or the model's limit), so that few are needed.
+Rows are padded on the right; slots after a row's end are overwritten before they are read. The cache doubles when the
+longest row reaches its end, because the cost of a step grows with T. One call runs several steps and ends early when
+all rows are finished.
 """
 
 import contextlib
@@ -24,20 +24,20 @@ from jaxcoder.models.protocol import Decoder
 from jaxcoder.sharding.ops import reshard
 
 STEPS_PER_CALL = 16
-"""Most steps of one call: enough to hide the host's work, few enough that little is wasted behind a stop string."""
-SMALLEST_PROMPT = 16
-SMALLEST_CACHE = 128
-ROOM = 256
-"""Slots for new tokens that a cache starts with; it doubles when they are used up."""
+"""Maximum number of decode steps of one call: amortizes the host's work; tokens after a stop string are discarded."""
+MIN_PROMPT_SLOTS = 16
+MIN_CACHE_SLOTS = 128
+INITIAL_NEW_TOKENS = 256
+"""Slots for new tokens in the initial cache, which doubles when they are used up."""
 MAX_BATCH_SIZE = 32
 MAX_PREFILL_TOKENS = 65536
-"""Of one prefill, padding included: bounds its activations."""
+"""Tokens of one prefill, padding included: bounds the memory of its activations."""
 
 FinishReason = Literal["stop", "length"]
 
 
 class Vocabulary(NamedTuple):
-    """valid: bool (V,), rows that may be chosen; ends: bool (V,), tokens after which a row is finished."""
+    """valid: bool (V,), tokens that may be sampled; ends: bool (V,), tokens that finish a row."""
 
     valid: np.ndarray
     ends: np.ndarray
@@ -46,7 +46,8 @@ class Vocabulary(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class DecodeState:
-    """cache: what was read; tokens int32 (B,): the last ones chosen, not read yet; left int32 (B,): how many more."""
+    """cache: keys and values of the tokens read so far. tokens: int32 (B,), sampled but not yet read. left: int32 (B,),
+    number of tokens still to be sampled."""
 
     cache: KVCache
     tokens: jax.Array
@@ -55,8 +56,8 @@ class DecodeState:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """What was generated for one prompt: token ids (an ending token included), and the log-probability of each in the
-    model's own distribution (at temperature 1). "length" means that the asked or possible number was reached."""
+    """The continuation of one prompt: token ids, including the end token, and their log-probabilities at temperature 1.
+    finish_reason "length": max_new_tokens or the context length was reached."""
 
     tokens: list[int]
     log_probs: list[float]
@@ -71,22 +72,23 @@ def generate_tokens(
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     end_ids: Collection[int] = (),
     valid_ids: np.ndarray | None = None,
-    watch: Callable[[int, list[int]], int | None] | None = None,
+    on_tokens: Callable[[int, list[int]], int | None] | None = None,
     max_batch_size: int = MAX_BATCH_SIZE,
     steps_per_call: int = STEPS_PER_CALL,
 ) -> list[NewTokens]:
-    """Continues each prompt by at most max_new_tokens tokens, fewer where the context ends.
+    """Continues each prompt by at most max_new_tokens tokens, fewer if the context length is reached.
 
     Args:
-        prompts: token ids, each at least one and fewer than the model's max_seq_len; any number of prompts.
+        prompts: any number of prompts, each of 1 to max_seq_len - 1 token ids.
         sampling: one for all, or one per prompt.
-        end_ids: tokens that finish a row (they are the last of its result).
-        valid_ids: bool (V,), the ids that may be chosen; None means all.
-        watch: called with a prompt's index and its newest tokens; a number finishes it and keeps that many of them.
-        max_batch_size: most prompts that run together; the result does not depend on it beyond rounding.
-        steps_per_call: most tokens between two calls of `watch`.
+        end_ids: tokens that finish a row; they are included in its result.
+        valid_ids: bool (V,), the ids that may be sampled; None: all.
+        on_tokens: called with a prompt's index and its newest tokens. Returns None to continue; n finishes the row and
+            discards its newest tokens after the first n.
+        max_batch_size: maximum number of prompts of one batch; it changes results by rounding only.
+        steps_per_call: maximum number of tokens between two calls of `on_tokens`.
     Raises:
-        ConfigError for an empty prompt, one that leaves no room, and a max_new_tokens below 1.
+        ConfigError for an empty prompt, one of max_seq_len tokens or more, and a max_new_tokens below 1.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     check_prompts(model, prompts, max_new_tokens)
@@ -102,37 +104,38 @@ def generate_tokens(
             end_ids=end_ids,
             valid_ids=valid_ids,
         )
-        news = decoding.newest
+        newest = decoding.newest
         while True:
-            for place, row in enumerate(rows):
-                kept = watch(row, news[place]) if watch is not None and news[place] else None
-                if kept is not None:
-                    decoding.stop(place, unwanted=len(news[place]) - kept)
+            for index, row in enumerate(rows):
+                retained = on_tokens(row, newest[index]) if on_tokens is not None and newest[index] else None
+                if retained is not None:
+                    decoding.stop(index, unwanted=len(newest[index]) - retained)
             if decoding.finished:
                 break
-            news = decoding.advance(steps_per_call)
-        for place, row in enumerate(rows):
-            results[row] = decoding.result(place)
+            newest = decoding.advance(steps_per_call)
+        for index, row in enumerate(rows):
+            results[row] = decoding.result(index)
     return results
 
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """ConfigError for what cannot be generated."""
+    """Raises ConfigError for prompts that cannot be continued."""
     limit = model.config.max_seq_len
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens is {max_new_tokens}: ask for at least 1.")
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: give at least 1.")
     for prompt in prompts:
         if not len(prompt):
-            raise ConfigError("A prompt has no tokens: begin with the end-of-text token to start a document.")
+            raise ConfigError("A prompt has no tokens: give at least the end-of-text token, which starts a document.")
         if len(prompt) >= limit:
             raise ConfigError(
-                f"The prompt has {len(prompt)} tokens and the model's context is {limit}, of which at least one must "
-                "be left for the answer: shorten the prompt, or let it be cut (--truncate; in Python, truncate=True)."
+                f"The prompt has {len(prompt)} tokens, but the model's context is {limit} tokens, of which at least "
+                "one is needed for the answer: shorten the prompt, or truncate it (--truncate; in Python, "
+                "truncate=True)."
             )
 
 
 class Decoding:
-    """One batch of prompts being continued; `newest` holds the first tokens as soon as it exists."""
+    """The generation of one batch of prompts. The constructor runs the prefill; `newest` holds the first tokens."""
 
     def __init__(
         self,
@@ -148,11 +151,12 @@ class Decoding:
         self._model, self._limit, self._mesh = model, config.max_seq_len, mesh_of(model)
         self._lengths = [len(prompt) for prompt in prompts]
         self._most = [min(max_new_tokens, config.max_seq_len - length) for length in self._lengths]
-        self._slots_asked = min(max(self._lengths) + min(max(self._most), ROOM), config.max_seq_len)
+        self._min_slots = min(max(self._lengths) + min(max(self._most), INITIAL_NEW_TOKENS), config.max_seq_len)
         self._results = [NewTokens(tokens=[], log_probs=[], finish_reason="length") for _ in prompts]
 
+        # Padding rows are never live: they have one token to read and none to sample.
         size = padded_batch(len(prompts), model, self._mesh)
-        tokens = np.zeros((size, padded(max(self._lengths), SMALLEST_PROMPT, config.max_seq_len)), np.int32)
+        tokens = np.zeros((size, padded(max(self._lengths), MIN_PROMPT_SLOTS, config.max_seq_len)), np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         padding = size - len(prompts)
@@ -170,18 +174,18 @@ class Decoding:
 
     @property
     def finished(self) -> bool:
-        """Whether no row goes on."""
+        """Whether all rows are finished."""
         return not self._live.any()
 
     def advance(self, num_steps: int = STEPS_PER_CALL) -> list[list[int]]:
-        """Up to num_steps (at most STEPS_PER_CALL) more tokens for each row; the new ones of each."""
+        """Samples up to num_steps (at most STEPS_PER_CALL) tokens for each row and returns the new ones of each."""
         num_steps = min(num_steps, STEPS_PER_CALL)
-        # What a row has, what it may get in this call, and its newest token, which needs no slot.
+        # Slots in use at the end of this call. The last sampled token is not read yet, so it needs no slot.
         ends = (
             length + len(new.tokens) + min(num_steps, most - len(new.tokens)) - 1
             for length, most, new in zip(self._lengths, self._most, self._results, strict=False)
         )
-        slots = padded(max(self._slots_asked, *ends), SMALLEST_CACHE, self._limit)
+        slots = padded(max(self._min_slots, *ends), MIN_CACHE_SLOTS, self._limit)
         with self._in_mesh():
             if slots > self._state.cache.k.shape[2]:
                 self._state = replace(self._state, cache=_grow(self._state.cache, slots))
@@ -191,16 +195,16 @@ class Decoding:
         return self._collect(*chosen)
 
     def stop(self, row: int, unwanted: int = 0) -> None:
-        """Finishes a row, whose text has reached a stop string, and takes its last `unwanted` tokens back."""
+        """Finishes a row, for example at a stop string, and discards its last `unwanted` tokens."""
         self._live[row] = False
         result = self._results[row]
-        kept = len(result.tokens) - unwanted
+        end = len(result.tokens) - unwanted
         self._results[row] = NewTokens(
-            tokens=result.tokens[:kept], log_probs=result.log_probs[:kept], finish_reason="stop"
+            tokens=result.tokens[:end], log_probs=result.log_probs[:end], finish_reason="stop"
         )
 
     def result(self, row: int) -> NewTokens:
-        """What a row has so far."""
+        """The tokens of a row so far."""
         return self._results[row]
 
     def _collect(self, tokens: jax.Array, log_probs: jax.Array) -> list[list[int]]:
@@ -208,7 +212,7 @@ class Decoding:
         left = np.asarray(self._state.left)
         newest = []
         for row, result in enumerate(self._results):
-            new = [token for token in tokens[row].tolist() if token >= 0]
+            new = [token for token in tokens[row].tolist() if token >= 0]  # -1: no token
             result.tokens.extend(new)
             result.log_probs.extend(log_probs[row, : len(new)].tolist())
             if new and self._vocabulary.ends[new[-1]]:
@@ -223,9 +227,10 @@ class Decoding:
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:
-    """The model with matrices, embeddings and biases stored in its compute dtype, the norms as they are.
+    """The model with all weights but the norms stored in its compute dtype.
 
-    The results do not change: every use casts to that type anyway. A step then reads half the bytes in bfloat16.
+    Results do not change, because the model casts them to that dtype anyway. In bfloat16 a decode step, which is bound
+    by the bandwidth of the weights, reads half the bytes.
     """
     dtype = jnp.dtype(model.compute.dtype)
 
@@ -237,18 +242,18 @@ def in_compute_dtype(model: Decoder) -> Decoder:
 
 
 def mesh_of(model: Decoder) -> jax.sharding.Mesh | None:
-    """The mesh that the weights are laid out on, None for plain arrays."""
+    """The mesh of the weights; None if they are not sharded."""
     sharding = model.wte[...].sharding
     return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def padded(size: int, smallest: int, largest: int) -> int:
-    """The next power of two from `smallest` on, or `largest` where that is passed."""
+    """`size` rounded up to a power of two, clipped to [smallest, largest]."""
     return min(max(smallest, 1 << (size - 1).bit_length()), largest)
 
 
 def padded_batch(rows: int, model: Decoder, mesh: jax.sharding.Mesh | None) -> int:
-    """A power of two of rows for each of the devices that the batch is split over."""
+    """`rows` rounded up to a power of two for each shard of the batch."""
     shards = 1
     if mesh is not None:
         with jax.set_mesh(mesh):
@@ -259,10 +264,10 @@ def padded_batch(rows: int, model: Decoder, mesh: jax.sharding.Mesh | None) -> i
 
 
 def _batches(lengths: Sequence[int], max_batch_size: int, limit: int) -> list[list[int]]:
-    """Indices of prompts that run together: of like length, no more than memory for the prefill allows."""
+    """Indices of the prompts of each batch: sorted by length to reduce padding, bounded by MAX_PREFILL_TOKENS."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        most = min(max_batch_size, max(1, MAX_PREFILL_TOKENS // padded(lengths[row], SMALLEST_PROMPT, limit)))
+        most = min(max_batch_size, max(1, MAX_PREFILL_TOKENS // padded(lengths[row], MIN_PROMPT_SLOTS, limit)))
         if not batches or len(batches[-1]) >= most:
             batches.append([])
         batches[-1].append(row)
@@ -281,9 +286,10 @@ def _prefill(
     rows: RowSampling,
     vocabulary: Vocabulary,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
-    """Reads tokens (B, S) and chooses one more for each row with left > 0. The cache has S slots."""
+    """Reads tokens (B, S) into a cache of S slots and samples one token for each row with left > 0."""
     cache = model.empty_cache(*tokens.shape)
     hidden, cache = model.prefill(_by_row(model, tokens), lengths, cache)
+    # Logits are needed for the last position of each row only: (B, V), never (B, S, V).
     hidden = reshard(hidden, model.rules.spec(None, None, None))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     chosen, log_probs, left = _choose(model, last, lengths, left > 0, left, rows, vocabulary)
@@ -299,33 +305,38 @@ def _steps(
     rows: RowSampling,
     vocabulary: Vocabulary,
 ) -> tuple[DecodeState, tuple[jax.Array, jax.Array]]:
-    """num_steps steps of the rows that are live; tokens and log-probabilities (B, STEPS_PER_CALL), -1 for none."""
+    """num_steps decode steps of the live rows. Returns tokens and log-probabilities (B, STEPS_PER_CALL), -1: no token.
+
+    A while loop, because it can end as soon as no row is live; its outputs have the static size STEPS_PER_CALL.
+    """
     shape = (state.tokens.shape[0], STEPS_PER_CALL)
 
-    def go_on(carry):
+    def should_continue(carry):
         step, state, _, _ = carry
         return (step < num_steps) & jnp.any(state.left > 0)
 
-    def one(carry):
+    def decode_step(carry):
         step, state, tokens, log_probs = carry
         is_live = state.left > 0
         lengths = state.cache.lengths
+        # Reads the tokens sampled last: their keys and values go to slot `lengths` of each row.
         cache = replace(state.cache, lengths=_by_row(model, lengths))
         hidden, cache = model.decode(_by_row(model, state.tokens[:, None]), cache)
-        # A finished row stays where it is and rewrites one slot, so that it never runs over its end.
+        # The length of a finished row does not grow: it rewrites one slot and never passes the end of the cache.
         cache = replace(cache, lengths=lengths + is_live)
+        # The noise of a sample depends on its position in the sequence, which is the new length.
         chosen, log_prob, left = _choose(model, hidden[:, 0], cache.lengths, is_live, state.left, rows, vocabulary)
         state = DecodeState(cache=cache, tokens=jnp.where(is_live, chosen, state.tokens), left=left)
         return step + 1, state, tokens.at[:, step].set(chosen), log_probs.at[:, step].set(log_prob)
 
     state = replace(state, left=jnp.where(live, state.left, 0))
     start = (jnp.int32(0), state, jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
-    _, state, tokens, log_probs = jax.lax.while_loop(go_on, one, start)
+    _, state, tokens, log_probs = jax.lax.while_loop(should_continue, decode_step, start)
     return state, (tokens, log_probs)
 
 
 def _choose(model, hidden, positions, is_live, left, rows, vocabulary) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Next tokens (-1 for rows that are not live), their log-probabilities, and how many each row has left."""
+    """The next tokens (-1 for rows that are not live), their log-probabilities, and the new `left` of each row."""
     logits = reshard(model.logits(hidden), model.rules.spec(None, None))
     logits = jnp.where(vocabulary.valid, logits, -jnp.inf)
     chosen = choose(logits, rows, positions)
@@ -342,5 +353,5 @@ def _grow(cache: KVCache, slots: int) -> KVCache:
 
 
 def _by_row(model: Decoder, x: jax.Array) -> jax.Array:
-    """x (B, ...) laid out over the devices as the model takes its batch."""
+    """x (B, ...), sharded as the model's batch."""
     return reshard(x, model.rules.spec("batch", *[None] * (x.ndim - 1)))

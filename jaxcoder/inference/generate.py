@@ -1,4 +1,4 @@
-"""Text in, text out: completion and infilling with a model and its tokenizer."""
+"""Completion and infilling of text with a model and its tokenizer."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ MAX_NEW_TOKENS = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """An answer. tokens and log_probs: all that was generated, the ending token included; text: what it spells, up to
-    the stop string or the special token that ended it. finish_reason "length": it was cut off."""
+    """A generated text, up to the stop string or special token that ended it. tokens, log_probs: all generated tokens,
+    the end token included. finish_reason: "stop", or "length" if it was truncated."""
 
     text: str
     tokens: list[int]
@@ -36,7 +36,7 @@ class Completion:
 
 
 class TextDelta(NamedTuple):
-    """New text of an answer; the last one (its text may be empty) has the complete answer too."""
+    """New text of a stream; the last one, whose text may be empty, has the completion."""
 
     text: str
     completion: Completion | None = None
@@ -45,8 +45,8 @@ class TextDelta(NamedTuple):
 class TextGenerator:
     """Completes and infills; a `jaxcoder.protocols.Generator`.
 
-    An answer ends at a stop string, at any special token (end-of-text; the sentinels that structure training
-    documents have no place in an answer), after max_new_tokens, or where the context ends.
+    Generation ends at a stop string, at any special token (end-of-text, or a sentinel of training documents), after
+    max_new_tokens, or at the context length.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class TextGenerator:
         truncate: bool = False,
         max_batch_size: int = MAX_BATCH_SIZE,
     ):
-        """spm: infill in SPM order rather than PSM. truncate: cut prompts that are too long, at line starts, instead of
-        refusing them. max_batch_size: most prompts that run together.
+        """spm: infill in SPM order instead of PSM. truncate: truncate long prompts at line starts instead of raising
+        ConfigError. max_batch_size: maximum number of prompts of a batch.
 
-        Raises DataError without a tokenizer, or with one that has more ids than the model has rows.
+        Raises DataError without a tokenizer, or if its ids exceed the model's vocabulary.
         """
         if tokenizer is None:
             raise DataError(
-                "The model has no tokenizer, which text completion needs: put its tokenizer.json "
-                "into the model's directory, or name it (on the command line, --tokenizer PATH)."
+                "The model has no tokenizer, which text completion needs: put its tokenizer.json into the model's "
+                "directory, or give --tokenizer PATH."
             )
         self._valid_ids = tokenizer.valid_ids(model.config.vocab_size)
         self._model, self._tokenizer = in_compute_dtype(model), tokenizer
@@ -80,7 +80,7 @@ class TextGenerator:
         stop: Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[str]:
-        """What follows each prompt. `sampling` is one for all, or one for each."""
+        """The continuation of each prompt. `sampling`: one for all, or one per prompt."""
         return self._texts([Prompt(prompt) for prompt in prompts], max_new_tokens, stop, sampling)
 
     def infill(
@@ -91,7 +91,7 @@ class TextGenerator:
         stop: Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[str]:
-        """What belongs between each prefix and suffix. Raises DataError if the tokenizer has no FIM tokens."""
+        """The text between each (prefix, suffix). Raises DataError if the tokenizer has no FIM tokens."""
         return self._texts([Prompt(*gap) for gap in gaps], max_new_tokens, stop, sampling)
 
     def generate(
@@ -102,15 +102,12 @@ class TextGenerator:
         stop: Sequence[str] = (),
         sampling: Sampling | Sequence[Sampling] = GREEDY,
     ) -> list[Completion]:
-        """Completions and infills, with all that is known about each.
+        """Completions and infills with their tokens, log-probabilities and finish reasons.
 
-        Raises ConfigError for a prompt that is too long (unless it may be cut) and for settings without a meaning.
+        Raises ConfigError for a prompt that is too long (without `truncate`) and for invalid settings.
         """
         encoded = [self._encode(prompt, max_new_tokens) for prompt in prompts]
         texts = [TextAssembler(self._tokenizer, stop) for _ in prompts]
-
-        def watch(row: int, tokens: list[int]) -> int | None:
-            return self._read(texts[row], tokens)
 
         generated = generate_tokens(
             self._model,
@@ -119,7 +116,7 @@ class TextGenerator:
             sampling=sampling,
             end_ids=self._tokenizer.special_ids,
             valid_ids=self._valid_ids,
-            watch=watch,
+            on_tokens=lambda row, tokens: self._read(texts[row], tokens),
             max_batch_size=self._max_batch_size,
         )
         return [self._completion(*parts) for parts in zip(encoded, texts, generated, strict=False)]
@@ -132,9 +129,9 @@ class TextGenerator:
         stop: Sequence[str] = (),
         sampling: Sampling = GREEDY,
     ) -> Iterator[TextDelta]:
-        """The same for one prompt, as the text is generated.
+        """Like `generate` for one prompt, yielding text as it is generated.
 
-        Errors about the prompt are raised by the call itself, before the first text is requested.
+        Errors about the prompt are raised by this call, not by the first iteration.
         """
         encoded = self._encode(prompt, max_new_tokens)
         check_prompts(self._model, [encoded], max_new_tokens)
@@ -169,14 +166,14 @@ class TextGenerator:
 
     def _encode(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         limit = self._model.config.max_seq_len
-        # Truncation leaves room for the complete answer, but at most half of the context.
+        # Truncation reserves max_new_tokens for the answer, but at most half of the context.
         most = limit - min(max_new_tokens, limit // 2) if self._truncate else None
         return encode_prompt(self._tokenizer, prompt, spm=self._spm, most=most)
 
     def _read(self, text: TextAssembler, tokens: list[int]) -> int | None:
-        """Adds tokens to a text; how many it took to meet a stop string, None if none was met."""
+        """Adds tokens to a text; returns the number of tokens up to the first stop string, or None."""
         for count, token in enumerate(tokens, 1):
-            # A special token ends the answer and is no part of its text.
+            # A special token ends the generation and is not part of the text.
             if not self._tokenizer.is_special(token) and text.push(token):
                 return count
         return None

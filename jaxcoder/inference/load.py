@@ -1,4 +1,4 @@
-"""From a path to a model that is ready to run: our checkpoints and PyTorch-format directories, unconverted."""
+"""Loads a model for inference from a jaxcoder checkpoint or, without conversion, a Hugging Face directory."""
 
 import contextlib
 from pathlib import Path
@@ -24,15 +24,15 @@ def load_model(
     mesh: Mesh | None = None,
     step: int | None = None,
 ) -> tuple[Decoder, ModelConfig, Tokenizer | None]:
-    """The model at `path`, its config, and its tokenizer where one lies beside the weights.
+    """The model at `path`, its config, and the tokenizer saved with the weights, if any.
 
     Args:
         path: a run's directory, its `checkpoints`, one checkpoint, or a directory in Hugging Face's format.
-        compute: how to compute; default `ComputeConfig()`. Weights are fp32 in any case.
-        mesh: where given, every array lands in its shards on this mesh; else everything is on the first device.
-        step: which checkpoint of a run; default the newest complete one.
+        compute: default `ComputeConfig()`. Weights are fp32 in any case.
+        mesh: shards every array on this mesh; None: all arrays are on the first device.
+        step: the checkpoint of a run; default the latest complete one.
 
-    Raises CheckpointError or ConversionError, in one sentence, for anything that is no such directory or is damaged.
+    Raises CheckpointError or ConversionError for any other directory and for damaged files.
     """
     path = Path(path)
     compute = compute or ComputeConfig()
@@ -44,19 +44,16 @@ def load_model(
     if is_checkpoint(path):
         directory, manifest = open_checkpoint(path, step=step)
         return _from_checkpoint(directory, manifest, compute, mesh), manifest.model, _tokenizer(directory / TOKENIZER)
-    what = "does not exist" if not path.exists() else "is a file" if path.is_file() else "holds no model"
+    problem = "does not exist" if not path.exists() else "is a file" if path.is_file() else "contains no model"
     raise CheckpointError(
-        f"{path} {what}: give a run's directory, one of its checkpoints, or a directory with config.json and "
+        f"{path} {problem}: give a run's directory, one of its checkpoints, or a directory with config.json and "
         "model.safetensors (or pytorch_model.bin)."
     )
 
 
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
-    owner = {name: entry for entry in weights.entries() for name in entry.jax_dims}
     with _scope(mesh):
-        return assemble_tree(
-            abstract_model(weights.config, compute), lambda name, target: weights.read(owner[name])[name], "params/"
-        )
+        return assemble_tree(abstract_model(weights.config, compute), weights.reader(), "params/")
 
 
 def _from_checkpoint(directory: Path, manifest: Manifest, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:

@@ -1,8 +1,8 @@
-"""Choosing the next token: greedy, temperature, top-k, top-p, with noise that belongs to a row and a position.
+"""Sampling of the next token: greedy, temperature, top-k, top-p.
 
 Shapes: B rows, V vocabulary. The noise of a token is a pure function of (seed, sample, position in the sequence), so a
-sample does not depend on the batch that it lands in. Nuclei are found by bisection over the bit patterns of the
-probabilities: exact as a sort is, and fifteen times as fast on a CPU (0.8 against 10 ms a row at V = 49152).
+sample does not depend on its batch. Top-k and top-p thresholds are found by bisection over the bit patterns of the
+probabilities: as exact as a sort and about twelve times as fast on a CPU (0.8 ms against 10 ms a row at V = 49152).
 Reference: Holtzman et al. 2020 (arXiv 1904.09751) for top-p.
 """
 
@@ -20,35 +20,34 @@ from jaxcoder.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of one row are chosen. Raises ConfigError for values without a meaning."""
+    """Sampling settings of one row. Raises ConfigError for invalid values."""
 
     temperature: float = 0.0
-    """0 takes the likeliest token always (greedy); 1 samples from the model's distribution."""
+    """0: greedy. 1: the model's distribution."""
     top_p: float = 1.0
-    """Samples from the smallest set of likeliest tokens that has this much probability."""
+    """Samples from the smallest set of most likely tokens with at least this probability."""
     top_k: int | None = None
-    """Samples from this many likeliest tokens (more where some are equally likely); None from all."""
+    """Samples from this many most likely tokens, and those tied with the last; None: all."""
     seed: int = 0
     sample: int = 0
-    """Which of several samples of one prompt this is: sample k of a seed is the same however many are asked for."""
+    """Index among several samples of one prompt: sample k of a seed does not depend on their number."""
 
     def __post_init__(self):
         if not (isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"The temperature {self.temperature} has no meaning: give 0 (greedy) or more.")
+            raise ConfigError(f"The temperature {self.temperature} is invalid: give 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top-p {self.top_p} has no meaning: give a probability above 0 and at most 1.")
+            raise ConfigError(f"top-p {self.top_p} is invalid: give a probability above 0 and at most 1.")
         if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top-k {self.top_k} has no meaning: give 1 or more.")
+            raise ConfigError(f"top-k {self.top_k} is invalid: give 1 or more.")
         if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"The seed {self.seed} cannot be used: give one from 0 to 2**64 - 1.")
+            raise ConfigError(f"The seed {self.seed} is invalid: give 0 to 2**64 - 1.")
 
 
 GREEDY = Sampling()
 SMALLEST = np.float32(1e-6)
-"""Less temperature or top-p than this counts as this much, which already means greedy and is safe in fp32."""
+"""Lower bound of temperature and top-p: already greedy, and free of overflow in fp32."""
 
-
-_ALL = np.iinfo(np.int32).max  # top_k: more than any vocabulary has
+_ALL = np.iinfo(np.int32).max  # top_k of None: larger than any vocabulary
 
 
 class RowSampling(NamedTuple):
@@ -73,38 +72,41 @@ def stack(samplings: Sequence[Sampling]) -> RowSampling:
 
 
 def choose(logits: jax.Array, rows: RowSampling, positions: jax.Array) -> jax.Array:
-    """The next token of each row, int32 (B,), from scores fp32 (B, V), -inf where no token may be chosen.
+    """The next token of each row, int32 (B,), from logits fp32 (B, V), -inf for tokens that may not be chosen.
 
-    positions: int32 (B,), where in its sequence each token will stand.
+    positions: int32 (B,), the position of the new token in its sequence.
     """
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
 
     def sampled() -> jax.Array:
+        # Subtracting the maximum first keeps small temperatures finite.
         from_best = logits - logits.max(-1, keepdims=True)
         scaled = from_best / jnp.maximum(rows.temperature, SMALLEST)[:, None]
         probabilities = jax.nn.softmax(scaled)
-        kept = keep_likeliest(probabilities, rows.top_p, rows.top_k)
-        noisy = jnp.where(kept, scaled, -jnp.inf) + _gumbel(rows.keys, positions, logits.shape[1])
+        mask = most_likely(probabilities, rows.top_p, rows.top_k)
+        # Gumbel-max: the argmax of scores plus Gumbel noise is a sample of their softmax.
+        noisy = jnp.where(mask, scaled, -jnp.inf) + _gumbel(rows.keys, positions, logits.shape[1])
         return jnp.where(rows.temperature > 0, jnp.argmax(noisy, -1).astype(jnp.int32), greedy)
 
     return jax.lax.cond(jnp.any(rows.temperature > 0), sampled, lambda: greedy)
 
 
-def keep_likeliest(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
-    """bool (B, V): the top-k tokens, and of these the fewest likeliest that hold top-p of the probability left."""
+def most_likely(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """bool (B, V): the smallest set of most likely tokens with top_p of the probability of the top_k tokens."""
     enough = jnp.minimum(top_k, probabilities.shape[1])
     kth = _largest_threshold(probabilities, lambda at_least: at_least.sum(-1) >= enough)
     among_k = jnp.where(probabilities >= kth[:, None], probabilities, 0.0)
-    # In fp32 a part may already sum to the whole, so that the whole is asked for by a sum that none reaches.
+    # top_p = 1 keeps all tokens: in fp32 a subset can already sum to the total, so the threshold is infinity.
     mass = jnp.where(top_p < 1, jnp.maximum(top_p, SMALLEST) * among_k.sum(-1), jnp.inf)
     cut = _largest_threshold(among_k, lambda at_least: jnp.where(at_least, among_k, 0.0).sum(-1) >= mass)
     return (among_k >= cut[:, None]) & (among_k > 0)
 
 
 def _largest_threshold(probabilities: jax.Array, is_enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest t, fp32 (B,), for which `is_enough(probabilities >= t)`; 0 if there is none.
+    """The largest t, fp32 (B,), with `is_enough(probabilities >= t)`; 0 if there is none.
 
-    Floats of [0, 1] are ordered as their bit patterns are, so 30 halvings of the patterns end at one float exactly.
+    Floats in [0, 1] have the order of their bit patterns, of which there are fewer than 2**30: 30 bisections of the
+    patterns find one float.
     """
     low = jnp.zeros(probabilities.shape[0], jnp.int32)
     high = jnp.full_like(low, np.float32(1.0).view(np.int32) + 1)
@@ -120,7 +122,7 @@ def _largest_threshold(probabilities: jax.Array, is_enough: Callable[[jax.Array]
 
 
 def _gumbel(keys: jax.Array, positions: jax.Array, size: int) -> jax.Array:
-    """Noise fp32 (B, size); row b's depends on keys[b] and positions[b] alone."""
+    """Gumbel noise fp32 (B, size); that of row b depends on keys[b] and positions[b] only."""
 
     def one(key, position):
         return jax.random.gumbel(jax.random.fold_in(_key(key), position), (size,))
@@ -134,5 +136,5 @@ def _row_keys(words: jax.Array, samples: jax.Array) -> jax.Array:
 
 
 def _key(words: jax.Array) -> jax.Array:
-    # Named, so that a seed means the same whatever the process's default generator is.
+    # An explicit generator: samples do not depend on jax_default_prng_impl.
     return jax.random.wrap_key_data(words, impl="threefry2x32")

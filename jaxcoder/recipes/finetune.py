@@ -34,7 +34,7 @@ from jaxcoder.runtime import acquire_run_lock
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import open_streams
-from jaxcoder.train.restore import StartingWeights, check_tokenizer
+from jaxcoder.train.restore import InitialWeights, check_tokenizer
 from jaxcoder.train.run_directory import RunDirectory
 from jaxcoder.train.state import initial_state
 
@@ -98,7 +98,7 @@ def finetune(
 
 
 def make_config(
-    weights: StartingWeights,
+    weights: InitialWeights,
     base: str,
     *,
     store: str,
@@ -134,7 +134,7 @@ def make_config(
     return apply_overrides(config, overrides, prog="jaxcoder finetune")
 
 
-def check_stores(weights: StartingWeights, store: str, held_out: Sequence[str]) -> set[str]:
+def check_stores(weights: InitialWeights, store: str, held_out: Sequence[str]) -> set[str]:
     """The languages in `store`. Raises JaxcoderError unless all stores are there, in the tokenizer of the weights."""
     import pyarrow.compute as pc
 
@@ -144,7 +144,7 @@ def check_stores(weights: StartingWeights, store: str, held_out: Sequence[str]) 
     return set(pc.unique(opened[0].documents["lang"]).to_pylist())
 
 
-def measured_before(config: RunConfig, weights: StartingWeights, path: Path) -> dict[str, float]:
+def measured_before(config: RunConfig, weights: InitialWeights, path: Path) -> dict[str, float]:
     """Held-out figures of the weights that the run begins with, from `path` if they lie there already."""
     settings = {"init_from": config.init_from, "windows": config.eval.num_windows, "model": fingerprint(config.model)}
     settings["stores"] = [corpus.eval_store for corpus in config.data.corpora if corpus.eval_store]

@@ -1,5 +1,4 @@
-"""Hooks on the metrics of each step: log alarms, list the files of a loss spike, end the run after many skipped
-steps."""
+"""Hooks on the metrics of each step: log alarms, list the files of a loss spike, stop after many skipped steps."""
 
 import logging
 import math
@@ -63,17 +62,17 @@ class AlarmHooks:
         self._skipped_in_row += 1
         what = "loss" if not math.isfinite(metrics["loss"]) else "gradient norm"
         is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        wrong = f"above {self._config.optimizer.skip_grad_norm_above:g}" if is_finite else "not finite"
+        problem = f"above {self._config.optimizer.skip_grad_norm_above:g}" if is_finite else "not finite"
         value = f" {metrics['grad_norm']:.4g}" if is_finite else ""
         so_far = f"{metrics['skipped_steps']:.0f} so far"
-        logger.warning(f"step {step:,}: skipped, its {what}{value} is {wrong} ({so_far})")
+        logger.warning(f"step {step:,}: skipped, its {what}{value} is {problem} ({so_far})")
         if self._skipped_in_row == 1:
             self._log_files(step)
         limit = self._config.optimizer.max_skipped_steps
         if self._skipped_in_row >= limit:
             first = step - limit + 1
             raise TrainingError(
-                f"the {what} was {wrong} in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
+                f"the {what} was {problem} in {limit} steps in a row ({first:,} to {step:,}), which were skipped: see "
                 f"their files with `jaxcoder data trace {self._directory.path} --step {first}`, lower "
                 "optimizer.peak_learning_rate, or raise optimizer.max_skipped_steps; the same command continues from "
                 "the last checkpoint."

@@ -7,7 +7,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
 def text_bytes(batch: Batch, token_bytes: np.ndarray | None) -> int | None:
-    """Bytes of text of the targets that count, for bits per byte; None if ids have no text (synthetic data)."""
+    """Bytes of text of the targets in the loss, for bits per byte; None for synthetic data, whose ids have no text."""
     return None if token_bytes is None else int(token_bytes[batch.targets[batch.loss_mask > 0]].sum(dtype=np.int64))
 
 

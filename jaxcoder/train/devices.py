@@ -1,8 +1,8 @@
-"""The table of chips: peak FLOP/s, memory and bandwidths; and how much memory is in use.
+"""Chips: peak FLOP/s, memory and bandwidths; and the memory in use.
 
-All figures are of one JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (`megacore`). They are from the
-manufacturers' data sheets (Google Cloud TPU documentation, the pages "TPU v4" ... "TPU7x"; NVIDIA product briefs),
-unless a field says otherwise.
+All figures are per JAX device. A TPU7x chip is two devices, a v4 or v5p chip one (megacore). Source, unless a field
+names another: the manufacturers' data sheets (Google Cloud TPU documentation, pages "TPU v4" to "TPU7x"; NVIDIA product
+briefs).
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,9 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator. A chip with fields that are None can be trained on, but not planned for."""
+    """One accelerator. `jaxcoder plan` needs all fields; training does not."""
 
     name: str
-    """The usual name."""
     peak_flops: float
     """Dense bf16 FLOP/s."""
     memory: int | None = None
@@ -26,18 +25,18 @@ class Chip:
     memory_bandwidth: float | None = None
     """Bytes/s between the chip and its memory."""
     links: int = 0
-    """TPUs: ports to neighbours in the torus. GPUs: 1, the switch of their node."""
+    """TPUs: number of ICI links. GPUs: 1, to the node's NVSwitch."""
     link_bandwidth: float | None = None
     """Bytes/s of one link in one direction."""
     network_bandwidth: float | None = None
-    """Bytes/s in one direction, of one device's share of the network between slices or nodes."""
+    """Bytes/s in one direction: one device's share of the network between slices or nodes."""
     host_bandwidth: float | None = None
     """Bytes/s between a device and its host's memory. TPUs: "How to Scale Your Model"; TPU7x as v6e."""
     devices_per_chip: int = 1
     clock: float | None = None
-    """TPUs: cycles/s of a core, peak FLOP/s over the FLOP of a cycle (131,072 a core; 524,288 on v6e and 7x)."""
+    """TPUs: cycles/s of a core = peak FLOP/s / FLOP per cycle (131,072 a core; 524,288 on v6e and 7x)."""
     cores: int = 1
-    """Cores that a device's program is split over."""
+    """Cores that run one device's program."""
 
 
 _V4 = Chip(
@@ -61,13 +60,13 @@ _V7X = Chip(
     link_bandwidth=50 * GB, network_bandwidth=6.25 * GB, host_bandwidth=16 * GB, devices_per_chip=2,
     clock=1153.5e12 / 524288,
 )  # fmt: skip
-"""A chip's links and network are halved between its two devices."""
+"""Each of the chip's two devices has half of its links and network."""
 
 
 def _gpu(name: str, tflops: float, memory: float, bandwidth: float, nvlink: float, network: float) -> Chip:
-    """memory: GB. bandwidth: TB/s. nvlink, network: GB/s in one direction, of one GPU in a DGX node.
+    """memory: GB. bandwidth: TB/s. nvlink, network: GB/s in one direction, per GPU of a DGX node.
 
-    JAX preallocates three quarters of a GPU's memory by default; 0.95 of it is usable.
+    95 % of the memory is usable (JAX preallocates 75 % by default).
     """
     return Chip(
         name=name, peak_flops=tflops * 1e12, memory=int(0.95 * memory * GB), memory_bandwidth=bandwidth * 1e12, links=1,
@@ -99,7 +98,7 @@ _CHIPS = (  # (substring of the device kind, chip); the first match counts
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None if its peak is not known (CPUs, other cards)."""
+    """The chip of a `jax.Device.device_kind`; None if its peak is unknown (CPUs, other GPUs)."""
     kind = device_kind.lower()
     return next((chip for part, chip in _CHIPS if part in kind), None)
 

@@ -26,15 +26,15 @@ from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.train.devices import find_chip
 from jaxcoder.train.inputs import held_out_stores
 from jaxcoder.train.memory_estimate import estimate_memory, saved_bytes, shards_of
-from jaxcoder.train.restore import OpenWeights, check_model, open_own_weights
-from jaxcoder.train.run_directory import RunDirectory, changes, strangers_among
+from jaxcoder.train.restore import OpenWeights, check_model, open_checkpoint_weights
+from jaxcoder.train.run_directory import RunDirectory, changes, unexpected_entries
 
 WIDTH = 112
 _INDENT = " " * 14
 
 
 def dry_run(
-    config: RunConfig, *, num_devices: int, cost: str | None = None, open_weights: OpenWeights = open_own_weights
+    config: RunConfig, *, num_devices: int, cost: str | None = None, open_weights: OpenWeights = open_checkpoint_weights
 ) -> Iterator[str]:
     """The lines of `jaxcoder train NAME --dry-run`. Raises ConfigError with every problem of an invalid run.
 
@@ -52,14 +52,14 @@ def dry_run(
     yield from _memory(config, planned, num_devices)
     yield ""
     yield from _data(config)
-    yield from _beginning(config, open_weights)
+    yield from _initial_weights(config, open_weights)
     yield ""
     yield from _directory(config)
 
 
 def planned_devices(mesh: MeshConfig, num_devices: int) -> int:
-    """How many devices the mesh means: what it asks for; where an axis takes the rest, those that are here, or as many
-    as its other axes need."""
+    """Number of devices of the mesh: the product of its axes; if one of them is -1, the devices of this machine, or as
+    many as the other axes need."""
     given = mesh.num_devices
     return num_devices if -1 in mesh.sizes.values() and num_devices % given == 0 else given
 
@@ -150,29 +150,29 @@ def _data(config: RunConfig) -> Iterator[str]:
             yield from row("data", f"{path}: {_size(store)}; the run reads {epochs:.3g} epochs of it")
     for name, path in held_out_stores(config.data):
         try:
-            said = _size(TokenStore.open(path))
+            size = _size(TokenStore.open(path))
         except (JaxcoderError, OSError, ImportError) as error:
-            said = f"NOT READY: {error}"
-        yield from row("held out", f"{name}, {path}: {said}")
+            size = f"NOT READY: {error}"
+        yield from row("held out", f"{name}, {path}: {size}")
 
 
 def _size(store: TokenStore) -> str:
     return f"{store.num_tokens:,} tokens, {plural(store.num_documents, 'document')}"
 
 
-def _beginning(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
+def _initial_weights(config: RunConfig, open_weights: OpenWeights) -> Iterator[str]:
     if not config.init_from:
         return
     try:
-        path, model = _starting_model(config.init_from, open_weights)
+        path, model = _initial_model(config.init_from, open_weights)
         check_model(path, model, config)
-        yield from row("starts from", f"the weights of {path}, and a fresh optimizer")
+        yield from row("init from", f"the weights of {path}, with a new optimizer state")
     except (JaxcoderError, OSError, ImportError) as error:
-        yield from row("starts from", f"NOT READY: {error}")
+        yield from row("init from", f"NOT READY: {error}")
 
 
-def _starting_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelConfig]:
-    """The path and architecture of the weights; of checkpoints of ours only the manifest is read."""
+def _initial_model(path: str, open_weights: OpenWeights) -> tuple[str, ModelConfig]:
+    """The path and architecture of the weights; of a jaxcoder checkpoint only the manifest is read."""
     if is_checkpoint(path):
         directory = choose(path)
         return str(directory), read_manifest(directory).model
@@ -185,37 +185,41 @@ def _directory(config: RunConfig) -> Iterator[str]:
     keep = config.checkpoint
     yield from row("writes to", directory.path)
     yield f"{_INDENT}config.json, metrics.jsonl" + (", tensorboard/" if config.tensorboard else "")
-    for_good = f", and those of every {keep.keep_every_steps:,} steps for good" if keep.keep_every_steps else ""
+    permanent = f", and every {keep.keep_every_steps:,} steps permanently" if keep.keep_every_steps else ""
     saves = f"every {keep.save_every_steps:,} steps" + (
         f" or {keep.save_every_seconds:g} seconds" if keep.save_every_seconds else ""
     )
-    yield from row("", f"checkpoints/, {format_bytes(size)} each, {saves}, the last {keep.keep_last} kept{for_good}")
-    yield from row("", _what_is_there(directory, config))
+    yield from row(
+        "", f"checkpoints/, {format_bytes(size)} each, {saves}, the last {keep.keep_last} retained{permanent}"
+    )
+    yield from row("", _directory_status(directory, config))
 
 
-def _what_is_there(directory: RunDirectory, config: RunConfig) -> str:
+def _directory_status(directory: RunDirectory, config: RunConfig) -> str:
     path = epath.Path(directory.path)
     try:
         if path.exists() and not path.is_dir():
             return "CANNOT START: that is a file; give another --output-dir"
         others = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
         if "config.json" not in others:
-            strangers = strangers_among(others)
-            if strangers:
-                return f"CANNOT START: {', '.join(strangers[:3])} is there already; give another --output-dir"
-            return "nothing is there: the run starts at step 0"
+            unexpected = unexpected_entries(others)
+            if unexpected:
+                return f"CANNOT START: it already contains {', '.join(unexpected[:3])}; give another --output-dir"
+            return "it is empty: the run starts at step 0"
         changed = changes(directory.read_config(), config)
     except (JaxcoderError, OSError, ImportError) as error:
-        return f"CANNOT TELL what is there: {error}"
+        return f"NOT READABLE: {error}"
     if changed:
-        return f"a run with another configuration is there: {'; '.join(changed)} (--accept-config-change continues it)"
+        return (
+            f"it contains a run with another configuration: {'; '.join(changed)} (--accept-config-change continues it)"
+        )
     checkpoints = epath.Path(directory.checkpoints)
     finished = [step for step in steps_in(checkpoints) if has_manifest(checkpoints / str(step))]
     if not finished:
-        return "this run is there, without a checkpoint: it starts at step 0"
+        return "it contains this run without a checkpoint: the run starts at step 0"
     if finished[-1] >= config.num_steps:
-        return f"this run is there and is finished, at step {finished[-1]:,}"
-    return f"this run is there: it continues after step {finished[-1]:,}"
+        return f"it contains this run, finished at step {finished[-1]:,}"
+    return f"it contains this run, which continues after step {finished[-1]:,}"
 
 
 def row(title: str, text: str) -> list[str]:

@@ -15,7 +15,7 @@ from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.models.protocol import Model
 from jaxcoder.record.alarms import LANGUAGE_PREFIX
-from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, place
+from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, shard_batch
 from jaxcoder.train.step import make_eval_step
 
 UNKNOWN = "unknown"
@@ -42,7 +42,7 @@ class Sums:
 
 
 class HeldOut:
-    """Evaluates a model on the held-out streams of a run; compiled once."""
+    """Evaluates a model on the held-out streams of a run; compiles once."""
 
     def __init__(self, config: RunConfig, streams: list[HeldOutStream], mesh: Mesh):
         self._config, self._streams, self._mesh = config, streams, mesh
@@ -79,7 +79,9 @@ class HeldOut:
         num_windows = self._config.eval.num_windows
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
             counts = batch.loss_mask > 0
-            nats = np.asarray(self._step(model, place(own_share(batch, self._mesh), self._mesh)), np.float64)[counts]
+            nats = np.asarray(self._step(model, shard_batch(own_share(batch, self._mesh), self._mesh)), np.float64)[
+                counts
+            ]
             numbers = languages.of_targets(samples)[counts]
             text_bytes = stream.token_bytes[batch.targets[counts]]
             ranges = np.searchsorted(lasts, batch.positions[counts])

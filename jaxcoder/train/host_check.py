@@ -1,7 +1,7 @@
-"""Before the first step: do all hosts run the same thing, and can they? One sentence if not, before a device is used.
+"""Checks before the first step: configuration, software, data, clocks, disk and devices of all hosts.
 
-Every process hands in what it has; process 0 compares all with its own. Nothing here is expensive: some texts through
-JAX's coordination service, one sum over all devices.
+Every process sends its facts to process 0, which compares them with its own: a few strings through JAX's coordination
+service, and one sum over all devices.
 """
 
 import hashlib
@@ -29,13 +29,13 @@ from jaxcoder.train.inputs import HeldOutStream
 logger = logging.getLogger(__name__)
 
 _MOST_FIELDS = 3
-_CLOCK_SECONDS = 5.0  # logs of hosts that differ by more cannot be laid side by side
-_ROOM = 1.1  # of a checkpoint: its arrays and a little more
+_CLOCK_SECONDS = 5.0  # with a larger difference the logs of two hosts cannot be compared
+_DISK_MARGIN = 1.1  # size of a checkpoint over the size of its arrays
 
 
 def check_configuration(config: RunConfig, group: ProcessGroup, decide: Callable[[], object]) -> None:
-    """ConfigError in every process if one has another configuration, source, version or kind of device than process 0;
-    then what `decide` (in process 0 alone) raises about the configuration that all share."""
+    """Raises ConfigError in every process if the configuration, source, version or device kind of one differs from
+    process 0's; then the error that `decide`, called in process 0, raises about the common configuration."""
     mine = {
         "configuration": {name: repr(value) for name, value in fields.leaves(config)},
         "software": {
@@ -71,7 +71,7 @@ _ADVICE = {
 
 
 def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: ProcessGroup) -> None:
-    """DataError in every process if one reads another version of a token store than process 0."""
+    """Raises DataError in every process if one reads another version of a token store than process 0."""
     stores = stream.stores if isinstance(stream, SampleStream) else []
     stores = [*stores, *(store for other in held_out for store in other.stream.stores)]
     mine = {str(store.path): _hash(repr(sorted(store.manifest.items()))) for store in stores}
@@ -88,9 +88,8 @@ def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: P
 
 
 def check_clocks(group: ProcessGroup) -> None:
-    """Warns of clocks that differ from process 0's. All processes have just received one message, so they read their
-    clocks at the same time."""
-    group.agree("now", None, lambda _: None)
+    """Logs a warning for clocks that differ from process 0's."""
+    group.agree("now", None, lambda _: None)  # a barrier, so that all read their clocks at the same time
 
     def compare(times: list[float]) -> list[str]:
         late = [(index, seconds - times[0]) for index, seconds in enumerate(times)]
@@ -106,22 +105,22 @@ def check_clocks(group: ProcessGroup) -> None:
 
 
 def check_disk(directory: str, state_bytes: int) -> None:
-    """JaxcoderError if a local directory has not even room for one checkpoint; call it in process 0."""
+    """Raises JaxcoderError if a local directory has no space for one checkpoint. Call it in process 0."""
     if "://" in directory:
         return
     path = Path(directory).absolute()
     while not path.exists():
         path = path.parent
-    free, needed = shutil.disk_usage(path).free, int(_ROOM * state_bytes)
+    free, needed = shutil.disk_usage(path).free, int(_DISK_MARGIN * state_bytes)
     if free < needed:
         raise JaxcoderError(
             f"the disk of the output directory `{directory}` has {format_bytes(free)} free and one checkpoint needs "
-            f"{format_bytes(needed)}: make room, or give another --output-dir."
+            f"{format_bytes(needed)}: free some space, or give another --output-dir."
         )
 
 
 def check_devices(mesh: Mesh) -> None:
-    """JaxcoderError unless a sum over all devices of the mesh is what it has to be: they reach each other and add."""
+    """Raises JaxcoderError unless a sum of ones over all devices of the mesh is their number."""
     axes = tuple(mesh.shape)
     sharding = NamedSharding(mesh, PartitionSpec(axes))
     ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.float32)[index])
@@ -129,8 +128,8 @@ def check_devices(mesh: Mesh) -> None:
     found = float(jax.jit(lambda x: jnp.sum(jax.sharding.reshard(x, PartitionSpec())), out_shardings=replicated)(ones))
     if found != mesh.size:
         raise JaxcoderError(
-            f"a sum of ones over the {mesh.size} devices of the mesh gives {found:g}: a device or a link computes "
-            "wrongly; look for it with the maker's tools, and leave its host out."
+            f"a sum of ones over the {mesh.size} devices of the mesh gives {found:g}: a device or a link is faulty; "
+            "find it with the vendor's diagnostics and exclude its host."
         )
 
 
@@ -148,7 +147,7 @@ def _hash(text: str) -> str:
 
 
 def _differences(first: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, first, other) where they differ; "nothing" if a name is missing."""
+    """(name, first, other) of every difference; "nothing" for a missing name."""
     names = [*first, *(name for name in other if name not in first)]
     pairs = ((name, first.get(name, "nothing"), other.get(name, "nothing")) for name in names)
     return [(name, first, other) for name, first, other in pairs if first != other]

@@ -25,7 +25,7 @@ from jaxcoder.errors import ConfigError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 BATCH = DimRules().of("batch")
-"""The mesh axes that shard the rows of a batch."""
+"""Mesh axes that shard the rows of a batch."""
 
 _HASHED_BYTES = 1 << 30  # a store of up to this size is read and compared before the first step: about a second
 
@@ -38,10 +38,10 @@ class HeldOutStream(NamedTuple):
 
 
 def open_streams(config: RunConfig) -> tuple[WindowStream, list[HeldOutStream], Tokenizer | None]:
-    """(training stream, held-out streams, tokenizer of all of them or None if the data is synthetic).
+    """(training stream, held-out streams, their tokenizer or None if the data is synthetic).
 
-    Held-out windows are read without FIM, always in the order of seed 0, so that runs can be compared. DataError if a
-    store of up to a gigabyte holds altered files; larger ones are checked as they are read.
+    Held-out windows are read without FIM, in the permutation of seed 0, so that runs can be compared. Raises DataError
+    if a store of up to 1 GiB has altered files; larger ones are checked as they are read.
     """
     if config.data.store == SYNTHETIC:
         return synthetic_stream(config.model, config.seed), [], None
@@ -59,9 +59,9 @@ def open_streams(config: RunConfig) -> tuple[WindowStream, list[HeldOutStream], 
 
 
 def held_out_stores(data: DataConfig) -> list[tuple[str, str]]:
-    """(name, path) of the held-out stores: of the run as a whole, then those of its corpora."""
-    whole = [(_name("", data.eval_store), data.eval_store)] if data.eval_store else []
-    return whole + [(_name(c.name, c.store), c.eval_store) for c in data.corpora if c.eval_store]
+    """(name, path) of the held-out stores: of the run, then of its corpora."""
+    of_run = [(_name("", data.eval_store), data.eval_store)] if data.eval_store else []
+    return of_run + [(_name(c.name, c.store), c.eval_store) for c in data.corpora if c.eval_store]
 
 
 def _name(name: str, path: str) -> str:
@@ -69,9 +69,9 @@ def _name(name: str, path: str) -> str:
 
 
 def host_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which of `count` equal contiguous parts of a global batch this process loads.
+    """(index, count): this process loads block `index` of `count` equal contiguous blocks of a global batch.
 
-    Processes that hold the same rows (their devices differ in `tensor` alone) read the same part.
+    Processes with the same rows (their devices differ only in axes that do not shard the batch) load the same block.
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     indices = _row_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
@@ -79,8 +79,8 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     count, rest = divmod(shards, len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise ConfigError(
-            f"process {jax.process_index()} holds the rows {rows} of {shards} shards of the batch, which are no "
-            "contiguous equal part: order the mesh so that the devices of a process are neighbours in "
+            f"process {jax.process_index()} has the rows {rows} of {shards} shards of the batch, which are not one "
+            "contiguous block: order the mesh so that the devices of a process are neighbours in "
             f"{' x '.join(BATCH)}."
         )
     return rows[0] // len(rows), count
@@ -93,9 +93,8 @@ def own_share(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: x[index * size : (index + 1) * size], batch)
 
 
-def place(batch: Batch, mesh: Mesh) -> Batch:
-    """A process's share of a global batch on its devices, rows sharded over the batch axes; returns before the copy
-    is done."""
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """A process's rows of a global batch on its devices, sharded over the batch axes; the copy is asynchronous."""
     sharding = _row_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
@@ -105,8 +104,8 @@ def _row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def held_out_batches(stream: SampleStream, *, num_windows: int, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-    """(samples, batch): the first windows of a held-out stream, each once; rows that fill up the last batch do not
-    count."""
+    """(samples, batch): the first windows of a held-out stream, each once; padding rows of the last batch have a loss
+    mask of 0."""
     num_windows = min(num_windows, stream.windows_per_epoch)
     for first in range(0, num_windows, batch_size):
         count = min(batch_size, num_windows - first)
@@ -129,9 +128,9 @@ def prefetch_to_devices(
     """(on the host, on the devices) of each batch; the next `ahead` ones are already being copied."""
 
     def generate():
-        placed = deque((batch, place(batch, mesh)) for batch in itertools.islice(batches, ahead))
+        placed = deque((batch, shard_batch(batch, mesh)) for batch in itertools.islice(batches, ahead))
         for batch in batches:
-            placed.append((batch, place(batch, mesh)))
+            placed.append((batch, shard_batch(batch, mesh)))
             yield placed.popleft()
         yield from placed
 

@@ -20,7 +20,7 @@ from jaxcoder.runtime import resume_command
 from jaxcoder.runtime.watchdog import DATA, STEP
 from jaxcoder.train.batch_statistics import fim_shares, text_bytes
 from jaxcoder.train.profile import ProfileSteps
-from jaxcoder.train.restore import OpenWeights, open_own_weights
+from jaxcoder.train.restore import OpenWeights, open_checkpoint_weights
 from jaxcoder.train.run_directory import RunDirectory
 from jaxcoder.train.session import AlterBatch, TrainSession
 from jaxcoder.train.state import flatten_state
@@ -35,20 +35,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run leaves."""
+    """The outcome of a finished run."""
 
     directory: RunDirectory
     step: int
     eval_metrics: dict[str, float]
-    """Of the last step (`HeldOut` and every `Evaluation`); empty without a held-out store."""
+    """Metrics of the last step (`HeldOut` and every `Evaluation`); empty without a held-out store."""
     late_stop: int
-    """Exit code of a SIGTERM or Ctrl-C that came after the last step, for a caller with more to do; else 0."""
+    """Exit code of a SIGTERM or Ctrl-C received after the last step, for callers with more stages; else 0."""
 
     def raise_late_stop(self) -> None:
         """Raises Interrupted if a stop was requested after the last step; for recipes with stages after training."""
         if self.late_stop:
             raise Interrupted(
-                "stopped; the training is finished and saved, its report is not.",
+                "stopped: the training is finished and saved, its report is not.",
                 exit_code=self.late_stop,
                 resume_command=resume_command(),
             )
@@ -59,7 +59,7 @@ def train(
     *,
     accept_config_change: bool = False,
     directory_is_shared: bool = False,
-    open_weights: OpenWeights = open_own_weights,
+    open_weights: OpenWeights = open_checkpoint_weights,
     evaluations: Sequence[Evaluation] = (),
     profile_steps: ProfileSteps | None = None,
     alter_batch: AlterBatch | None = None,

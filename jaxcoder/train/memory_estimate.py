@@ -1,8 +1,8 @@
-"""Device memory of a training step, estimated from the configuration: nothing is compiled.
+"""Device memory of a training step, estimated from the configuration without compiling.
 
-Exact: weights and optimizer state, from their shapes and shardings on the mesh. Estimated: gradients and activations.
-XLA decides what it fuses and when it frees; the factors below were fitted to its buffers. With fp32 on CPUs (several
-sizes, meshes and policies) the total is within a factor of 1.5 of the compiler's figure
+Exact: weights and optimizer state, from their shapes and shardings on the mesh. Estimated: gradients and activations,
+because XLA decides what it fuses and when it frees; the factors below were fitted to its buffers. With fp32 on CPUs
+(several sizes, meshes and policies) the total is within a factor of 1.5 of the compiler's figure
 (tests/train/test_memory_estimate.py); with bf16 in programs compiled for TPUs, within 15 % (docs/performance.md).
 
 Shapes: n tokens of a microbatch on one device, D embed, F mlp, Q query heads x head_dim, U key/value heads x head_dim
@@ -111,8 +111,8 @@ def offloaded_per_token(config: RunConfig) -> float:
     """Values of one block, per token and device, that host memory holds until the backward pass."""
     if config.compute.remat != "offload":
         return 0.0
-    kept = replace(config, compute=replace(config.compute, remat="minimal"))
-    return saved_per_token(kept) - saved_per_token(config)
+    on_device = replace(config, compute=replace(config.compute, remat="minimal"))
+    return saved_per_token(on_device) - saved_per_token(config)
 
 
 def state_bytes(config: RunConfig) -> tuple[int, int, int]:

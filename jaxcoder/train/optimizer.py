@@ -1,7 +1,7 @@
-"""The optimizer as one optax chain: clip -> direction (AdamW's or Muon's) -> weight decay -> learning rate.
+"""The optimizer as one optax chain: clip -> direction (AdamW or Muon) -> weight decay -> learning rate.
 
-To add one, name it in `OptimizerConfig.name` and give its direction in `_direction`. Its state is an opaque pytree to
-the training step, the shardings, the memory estimate and the checkpoints, whose names follow from its tree paths.
+To add an optimizer, add its name to `OptimizerConfig.name` and a case to `_direction`. Its state is an opaque pytree
+for the training step, the shardings, the memory estimate and the checkpoints, whose names follow from its tree paths.
 Reference: Loshchilov & Hutter 2019 (AdamW); Jordan 2024 and Liu et al. 2025, arXiv 2502.16982 (Muon).
 """
 
@@ -17,7 +17,7 @@ MUON_RMS = 0.2
 
 
 def make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
-    """The chain of a run; `update(gradients, state, model, step=step)` takes the step that the update completes."""
+    """The chain of a run. `update` takes the extra argument `step`: the number of the step that it completes."""
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.max_grad_norm),
@@ -28,12 +28,12 @@ def make_optimizer(config: RunConfig) -> optax.GradientTransformationExtraArgs:
 
 
 def num_updates(state: optax.OptState) -> jax.Array:
-    """How many updates an optimizer's state has seen, int32 scalar; every part of it that counts has the same."""
+    """Number of updates in an optimizer state, int32 scalar: skipped steps are not counted."""
     return optax.tree.get_all_with_path(state, "count")[0][1]
 
 
 def decay_mask(model):
-    """Whether each array of the model decays: matrices and embedding tables do, biases and norms do not."""
+    """True for the arrays with weight decay: matrices and embedding tables, not biases and norms."""
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), model)
 
 
@@ -43,7 +43,7 @@ def is_matrix(path: tuple) -> bool:
 
 
 def _direction(config: RunConfig) -> optax.GradientTransformation:
-    """From clipped gradients to what weight decay is added to."""
+    """Maps clipped gradients to an update without weight decay and learning rate."""
     optimizer = config.optimizer
     match optimizer.name:
         case "adamw":
@@ -61,10 +61,10 @@ def _direction(config: RunConfig) -> optax.GradientTransformation:
 
 
 def _muon_dimensions(model, embed_dim: int):
-    """For each kernel of the stacked layers the dims that make its matrices' rows and columns; None for the rest.
+    """For each kernel of the stacked layers, the dims of its matrices' rows and columns; None for other arrays.
 
-    One side of every matrix is the embed dim. The layers, and of a kernel for keys and values these two, are batch
-    dims: each matrix is orthogonalized by itself.
+    One side of every matrix is the embed dim. Layers, and the dim that separates keys from values, are batch dims: each
+    matrix is orthogonalized separately.
     """
 
     def dimensions(path, array) -> MuonDimensionNumbers | None:
@@ -80,7 +80,7 @@ def _muon_dimensions(model, embed_dim: int):
 
 
 def _with_automatic_sharding(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """For transformations that multiply matrices: optax names no shardings, so XLA chooses those in between."""
+    """Lets XLA choose the shardings inside `transform`: optax's matrix products do not state them."""
 
     def update(updates, state, params=None):
         if jax.sharding.get_abstract_mesh().empty:
@@ -92,8 +92,8 @@ def _with_automatic_sharding(transform: optax.GradientTransformation) -> optax.G
 
 
 def _scale_by_learning_rate(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
-    """Like `optax.scale_by_learning_rate`, with the rate of `step`, an extra argument of `update`: a step that is
-    skipped leaves optax's own count as it was, but moves the schedule on."""
+    """Like `optax.scale_by_learning_rate`, with the learning rate of `step`, an extra argument of `update`: a skipped
+    step does not advance optax's count, but it advances the schedule."""
 
     def update(updates, state, params=None, *, step, **extra_args):
         rate = learning_rate(config, step, num_steps)

@@ -1,4 +1,4 @@
-"""Profiles of a few steps, for XProf, TensorBoard or Perfetto: of chosen steps, or of the next ones after a signal."""
+"""Profiles of a few steps, for XProf, TensorBoard or Perfetto: of chosen steps, or of the next steps after SIGUSR1."""
 
 import logging
 from collections.abc import Callable
@@ -35,9 +35,9 @@ _REQUESTED_STEPS = 3  # after a signal
 
 
 class Profiler:
-    """Records what host and devices do during some steps into `directory`. A context manager around the loop.
+    """Writes traces of some steps into `directory`. A context manager around the loop.
 
-    Each process records its own; a request concerns only the process that gets it.
+    Each process traces itself; a request affects only the process that receives it.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class Profiler:
         self._running: ProfileSteps | None = None
 
     def request(self) -> None:
-        """Records the next steps; safe to call from a signal handler."""
+        """Traces the next steps; safe to call from a signal handler."""
         self._is_requested = True
 
     def before(self, step: int) -> None:
-        """Step number `step` is about to be dispatched."""
+        """To be called before `step` is dispatched."""
         if self._running is not None:
             return
         if self._steps is not None and step == self._steps.first:
@@ -68,7 +68,7 @@ class Profiler:
             jax.profiler.start_trace(self._directory)
 
     def after(self, step: int, wait: Callable[[], object]) -> None:
-        """It was dispatched; `wait` returns when it is done."""
+        """To be called after `step` was dispatched; `wait` blocks until it is computed."""
         if self._running is not None and step >= self._running.last:
             wait()
             self._stop(step)

@@ -1,8 +1,8 @@
-"""The initial state of a run: its newest checkpoint, other weights (`init_from`), or random ones.
+"""The initial state of a run: its latest checkpoint, other weights (`init_from`), or random ones.
 
-Other weights are opened and compared with the run before anything is computed. Only the weights are taken: optimizer,
-step, data and schedule start from zero. jaxcoder's own checkpoints are opened here; for other formats `train` takes an
-opener (`jaxcoder/recipes/start.py`).
+Weights of `init_from` are opened and compared with the run before anything is computed. Only the weights are used:
+optimizer, step, data and schedule start from zero. jaxcoder checkpoints are opened here; for other formats `train`
+takes an opener (`jaxcoder/recipes/start.py`).
 """
 
 from collections.abc import Callable
@@ -31,26 +31,26 @@ ARCHITECTURE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class StartingWeights:
-    """A model on disk, opened but not read yet."""
+class InitialWeights:
+    """Weights on disk, opened but not yet read."""
 
     path: str
     model: ModelConfig
     tokenizer: Tokenizer | None
-    """The one saved with the weights."""
+    """Saved with the weights."""
     load: Callable[[Model], Model]
-    """The weights in the shapes, dtypes and shardings of an abstract model, whose mesh is in scope."""
+    """Loads the weights in the shapes, dtypes and shardings of an abstract model, whose mesh is in scope."""
 
 
-OpenWeights = Callable[[str], StartingWeights]
+OpenWeights = Callable[[str], InitialWeights]
 
 
-def open_own_weights(path: str) -> StartingWeights:
-    """The newest complete checkpoint of the run, or the one checkpoint, at `path`. CheckpointError if there is none."""
+def open_checkpoint_weights(path: str) -> InitialWeights:
+    """The latest complete checkpoint of the run, or the single checkpoint, at `path`. Raises CheckpointError."""
     if not is_checkpoint(path):
-        there = "holds no checkpoint of jaxcoder" if epath.Path(path).exists() else "does not exist"
+        problem = "holds no checkpoint of jaxcoder" if epath.Path(path).exists() else "does not exist"
         raise CheckpointError(
-            f"init_from is `{path}`, which {there}: give a run's directory or one of its checkpoints; weights in "
+            f"init_from is `{path}`, which {problem}: give a run's directory or one of its checkpoints; weights in "
             "PyTorch format become one with `jaxcoder convert from-hf`."
         )
     directory, manifest = open_checkpoint(path)
@@ -61,15 +61,15 @@ def open_own_weights(path: str) -> StartingWeights:
         check_arrays(targets, saved, f"the checkpoint {directory}")
         return unflatten_tree(abstract, array_files.load(directory, targets), "params/")
 
-    return StartingWeights(path=str(directory), model=manifest.model, tokenizer=saved_tokenizer(directory), load=load)
+    return InitialWeights(path=str(directory), model=manifest.model, tokenizer=saved_tokenizer(directory), load=load)
 
 
-def starting_weights(
+def initial_weights(
     config: RunConfig, tokenizer: Tokenizer | None, checkpoints: str, open_weights: OpenWeights
-) -> StartingWeights | None:
-    """The weights of `config.init_from`, fitting the run; None if it names none or the run has checkpoints already.
+) -> InitialWeights | None:
+    """The weights of `config.init_from`; None if it is empty or the run already has checkpoints.
 
-    tokenizer: of the run's data, None if synthetic. Raises CheckpointError, naming every field that differs.
+    tokenizer: of the run's data, None if synthetic. Raises CheckpointError that names every field that differs.
     """
     if not config.init_from or steps_in(checkpoints):
         return None
@@ -84,18 +84,18 @@ def check_model(path: str, model: ModelConfig, config: RunConfig) -> None:
     given, wanted = ({name: getattr(m, name) for name in ARCHITECTURE} for m in (model, config.model))
     different = [name for name in ARCHITECTURE if given[name] != wanted[name]]
     if different:
-        fields = "; ".join(f"model.{name} is {wanted[name]} and theirs {given[name]}" for name in different)
+        fields = "; ".join(f"model.{name} is {wanted[name]}, of the weights {given[name]}" for name in different)
         options = " ".join(f"--model.{name.replace('_', '-')} {given[name]}" for name in different)
         raise CheckpointError(
-            f"the run cannot start from the weights of `{path}`, which are another model: {fields}. "
+            f"the run cannot be initialized from `{path}`, whose model differs: {fields}. "
             f"Give other weights, or `{options}`."
         )
 
 
 def check_tokenizer(path: str, saved: Tokenizer | None, used: Tokenizer | None) -> None:
-    """Raises CheckpointError if the run's data was encoded with other ids than the weights at `path` were trained on.
+    """Raises CheckpointError unless the run's data was encoded with the ids that the weights at `path` were trained on.
 
-    saved: of the weights. used: of the run's data. Either is None where there is none (synthetic data, weights alone).
+    saved: of the weights. used: of the run's data. None: no tokenizer (synthetic data, weights alone).
     """
     if saved is None or used is None or saved.fingerprint == used.fingerprint or _ids(saved) == _ids(used):
         return
@@ -113,8 +113,8 @@ def saved_tokenizer(directory: epath.PathLike) -> Tokenizer | None:
     return Tokenizer.load(str(path)) if (path / "tokenizer.json").exists() else None
 
 
-def initialize_from(config: RunConfig, weights: StartingWeights) -> TrainState:
-    """The state of step 0 with these weights and a new optimizer state; call with the run's mesh in scope."""
+def initialize_from(config: RunConfig, weights: InitialWeights) -> TrainState:
+    """The state of step 0 with these weights and a new optimizer state. Call with the run's mesh in scope."""
     model = weights.load(jax.eval_shape(lambda: initial_state(config)).model)
     return jax.jit(lambda model: state_of(model, config), donate_argnums=0)(model)
 
@@ -123,19 +123,18 @@ def restore_or_initialize(
     config: RunConfig,
     mesh: Mesh,
     checkpointer: Checkpointer,
-    weights: StartingWeights | None,
+    weights: InitialWeights | None,
     tokenizer: Tokenizer | None,
 ) -> tuple[TrainState, int, int]:
-    """(state, step, samples): the newest complete checkpoint, on this mesh whatever mesh wrote it; else `weights`; else
-    random weights."""
+    """(state, step, samples) from the latest complete checkpoint, on this mesh whatever mesh wrote it; else from
+    `weights`; else random."""
     step = checkpointer.latest_step()
     if step is None and weights is not None:
         return initialize_from(config, weights), 0, 0
     if step is None and config.init_from:
         raise CheckpointError(
-            f"no checkpoint in `{checkpointer.directory}` is complete, "
-            "so the run cannot continue: delete that directory to "
-            f"start again from the weights of `{config.init_from}`."
+            f"no checkpoint in `{checkpointer.directory}` is complete: delete that directory to start again from the "
+            f"weights of `{config.init_from}`."
         )
     if step is None:
         return jax.jit(lambda: initial_state(config))(), 0, 0
@@ -147,7 +146,7 @@ def restore_or_initialize(
 
 
 def _ids(tokenizer: Tokenizer) -> list[tuple[bool, bytes] | None]:
-    """The bytes of every id: two files that differ may mean the same tokenizer."""
+    """The bytes of every id: two different files may define the same tokenizer."""
     used = tokenizer.valid_ids(tokenizer.vocab_size)
     return [
         (tokenizer.is_special(id_), tokenizer.decode_bytes([id_])) if is_used else None

@@ -5,9 +5,9 @@
 <output_dir>/checkpoints/     one folder a saved step
 <output_dir>/tensorboard/     the same metrics as events, when asked for
 <output_dir>/profile/         of --profile-steps, or of a SIGUSR1
-<output_dir>/events.jsonl     starts, ends and the account of time, of all attempts
-<output_dir>/stacks/          of processes that stood still
-<output_dir>/.compiled/       programs, for the next start of a run of several processes
+<output_dir>/events.jsonl     starts, ends and goodput of all attempts
+<output_dir>/stacks/          stack traces of hung processes
+<output_dir>/.compiled/       compilation cache of a run of several processes
 """
 
 from jaxcoder.config import RunConfig, serialize
@@ -19,7 +19,7 @@ from jaxcoder.io.os_errors import access_errors
 FREE_FIELDS = (
     "output_dir", "log_every_steps", "tensorboard", "mesh", "checkpoint", "eval", "watchdog", "optimizer.max_skipped",
 )  # fmt: skip
-"""Fields that may change on resuming: they do not change what is computed, but for rounding on another mesh."""
+"""Fields that may change on resuming: they do not change the result, except for rounding on another mesh."""
 
 
 class RunDirectory:
@@ -36,7 +36,7 @@ class RunDirectory:
         self.compiled = f"{self.path}/.compiled"
 
     def stacks_file(self, step: int, process: int) -> str:
-        """Where a process that stood still writes its stacks; a local path, also of a remote run."""
+        """File of the stack traces of a hung process; a local path, even if the run's directory is remote."""
         root = self.path if "://" not in self.path else "stacks-of-" + self.path.rsplit("/", 1)[-1]
         return f"{root}/stacks/step-{step}-process-{process}.txt"
 
@@ -45,11 +45,11 @@ class RunDirectory:
         return cls(config.output_dir or f"runs/{config.name}")
 
     def claim(self, config: RunConfig, *, accept_config_change: bool = False, is_shared: bool = False) -> None:
-        """Writes the config, or compares it with the one that is there. `is_shared`: other files may lie beside it.
+        """Writes the config, or compares it with the existing one. `is_shared`: the directory may hold other files.
 
-        Raises ConfigError when the directory holds something else, or a run of another configuration (unless that is
-        accepted); DataError when it cannot be reached. The config that is there stays: `adopt` replaces it once the run
-        is known to go on.
+        Raises ConfigError if the directory holds other files, or a run with another configuration (unless that is
+        accepted); DataError if it cannot be accessed. An existing config is not replaced: `adopt` does that once the
+        run has been restored.
         """
         with access_errors(self.path, "write to"):
             self._claim(config, accept_config_change, is_shared)
@@ -60,11 +60,11 @@ class RunDirectory:
             parent = filesystem._parent(path)
             if filesystem.isfile(parent):
                 raise ConfigError(f"the output directory `{self.path}` is a file: give another --output-dir.")
-            strangers = strangers_among(_names(filesystem, parent))
-            if strangers and not is_shared:
+            unexpected = unexpected_entries(_names(filesystem, parent))
+            if unexpected and not is_shared:
                 raise ConfigError(
-                    f"the output directory `{self.path}` holds other things ({', '.join(strangers[:3])}) and no run: "
-                    "give an empty or new one with --output-dir."
+                    f"the output directory `{self.path}` contains other files ({', '.join(unexpected[:3])}) and no "
+                    "run: give an empty or new one with --output-dir."
                 )
             filesystem.makedirs(parent, exist_ok=True)
             write_text(self.config_file, serialize.to_json(config))
@@ -80,7 +80,7 @@ class RunDirectory:
             )
 
     def adopt(self, config: RunConfig) -> None:
-        """The config replaces the one that is there, after the run was found able to continue with it."""
+        """Replaces the existing config, once the run can continue with the new one."""
         filesystem, path = open_address(self.config_file)
         if filesystem.cat_file(path) != serialize.to_json(config).encode():
             write_text(self.config_file, serialize.to_json(config))
@@ -92,13 +92,13 @@ class RunDirectory:
             return serialize.from_json(filesystem.cat_file(path).decode(), source=self.config_file)
 
 
-def strangers_among(names: list[str]) -> list[str]:
-    """What may not lie in a directory that a run without a config is to have; a killed process may leave the others."""
+def unexpected_entries(names: list[str]) -> list[str]:
+    """Entries that a new run's directory may not contain; hidden files may be left by a killed process."""
     return [name for name in names if not name.startswith(".")]
 
 
 def changes(before: RunConfig, config: RunConfig) -> list[str]:
-    """Every field that a run may not change silently and that differs, a line each."""
+    """One line for every difference in a field that a run may not change silently."""
     return [line for line in serialize.diff(before, config) if not line.startswith(FREE_FIELDS)]
 
 

@@ -1,7 +1,7 @@
-"""The resources of a training run, opened in the order in which they depend on each other and closed in reverse.
+"""The resources of a training run, opened in dependency order and closed in reverse.
 
-Hosts are compared and the run's directory is claimed before anything is computed, so that a wrong start costs seconds
-and changes nothing on disk.
+Hosts are compared and the run's directory is claimed before anything is computed, so that a wrong start fails within
+seconds and changes nothing on disk.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.inputs import host_share, open_streams, prefetch_to_devices
 from jaxcoder.train.memory_estimate import saved_bytes
 from jaxcoder.train.profile import Profiler, ProfileSteps
-from jaxcoder.train.restore import OpenWeights, restore_or_initialize, starting_weights
+from jaxcoder.train.restore import OpenWeights, initial_weights, restore_or_initialize
 from jaxcoder.train.run_directory import RunDirectory
 from jaxcoder.train.run_end import record_run_end
 from jaxcoder.train.state import TrainState
@@ -64,8 +64,8 @@ logger = logging.getLogger(__name__)
 class TrainSession:
     """A context manager around the loop, which advances `state`, `step` and `samples`.
 
-    config: with the sizes of the mesh filled in. state, step, samples: completed optimizer steps and the windows that
-    they consumed. batches: (on the host, on the devices) of every step that is left.
+    config: with the sizes of the mesh resolved. step, samples: completed optimizer steps and the windows that they
+    consumed. batches: (on the host, on the devices) of every remaining step.
     """
 
     state: TrainState
@@ -93,7 +93,7 @@ class TrainSession:
     def __enter__(self) -> "TrainSession":
         with contextlib.ExitStack() as stack:
             stack.callback(clear_live_line)
-            # An error of one process is posted to the others, which would otherwise wait for it in a collective.
+            # Reports an error of one process to the others, which would otherwise hang in a collective.
             self.group = stack.enter_context(ProcessGroup())
             self._check_hosts()
             self._claim_directory(stack)
@@ -107,7 +107,7 @@ class TrainSession:
         return self._exits.__exit__(*exc_info)
 
     def _check_hosts(self) -> None:
-        """All processes run the same configuration on the same data; raises before the directory is touched."""
+        """Checks that all processes have the same configuration and data, before the directory is touched."""
         host_check.check_configuration(self.config, self.group, self._validate)
         self.config = dataclasses.replace(self.config, mesh=resolve_mesh(self.config.mesh, len(jax.devices())))
         self.mesh = make_mesh(self.config.mesh)
@@ -124,8 +124,8 @@ class TrainSession:
             )
 
     def _claim_directory(self, stack: contextlib.ExitStack) -> None:
-        """Process 0 alone claims the directory and holds its lock."""
-        self._weights = starting_weights(self.config, self.tokenizer, self.directory.checkpoints, self._open_weights)
+        """Process 0 claims the directory and acquires its run lock."""
+        self._weights = initial_weights(self.config, self.tokenizer, self.directory.checkpoints, self._open_weights)
 
         def claim(_: object) -> None:
             self.directory.claim(
@@ -139,7 +139,7 @@ class TrainSession:
             share_cache(self.directory.compiled)
 
     def _start_monitoring(self, stack: contextlib.ExitStack) -> None:
-        """Events, the account of time, signals and the watchdog: everything after this is recorded if it fails."""
+        """Opens events, goodput, signals and the watchdog: failures from here on are recorded."""
         group, directory, enter = self.group, self.directory, stack.enter_context
         attempt = group.agree("attempt", new_attempt(), lambda ids: ids[0])
         events = EventLog(directory.events_file, attempt=attempt, is_writing=group.index == 0)
@@ -184,7 +184,7 @@ class TrainSession:
                 self.directory.checkpoints,
                 self.config.checkpoint,
                 run=self.config,
-                save_tokenizer=self.tokenizer.save if self.tokenizer else None,
+                tokenizer_files=self.tokenizer.files() if self.tokenizer else None,
             )
         )
         logger.info(describe(self.config, self.mesh))
@@ -217,7 +217,7 @@ class TrainSession:
         self.batches = enter(self._open_batches())
 
     def _open_writers(self) -> MetricWriter:
-        """metrics.jsonl, and TensorBoard when asked for, in process 0. Lines after the restored step are dropped."""
+        """metrics.jsonl and, if configured, TensorBoard, in process 0. Records after the restored step are dropped."""
         writers: list[MetricWriter] = []
         if self.group.index == 0:
             writers.append(JsonlWriter(self.directory.metrics_file, resume_from_step=self.step))
@@ -227,7 +227,7 @@ class TrainSession:
 
     @contextlib.contextmanager
     def _open_batches(self) -> Iterator[Iterator[tuple[Batch, Batch]]]:
-        """Read by worker processes; the next two batches are already being copied to the devices."""
+        """Batches read by worker processes; the next two are already being copied to the devices."""
         index, count = host_share(self.mesh)
         with batches(
             self._stream,
@@ -244,7 +244,7 @@ class TrainSession:
                 yield prefetched
 
     def record_progress(self) -> None:
-        """Writes finished saves, the account of time and the slowest host, where they are due."""
+        """Writes finished saves, goodput and the slowest host, when they are due."""
         for saved in self.checkpointer.take_finished():
             self.events.write(
                 "saved", step=saved.step, blocked=saved.blocked, seconds=saved.seconds, bytes=saved.num_bytes

@@ -1,4 +1,4 @@
-"""What training changes: weights, the optimizer's state, the number of completed steps; and its flat form on disk."""
+"""The training state: weights, optimizer state, number of completed steps; and its flat form on disk."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ from jaxcoder.train.optimizer import make_optimizer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """step: int32 scalar, completed optimizer steps; model: fp32; optimizer_state: an opaque pytree whose arrays are
-    shaped and sharded like those of the model that they belong to."""
+    """step: int32 scalar, completed optimizer steps. model: fp32. optimizer_state: an opaque pytree whose arrays have
+    the shapes and shardings of the model's arrays."""
 
     step: jax.Array
     model: Model
@@ -25,12 +25,12 @@ class TrainState:
 
 
 def initial_state(config: RunConfig) -> TrainState:
-    """Fresh weights from `config.seed`, the same on every mesh. Call under jit and a mesh."""
+    """Random weights from `config.seed`, the same on every mesh. Call under jit and a mesh."""
     return state_of(make_model(config.model, config.compute, seed=config.seed), config)
 
 
 def state_of(model: Model, config: RunConfig) -> TrainState:
-    """Step 0 with these weights and a fresh optimizer. Call under jit and the mesh of the weights."""
+    """Step 0 with these weights and a new optimizer state. Call under jit and the mesh of the weights."""
     return TrainState(step=jnp.int32(0), model=model, optimizer_state=make_optimizer(config).init(model))
 
 

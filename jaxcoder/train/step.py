@@ -30,8 +30,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step, compiled with the options for `device` (default: the first local device).
 
-    Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the step left the
-    weights as they were, else 0), skipped_steps (of the whole run), batch_hash (`batch_hash`).
+    Its metrics are scalars: loss (nats per token), tokens, grad_norm, learning_rate, skipped (1 if the weights were not
+    updated, else 0), skipped_steps (of the run so far), batch_hash (`batch_hash`).
     """
     optimizer = make_optimizer(config)
     grad_of_loss = jax.value_and_grad(lambda model, *args: model.loss(*args), has_aux=True)
@@ -48,8 +48,8 @@ def make_train_step(
             return jax.tree.map(jnp.add, totals, (losses, gradients)), None
 
         zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.model)
-        pieces = split_microbatches(config, (batch, rows), state.model.rules.spec("batch"))
-        ((loss, tokens), gradients), _ = jax.lax.scan(microbatch_gradients, zeros, pieces)
+        microbatches = split_microbatches(config, (batch, rows), state.model.rules.spec("batch"))
+        ((loss, tokens), gradients), _ = jax.lax.scan(microbatch_gradients, zeros, microbatches)
 
         tokens = jnp.maximum(tokens, 1.0)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
@@ -77,43 +77,43 @@ def make_train_step(
 
 
 def compiler_options(config: RunConfig, device: jax.Device) -> dict[str, Value]:
-    """The options of xla_options.py for a device, which need not exist here, that its compiler accepts."""
+    """The options of xla_options.py for a device, which may be absent, that its compiler accepts."""
     options = options_for(device.device_kind) if config.compute.xla_options == "chip" else {}
     mesh = jax.sharding.get_mesh()
-    place = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, PartitionSpec())
-    nothing = jax.ShapeDtypeStruct((), jnp.float32, sharding=place)
-    return accepted(options, jax.jit(lambda x: x).lower(nothing).compile)
+    sharding = SingleDeviceSharding(device) if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding)
+    return accepted(options, jax.jit(lambda x: x).lower(scalar).compile)
 
 
 def batch_hash(batch: Batch) -> jax.Array:
-    """A fingerprint of the batch's tokens, uint32: the same for every mesh, whichever rows lie where.
+    """A fingerprint of the batch's tokens, uint32, the same on every mesh: two runs on the same data have the same one.
 
-    The metrics of two runs, or of a run and its continuation, thus show whether they read the same data. It is a sum
-    modulo 2**32 of one mixed word per input token; targets are the inputs shifted by one, except the last of a row.
+    It is a sum modulo 2**32 of one hash per input token and position; targets are the inputs shifted by one, except the
+    last of a row.
     """
-    places = jax.lax.broadcasted_iota(jnp.uint32, (1, batch.inputs.shape[1]), 1)
-    word = batch.inputs.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + places * jnp.uint32(0x85EBCA77)
+    positions = jax.lax.broadcasted_iota(jnp.uint32, (1, batch.inputs.shape[1]), 1)
+    word = batch.inputs.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + positions * jnp.uint32(0x85EBCA77)
     word = (word ^ (word >> 15)) * jnp.uint32(0xC2B2AE3D)
     return jnp.sum(word ^ (word >> 13), dtype=jnp.uint32)
 
 
 def keep_if(is_good: jax.Array, new, old):
-    """`new` if the scalar `is_good`, else `old`, array by array; XLA fuses it with the computation of `new`."""
+    """`new` if the scalar `is_good`, else `old`, for every array; XLA fuses it with the computation of `new`."""
     return jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
 
 
 def split_microbatches(config: RunConfig, tree, batch_spec: PartitionSpec | None):
     """Arrays (B, ...) as (B / M, M, ...); each device splits its own rows, so no data moves."""
-    pieces = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
+    count = config.global_batch_size // (config.microbatch_size or config.global_batch_size)
 
-    def cut(x):
-        return x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:])
+    def split(x):
+        return x.reshape(count, x.shape[0] // count, *x.shape[1:])
 
     if batch_spec is None:
-        return jax.tree.map(cut, tree)
+        return jax.tree.map(split, tree)
     in_specs = jax.tree.map(lambda x: PartitionSpec(*batch_spec), tree)
     out_specs = jax.tree.map(lambda x: PartitionSpec(None, *batch_spec), tree)
-    return jax.shard_map(lambda tree: jax.tree.map(cut, tree), in_specs=(in_specs,), out_specs=out_specs)(tree)
+    return jax.shard_map(lambda tree: jax.tree.map(split, tree), in_specs=(in_specs,), out_specs=out_specs)(tree)
 
 
 def make_eval_step() -> Callable[[Model, Batch], jax.Array]:

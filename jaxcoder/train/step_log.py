@@ -1,4 +1,4 @@
-"""The numbers of each step, fetched one step late, so that the host never waits for the step that is running.
+"""The metrics of each step, fetched one step late, so that the host does not wait for the running step.
 
 Model FLOPs utilisation (MFU): FLOPs of `models/flops.py` (recomputation not counted) for all tokens of the batch,
 divided by the step's time and by the devices' dense bf16 peak.
@@ -31,9 +31,9 @@ class _Pending:
 
 
 class StepLog:
-    """Takes the device arrays of a step and writes those of the step before.
+    """Takes the device arrays of a step and writes the metrics of the previous one.
 
-    Of each step: loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens (that count in the loss),
+    Metrics: loss (nats per token), bits_per_byte, grad_norm, learning_rate, tokens (that count in the loss),
     samples (of the run so far), skipped, skipped_steps, batch_hash; step_time, data_wait in seconds; tokens_per_second;
     flops_per_second_per_device and mfu (where the peak is known); host_memory, device_memory, device_memory_peak in
     bytes, of the process that writes.
@@ -44,10 +44,10 @@ class StepLog:
         config: RunConfig,
         writer: MetricWriter,
         progress: TrainingProgress,
-        watch: Callable[[int, Mapping[str, float]], None],
+        hooks: Callable[[int, Mapping[str, float]], None],
     ):
-        """watch: called with (step, metrics) of every step after they have been written."""
-        self._config, self._writer, self._progress, self._watch = config, writer, progress, watch
+        """hooks: called with (step, metrics) of every step after they have been written."""
+        self._config, self._writer, self._progress, self._hooks = config, writer, progress, hooks
         self._flops_per_window = (
             training_flops_per_token(config.model, config.model.max_seq_len) * config.model.max_seq_len
         )
@@ -55,7 +55,7 @@ class StepLog:
         self._pending: _Pending | None = None
         self._last_time: float | None = None
         self.blocked = 0.0
-        """Seconds, in all, that the host has waited here for the devices."""
+        """Total seconds that the host has waited here for the devices."""
 
     def record(
         self,
@@ -68,10 +68,10 @@ class StepLog:
         data_wait: float,
         counts: Mapping[str, float],
     ) -> None:
-        """The step has been dispatched: its metrics are still being computed.
+        """Takes a dispatched step, whose metrics are still being computed.
 
-        samples: consumed by the run so far, this step included. data_wait: seconds without a batch. counts: more
-        numbers of it that the host knows.
+        samples: consumed by the run, this step included. data_wait: seconds spent waiting for the batch. counts:
+        further metrics, known on the host.
         """
         self.flush()
         self._pending = _Pending(
@@ -107,10 +107,10 @@ class StepLog:
             tokens_per_second=values.get("tokens_per_second"),
             mfu=values.get("mfu"),
         )
-        self._watch(pending.step, values)
+        self._hooks(pending.step, values)
 
     def _speed(self, pending: _Pending, tokens: float) -> dict[str, float]:
-        """Nothing for the first step and those after a pause: their time is not a step's."""
+        """Empty for the first step and after a pause, whose time is not a step time."""
         now = time.monotonic()
         before, self._last_time = self._last_time, now
         if before is None:
@@ -121,5 +121,5 @@ class StepLog:
         return speed if self._chip is None else speed | {"mfu": flops / self._chip.peak_flops}
 
     def pause(self) -> None:
-        """Something else ran (a save, an evaluation): the time until the next step is not a step time."""
+        """To be called after a save or an evaluation: the time until the next step is not a step time."""
         self._last_time = None

@@ -1,8 +1,8 @@
-"""XLA's compiler options by accelerator: named bundles, each with its reason and its public source.
+"""XLA compiler options by accelerator: named bundles, each with its reason and public source.
 
-They apply to one executable, the training step (`compiler_options=`), and not to the process's environment, so nothing
-else changes and the compilation cache distinguishes them. `compute.xla_options = "none"` leaves XLA at its defaults;
-`jaxcoder plan` shows what is set. Options that the installed compiler does not know are left out (`accepted`).
+They apply to the training step only (`compiler_options=`), not to the process's environment, and are part of the
+compilation cache's key. `compute.xla_options = "none"` keeps XLA's defaults; `jaxcoder plan` prints the options in use.
+Options that the installed compiler does not know are left out (`accepted`).
 
 Source of most: MaxText, benchmarks/xla_flags_library.py, and its scripts for a chip, src/maxtext/configs/tpu/CHIP/*.sh
 (github.com/AI-Hypercomputer/maxtext, e591f30).
@@ -17,7 +17,7 @@ Value = bool | int | str
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Options that belong together. why: what they do and when they help. source: who published them."""
+    """Options that are set together. why: their effect. source: where they were published."""
 
     name: str
     options: dict[str, Value]

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcoder.checkpoint import arrays as array_files
 from jaxcoder.checkpoint.checkpointer import Checkpointer
-from jaxcoder.checkpoint.discover import find_checkpoint
+from jaxcoder.checkpoint.discover import discover_checkpoint
 from jaxcoder.checkpoint.names import flatten_tree, unflatten_tree
 from jaxcoder.config import CheckpointConfig, MeshConfig, ModelConfig, RunConfig
 from jaxcoder.errors import CheckpointError
@@ -187,7 +187,7 @@ def test_damaged_checkpoint_is_skipped_loudly(tmp_path, damage, caplog):
     (message,) = caplog.messages
     assert str(path) in message and words in message
     with pytest.raises(CheckpointError, match="cannot be used"):
-        find_checkpoint(tmp_path, step=2)
+        discover_checkpoint(tmp_path, step=2)
     # Going on from step 1 must not count the bad one among those to keep.
     config = CheckpointConfig(save_every_steps=1, keep_last=1)
     again = open_checkpointer(tmp_path, config)
@@ -241,7 +241,7 @@ def test_failed_save_is_raised_by_poll_and_keeps_the_last(tmp_path, monkeypatch)
 
     monkeypatch.setattr(array_files, "save_async", lambda path, arrays: Full())
     checkpointer.save(2, arrays, {})
-    with pytest.raises(CheckpointError, match="step 2 .*the disk is full.*step 1 is kept. One needs 64 bytes"):
+    with pytest.raises(CheckpointError, match="step 2 .*the disk is full.*is of step 1. .* more than 64 bytes"):
         for _ in range(200):
             checkpointer.poll()
             time.sleep(0.01)
@@ -271,7 +271,7 @@ def test_a_real_full_disk(tmp_path):
         print("latest", checkpointer.latest_step())
     """
     done = _python(script, tmp_path)
-    assert "the disk is full" in done.stdout and "One needs 3.8 MiB" in done.stdout and "latest 1" in done.stdout, (
+    assert "the disk is full" in done.stdout and "more than 3.8 MiB" in done.stdout and "latest 1" in done.stdout, (
         done.stdout + done.stderr
     )
 
@@ -313,28 +313,25 @@ def test_kill_during_a_save_leaves_the_previous_checkpoint(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints")
 
 
-def test_tokenizer_files_lie_beside_the_weights(tmp_path):
-    def save_tokenizer(directory: Path) -> None:
-        (directory / "tokenizer.json").write_text("{}")
-
-    with open_checkpointer(tmp_path, save_tokenizer=save_tokenizer) as checkpointer:
+def test_tokenizer_files_are_saved_with_the_weights(tmp_path):
+    with open_checkpointer(tmp_path, tokenizer_files={"tokenizer.json": b"{}"}) as checkpointer:
         checkpointer.save(1, {"params/wte": jnp.ones((4, 4))}, {})
     assert (tmp_path / "checkpoints/1/tokenizer/tokenizer.json").read_text() == "{}"
 
 
-def test_finding(tmp_path):
+def test_discovery(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
-        find_checkpoint(tmp_path / "nowhere")
+        discover_checkpoint(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        find_checkpoint(tmp_path)
+        discover_checkpoint(tmp_path)
     with open_checkpointer(tmp_path) as checkpointer:
         for step in (9, 10):
             checkpointer.save(step, {"params/wte": jnp.ones((4, 4))}, {})
     newest = tmp_path / "checkpoints" / "10"
-    assert [Path(find_checkpoint(path)) for path in (tmp_path, tmp_path / "checkpoints", newest)] == [newest] * 3
-    assert Path(find_checkpoint(tmp_path, step=9)) == tmp_path / "checkpoints" / "9"
+    assert [Path(discover_checkpoint(path)) for path in (tmp_path, tmp_path / "checkpoints", newest)] == [newest] * 3
+    assert Path(discover_checkpoint(tmp_path, step=9)) == tmp_path / "checkpoints" / "9"
     with pytest.raises(CheckpointError, match="no step 8: there are 9, 10"):
-        find_checkpoint(tmp_path, step=8)
+        discover_checkpoint(tmp_path, step=8)
 
 
 def test_nothing_of_a_module_system_is_on_disk(tmp_path):

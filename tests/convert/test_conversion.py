@@ -45,7 +45,7 @@ def tokenizer():
     return train_tokenizer(["def f(x):\n    return x + 1\n"] * 20, 280)
 
 
-def make_run(directory: Path, config: ModelConfig = MODEL, *, save_tokenizer=None, steps=(5,)) -> Path:
+def make_run(directory: Path, config: ModelConfig = MODEL, *, tokenizer_files=None, steps=(5,)) -> Path:
     """A run with checkpoints: parameters that are random in every place, and something of an optimizer."""
     rng = np.random.default_rng(0)
     shapes = flatten_tree(jax.eval_shape(lambda: GPTBigCode(config, rngs=nnx.Rngs(0))), "params/")
@@ -54,16 +54,16 @@ def make_run(directory: Path, config: ModelConfig = MODEL, *, save_tokenizer=Non
     }
     run = RunConfig(name="small", model=config, num_steps=10, global_batch_size=2)
     schedule = CheckpointConfig(keep_last=10)
-    with Checkpointer(directory / "checkpoints", schedule, run=run, save_tokenizer=save_tokenizer) as checkpointer:
+    with Checkpointer(directory / "checkpoints", schedule, run=run, tokenizer_files=tokenizer_files) as checkpointer:
         for step in steps:
             checkpointer.save(step, arrays | {"optimizer/count": jax.numpy.int32(step)}, {"samples": 10}, force=True)
     return directory
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
-def test_ours_to_theirs_to_ours(tmp_path, tokenizer, num_kv_heads):
+def test_jax_to_hf_to_jax(tmp_path, tokenizer, num_kv_heads):
     config = config_with(num_kv_heads=num_kv_heads)
-    run = make_run(tmp_path / "run", config, save_tokenizer=tokenizer.save)
+    run = make_run(tmp_path / "run", config, tokenizer_files=tokenizer.files())
     summary = to_hf(run, tmp_path / "theirs")
     from_hf(tmp_path / "theirs", tmp_path / "ours")
     (first, before), (second, after) = open_checkpoint(run), open_checkpoint(tmp_path / "ours")
@@ -117,7 +117,7 @@ def test_shards_have_an_index(tmp_path):
 
 
 def test_tokenizer_files_are_carried_unchanged(tmp_path, tokenizer):
-    run = make_run(tmp_path / "run", save_tokenizer=tokenizer.save)
+    run = make_run(tmp_path / "run", tokenizer_files=tokenizer.files())
     to_hf(run, tmp_path / "theirs")
     tokenizer.save(tmp_path / "expected")
     for path in (tmp_path / "expected").iterdir():
@@ -155,7 +155,7 @@ def test_output_directories(tmp_path, convert, monkeypatch):
 
 
 def test_nothing_but_a_converted_model_is_overwritten(tmp_path, monkeypatch, tokenizer):
-    run = make_run(tmp_path / "run", save_tokenizer=tokenizer.save)
+    run = make_run(tmp_path / "run", tokenizer_files=tokenizer.files())
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     (tmp_path / "tokenizer").mkdir()
@@ -164,7 +164,9 @@ def test_nothing_but_a_converted_model_is_overwritten(tmp_path, monkeypatch, tok
     before = sorted(tmp_path.rglob("*"))
     for out in (run, run / "checkpoints" / "5", *map(Path, ("thesis", "tokenizer", ".", "thesis/.."))):
         for convert, source in ((to_hf, run), (from_hf, GOLDEN)):
-            with pytest.raises(ConversionError, match="holds more than a converted model|is the source itself"):
+            with pytest.raises(
+                ConversionError, match="contains other files than a converted model|is the source itself"
+            ):
                 convert(source, out, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
     from_hf(GOLDEN, tmp_path / "ours")
@@ -193,7 +195,7 @@ def test_what_is_no_model_is_refused_in_one_sentence(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     for path, words in (
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "empty", "holds no model"),
+        (tmp_path / "empty", "contains no model"),
         (tmp_path / "file", "is a file"),
     ):
         with pytest.raises(CheckpointError, match=words):
@@ -242,8 +244,8 @@ class Response:
     [
         (lambda: hub_errors.GatedRepoError("no", response=Response()), "is gated: accept its terms at https://"),
         (lambda: hub_errors.RepositoryNotFoundError("no", response=Response()), "there is no model someone/x"),
-        (lambda: hub_errors.LocalEntryNotFoundError("offline"), "could not be fetched from the hub (offline)"),
-        (lambda: OSError("network unreachable\nmore"), "could not be fetched from the hub (network unreachable)"),
+        (lambda: hub_errors.LocalEntryNotFoundError("offline"), "could not be downloaded from the hub (offline)"),
+        (lambda: OSError("network unreachable\nmore"), "could not be downloaded from the hub (network unreachable)"),
     ],
 )
 def test_hub_errors_are_one_sentence(tmp_path, monkeypatch, error, words):
@@ -261,14 +263,14 @@ def test_offline_hub_is_one_sentence(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "someone/x could not be fetched from the hub" in done.stderr
+    assert done.stderr.count("\n") == 1 and "someone/x could not be downloaded from the hub" in done.stderr
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
 def test_command_line_there_and_back(tmp_path, tokenizer, capsys):
-    run = make_run(tmp_path / "run", save_tokenizer=tokenizer.save, steps=(4, 5))
+    run = make_run(tmp_path / "run", tokenizer_files=tokenizer.files(), steps=(4, 5))
     assert main(["convert", "to-hf", str(run), str(tmp_path / "theirs"), "--step", "4"]) == 0
     said = capsys.readouterr().out
     assert "of step 4 to" in said and "with its tokenizer" in said
@@ -288,7 +290,7 @@ def test_inspect(tmp_path, capsys):
     model = flatten_tree(jax.eval_shape(lambda: GPTBigCode(MODEL, rngs=nnx.Rngs(0))))
     parameters = sum(leaf.size for leaf in model.values())
     for words in (
-        "step         5   (beside it: 4, 6 (unfinished))",
+        "step         5   (other steps: 4, 6 (unfinished))",
         f"parameters   {parameters:,}",
         "name=small",
         "samples      10",
@@ -323,7 +325,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         from jaxcoder.convert.from_hf import from_hf
         from jaxcoder.convert.to_hf import to_hf
 
-        arrays._PIECE_BYTES = 16 * 2**20
+        arrays.CHUNK_BYTES = 16 * 2**20
 
         def make(directory, num_layers):
             config = ModelConfig(num_layers=num_layers, embed_dim=512, num_heads=8, head_dim=64, mlp_dim=2048,

@@ -55,11 +55,11 @@ def change_config(directory: Path, **keys) -> None:
 LN = "transformer.h.1.ln_2.bias"
 WRONG_TENSORS = {
     "missing": (lambda t: t.pop(LN), f"{LN} is missing"),
-    "left over": (lambda t: t.update({"transformer.h.2.ln_1.bias": t[LN]}), "transformer.h.2.ln_1.bias is left over"),
-    "misshapen": (lambda t: t.update({LN: t[LN][:-1]}), f"{LN} is [23] where config.json means [24]"),
+    "left over": (lambda t: t.update({"transformer.h.2.ln_1.bias": t[LN]}), "transformer.h.2.ln_1.bias is unexpected"),
+    "misshapen": (lambda t: t.update({LN: t[LN][:-1]}), f"{LN} is [23] instead of [24]"),
     "transposed": (
         lambda t: t.update({"transformer.h.0.mlp.c_fc.weight": t["transformer.h.0.mlp.c_fc.weight"].T.copy()}),
-        "transformer.h.0.mlp.c_fc.weight is [24, 56] where config.json means [56, 24]",
+        "transformer.h.0.mlp.c_fc.weight is [24, 56] instead of [56, 24]",
     ),
     "integers": (lambda t: t.update({LN: t[LN].astype(np.int32)}), f"{LN} is I32"),
     "another head": (lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"] + 1}), "lm_head.weight"),
@@ -84,10 +84,10 @@ WRONG_CONFIGS = [
     ({"n_layer": "2"}, 'n_layer "2"'),
     ({"n_embd": None}, "n_embd null"),
     ({"n_layer": 3}, "transformer.h.2.ln_1.weight is missing"),
-    ({"vocab_size": 96}, "transformer.wte.weight is [97, 24] where config.json means [96, 24]"),
+    ({"vocab_size": 96}, "transformer.wte.weight is [97, 24] instead of [96, 24]"),
     (
         {"multi_query": False, "num_key_value_heads": 3},
-        "attn.c_attn.weight is [40, 24] where config.json means [72, 24]",
+        "attn.c_attn.weight is [40, 24] instead of [72, 24]",
     ),
     ({"multi_query": "yes"}, "multi_query"),
     ({"num_key_value_heads": 3}, "num_key_value_heads 3"),

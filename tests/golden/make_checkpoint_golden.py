@@ -20,7 +20,7 @@ from jaxcoder.checkpoint.checkpointer import Checkpointer
 from jaxcoder.config import CheckpointConfig, ComputeConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig
 from jaxcoder.data.loader import make_batch
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.train.inputs import place
+from jaxcoder.train.inputs import shard_batch
 from jaxcoder.train.state import flatten_state, initial_state
 from jaxcoder.train.step import make_train_step
 
@@ -41,7 +41,7 @@ if __name__ == "__main__":
     with jax.set_mesh(mesh):
         state, step = jax.jit(lambda: initial_state(RUN))(), make_train_step(RUN)
         for window in windows:
-            state, _ = step(state, place(make_batch(window, end_id=0, pad_id=1, document_mask=False), mesh))
+            state, _ = step(state, shard_batch(make_batch(window, end_id=0, pad_id=1, document_mask=False), mesh))
         arrays = flatten_state(state)
         with Checkpointer(directory, CheckpointConfig(), run=RUN) as checkpointer:
             checkpointer.save(3, arrays, {"samples": 12}, force=True)

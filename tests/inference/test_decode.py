@@ -93,7 +93,7 @@ def test_watch_ends_a_row_and_the_others_go_on(model, prompts, greedy):
     def watch(row, tokens):  # The first token comes alone, then 16 at once.
         return 3 if row == 1 and len(tokens) > 1 else None
 
-    ended = generate_tokens(model, prompts, max_new_tokens=24, watch=watch)
+    ended = generate_tokens(model, prompts, max_new_tokens=24, on_tokens=watch)
     assert ended[1].finish_reason == "stop" and ended[1].tokens == greedy[1].tokens[:4]
     assert len(ended[1].log_probs) == 4
     assert [new.tokens for row, new in enumerate(ended) if row != 1] == [
@@ -114,7 +114,7 @@ def test_the_context_is_a_limit(model, config):
     prompts = [rng.integers(0, 300, length).tolist() for length in (config.max_seq_len - 1, config.max_seq_len - 20)]
     assert [len(new.tokens) for new in generate_tokens(model, prompts, max_new_tokens=10**12)] == [1, 20]
     too_long = [0] * config.max_seq_len
-    with pytest.raises(ConfigError, match=f"{len(too_long)} tokens and the model's context is {config.max_seq_len}"):
+    with pytest.raises(ConfigError, match=f"{len(too_long)} tokens, but the model's context is {config.max_seq_len}"):
         generate_tokens(model, [too_long], max_new_tokens=1)
 
 
@@ -130,8 +130,8 @@ def test_what_cannot_be_generated_is_said(model):
 
 def test_the_number_of_compilations_is_bounded(monkeypatch):
     """Every prompt length and batch size runs one of a few programs."""
-    monkeypatch.setattr(decode, "SMALLEST_CACHE", 16)
-    monkeypatch.setattr(decode, "ROOM", 4)
+    monkeypatch.setattr(decode, "MIN_CACHE_SLOTS", 16)
+    monkeypatch.setattr(decode, "INITIAL_NEW_TOKENS", 4)
     config = ModelConfig(num_layers=1, embed_dim=8, num_heads=1, head_dim=8, mlp_dim=8, vocab_size=32, max_seq_len=40)
     model = GPTBigCode(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
     before = decode._prefill._cache_size(), decode._steps._cache_size()

@@ -90,7 +90,7 @@ def test_rows_that_no_token_uses_are_never_answers(always, tokenizer, config):
 
 def test_a_prompt_that_is_too_long(generator, model, tokenizer):
     prompt = "x = 1\n" * 40
-    with pytest.raises(ConfigError, match=r"\d+ tokens and the model's context is 64"):
+    with pytest.raises(ConfigError, match=r"\d+ tokens, but the model's context is 64"):
         generator.complete([prompt], max_new_tokens=4)
     with pytest.raises(ConfigError, match="context is 64"):
         generator.stream(Prompt(prompt), max_new_tokens=4)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxcoder.errors import ConfigError
-from jaxcoder.inference.sampling import Sampling, choose, keep_likeliest, stack
+from jaxcoder.inference.sampling import Sampling, choose, most_likely, stack
 
-keep = jax.jit(keep_likeliest)
+keep = jax.jit(most_likely)
 pick = jax.jit(choose)
 
 

@@ -180,9 +180,9 @@ BAD = {
     "a scale in words": (Q, KV, dict(scale="half"), "scale is 'half': give a plain number"),
     "dropout without a key": (Q, KV, dict(dropout_rate=0.1), r"dropout_key uint32 \(2,\) .* got None"),
     "a key of JAX's": (Q, KV, dict(dropout_rate=0.1, dropout_key=jax.random.key(0)), r"uint32 \(2,\) .* key<"),
-    "a document in two places": (
+    "a document in two runs": (
         Q, KV, dict(segment_ids=np.array([[1, 2, 0, 1]], np.int32), implementation="flash_tpu"),
-        r"every document is contiguous, and got segment_ids \(1, 4\) with id 1 in two places .* `blockwise`",
+        r"every document is contiguous, and got segment_ids \(1, 4\) with id 1 in two runs .* `blockwise`",
     ),
     "a head dimension without a kernel": (
         (1, 4, 4, 512), (1, 4, 1, 512), dict(implementation="flash_tpu"),

@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(place, tmp_path):
         finetune("nowhere", **arguments)
     assert not output.exists()
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="holds other things"):
+    with pytest.raises(ConfigError, match="contains other files"):
         finetune(base, **(arguments | dict(output_dir=str(tmp_path))))
 
 

@@ -52,7 +52,7 @@ def test_figures_of_a_run(run):
     assert f"parameters {num_parameters(run.model):,}" in text
     assert "tokens 1,024 in 2 steps; 16 windows of 64" in text and "cost a cent (of the unchanged" in text
     assert "data 1 x fsdp 1 x tensor 1: 1 device (1 here)" in text
-    assert "nothing is there: the run starts at step 0" in text
+    assert "it is empty: the run starts at step 0" in text
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def test_data_that_is_there_and_that_is_not(run, tmp_path):
 
 def test_what_is_in_the_directory(run, tmp_path):
     train(dataclasses.replace(run, mesh=MeshConfig(fsdp=8)))
-    assert "this run is there and is finished, at step 2" in said(run)
+    assert "it contains this run, finished at step 2" in said(run)
     longer = dataclasses.replace(run, num_steps=9)
-    assert "a run with another configuration is there: num_steps: 2 -> 9 (--accept-config-change" in said(longer)
+    assert "it contains a run with another configuration: num_steps: 2 -> 9 (--accept-config-change" in said(longer)
     again = dataclasses.replace(run, output_dir=str(tmp_path / "next"), init_from=run.output_dir)
-    assert f"starts from the weights of {run.output_dir}/checkpoints/2, and a fresh optimizer" in said(again)
+    assert f"init from the weights of {run.output_dir}/checkpoints/2, with a new optimizer state" in said(again)
     wider = dataclasses.replace(again, model=dataclasses.replace(run.model, mlp_dim=128))
-    assert "NOT READY: the run cannot start from the weights" in said(wider)
+    assert "NOT READY: the run cannot be initialized from" in said(wider)
     assert "NOT READY: init_from is `nowhere`" in said(dataclasses.replace(again, init_from="nowhere"))
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("")
     strange = dataclasses.replace(run, output_dir=str(tmp_path / "thesis"))
-    assert "CANNOT START: thesis.tex is there already" in said(strange)
+    assert "CANNOT START: it already contains thesis.tex" in said(strange)
     old = tmp_path / "run" / "config.json"
     old.write_text(old.read_text().replace('"seed"', '"sede"'))
     assert "sede is unknown. Use the version that wrote it" in said(run)

@@ -88,7 +88,9 @@ def test_clocks_are_warned_of_and_no_more(caplog):
 def test_a_disk_without_room_for_one_checkpoint(tmp_path):
     host_check.check_disk(str(tmp_path / "not" / "yet"), 1000)
     host_check.check_disk("gs://bucket/run", 1 << 70)
-    with pytest.raises(JaxcoderError, match=r"has \d+\.\d GiB free and one checkpoint needs [\d.]+ TiB: make room"):
+    with pytest.raises(
+        JaxcoderError, match=r"has \d+\.\d GiB free and one checkpoint needs [\d.]+ TiB: free some space"
+    ):
         host_check.check_disk(str(tmp_path / "not" / "yet"), 1 << 60)
 
 

@@ -203,7 +203,7 @@ def test_bad_runs_are_refused_before_anything_is_written(run_on_mesh, tmp_path, 
     assert not (tmp_path / "a").exists()
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match="holds other things .thesis.tex."):
+    with pytest.raises(ConfigError, match="contains other files .thesis.tex."):
         run_on_mesh(config(tmp_path / "strange"))
 
 

@@ -22,7 +22,7 @@ from jaxcoder.data.loader import make_batch
 from jaxcoder.errors import CheckpointError
 from jaxcoder.models.gpt_bigcode import GPTBigCode
 from jaxcoder.sharding.mesh import make_mesh
-from jaxcoder.train.inputs import place
+from jaxcoder.train.inputs import shard_batch
 from jaxcoder.train.memory_estimate import estimate_memory, saved_bytes
 from jaxcoder.train.optimizer import decay_mask, make_optimizer, num_updates
 from jaxcoder.train.state import abstract_state, flatten_state, initial_state, unflatten_state
@@ -137,7 +137,7 @@ def test_a_name_stands_for_one_array():
 def steps(run: RunConfig, mesh, state, number: int, step=None):
     """`number` steps on one batch: the state, the losses and the compiled step."""
     windows = np.random.default_rng(0).integers(2, 16, (8, 9), dtype=np.int32)
-    batch = place(make_batch(windows, end_id=0, pad_id=1, document_mask=False), mesh)
+    batch = shard_batch(make_batch(windows, end_id=0, pad_id=1, document_mask=False), mesh)
     step, losses = step or make_train_step(run), []
     for _ in range(number):
         state, metrics = step(state, batch)

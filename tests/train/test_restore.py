@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_are_refused_before_anything_is_written(base, st
     wider = dataclasses.replace(run.model, mlp_dim=128, num_kv_heads=4)
     refused(
         dataclasses.replace(run, model=wider),
-        "another model: model.mlp_dim is 128 and theirs 256; model.num_kv_heads is 4 and theirs 1. "
+        "whose model differs: model.mlp_dim is 128, of the weights 256; model.num_kv_heads is 4, of the weights 1. "
         "Give other weights, or `--model.mlp-dim 256 --model.num-kv-heads 1`|model.num_kv_heads is 4",
     )
     refused(dataclasses.replace(run, data=DataConfig(store=stores[1])), "trained with another tokenizer .fingerprint")
@@ -139,4 +139,4 @@ def test_damaged_checkpoints_of_its_own_do_not_fall_back_to_the_beginning(base, 
     train(run)
     manifest = tmp_path / "run" / "checkpoints" / "2" / "manifest.json"
     manifest.write_text(manifest.read_text().replace("smoke", "smoky").replace('"step": 2', '"step": 3'))
-    refused(run, "no checkpoint in .* is complete, so the run cannot continue: delete that directory")
+    refused(run, "no checkpoint in .* is complete: delete that directory")

@@ -20,7 +20,7 @@ from jaxcoder.kernels.dropout.api import Site, make_key
 from jaxcoder.models.gpt_bigcode import Dropout, apply_dropout
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.sharding.ops import shard_map
-from jaxcoder.train.inputs import place
+from jaxcoder.train.inputs import shard_batch
 from jaxcoder.train.state import initial_state
 from jaxcoder.train.step import make_train_step
 
@@ -67,7 +67,7 @@ def one_step(run: RunConfig, shape: tuple[int, int, int], windows: np.ndarray):
     batch = make_batch(windows, end_id=END, pad_id=PAD, document_mask=run.data.document_mask)
     with jax.set_mesh(mesh):
         state = jax.jit(lambda: initial_state(run))()
-        state, metrics = make_train_step(run)(state, place(batch, mesh))
+        state, metrics = make_train_step(run)(state, shard_batch(batch, mesh))
         return [
             jax.tree.map(np.asarray, jax.tree.leaves(x))
             for x in (metrics, optax.tree.get(state.optimizer_state, "mu"), state.model)

@@ -1,7 +1,7 @@
-"""Attention with any number of query heads per key/value head: one operation, several backends, one meaning.
+"""Attention with any number of query heads per key/value head: one operation, several backends.
 
 Shapes: B batch, S queries, T keys, H query heads, G key/value heads (1: multi-query, H: multi-head), K head_dim.
-`reference.py` is the meaning; every backend passes the same tests.
+`reference.py` defines the semantics; every backend passes the same tests.
 """
 
 import numbers
@@ -17,8 +17,7 @@ from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
 
 def _flash_tpu(spec, q, k, v, context):
-    """Pallas is imported only where its kernels run."""
-    from jaxcoder.kernels.attention import flash_tpu
+    from jaxcoder.kernels.attention import flash_tpu  # imports Pallas
 
     platform, kind = _device()
     if platform != "tpu":
@@ -36,9 +35,6 @@ BACKENDS = {
     "flash_tpu": _flash_tpu,
     "cudnn": cudnn.attention,
 }
-"""The seat of our own kernel for Hopper GPUs is here too, when there is one."""
-
-
 GPUS = ("gpu", "cuda", "rocm")
 
 
@@ -65,21 +61,20 @@ def attention(
     Args:
         q: (B, S, H, K). k, v: (B, T, G, K) with G a divisor of H; query head h reads key/value head h // (H / G).
         causal: query at position p sees keys at positions <= p.
-        segment_ids: int32 (B, S); queries see only keys of their own segment, and 0 is pad: it sees nothing and its
+        segment_ids: int32 (B, S); queries see only keys of their own segment. 0 is padding: it sees no key and its
             output is zero. kv_segment_ids: int32 (B, T), default segment_ids (then S must equal T).
         q_offset: position of the first query minus position of the first key; may be negative or traced.
-        batch_offset, head_offset, kv_offset: global index of the first row, head and key, so that shards draw their
-            part of one dropout mask; they matter for nothing else.
+        batch_offset, head_offset, kv_offset: global indices of the first row, head and key, with which shards draw
+            their part of one dropout mask; not used otherwise.
         scale: factor of the scores, default K ** -0.5.
         dropout_rate: of the probabilities; needs dropout_key, uint32 (2,) (see kernels/dropout).
-        implementation: a name of BACKENDS, or None for the best one for this device and shape. `flash_tpu` takes
-            segments that are contiguous: no id but 0 comes back after another one. `cudnn` (GPUs) masks by causality
-            alone.
-        return_log_sum_exp: also return the log-sum-exp of the scores, fp32 (B, H, S), for merging parts.
+        implementation: a name of BACKENDS, or None for the best one for this device and shape. `flash_tpu` needs
+            contiguous segments. `cudnn` (GPUs) supports the causal mask only.
+        return_log_sum_exp: also return the log-sum-exp of the scores, fp32 (B, H, S), for merging partial results.
     Returns:
         (B, S, H, K) in q's dtype.
     Raises:
-        ConfigError for what does not fit: it names the argument, its shape and what is accepted.
+        ConfigError that names the invalid argument, its shape and the accepted values.
     """
     scalars = dict(q_offset=q_offset, batch_offset=batch_offset, head_offset=head_offset, kv_offset=kv_offset)
     _check(q, k, v, segment_ids, kv_segment_ids, scalars, dropout_rate, dropout_key)
@@ -113,12 +108,12 @@ def attention(
 
 
 def _best(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> str:
-    """`reference` for one query, where blocks gain nothing; else kernels where device, types, shape and mask fit."""
+    """`reference` for a single query; else a kernel if device, dtypes, shape and mask allow it; else `blockwise`."""
     if q.shape[1] == 1:
         return "reference"
     platform, kind = _device()
     if platform in GPUS:
-        # Only where a GPU is at hand: what traces for an absent one may have no cuDNN to look at.
+        # cuDNN can be queried only if this machine has a GPU; plans are traced for absent ones.
         return "cudnn" if jax.default_backend() == "gpu" and cudnn.refusal(call, q, k, v) is None else "blockwise"
     is_typed = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.bfloat16, jnp.float32)
     has_kernel = platform == "tpu" and has_kernels(kind) and is_typed and q.shape[3] <= MOST_HEAD_DIM
@@ -133,7 +128,7 @@ def _check_cudnn(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> 
 
 
 def _device() -> tuple[str, str]:
-    """Platform and kind of what is traced for: the mesh's device where it is described, else the default."""
+    """Platform and kind of the device that is traced for: of the abstract mesh if it has one, else the default."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         return described.platform or jax.default_backend(), described.device_kind

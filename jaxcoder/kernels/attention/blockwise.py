@@ -1,8 +1,9 @@
 """Attention in blocks of queries and keys, in plain XLA: memory O(S) instead of O(S * T), on any device.
 
-Online softmax forward (Milakov & Gimelshein 2018), recomputed probabilities backward (Dao et al. 2022). Key blocks
-that no query of a block may see under the causal mask are not visited. Shapes inside: q (B, G, N, S, K) with N = H / G
-query heads per key/value head, k and v (B, G, T, K); S and T padded to whole blocks.
+Online softmax in the forward pass (Milakov & Gimelshein 2018), recomputed probabilities in the backward pass (Dao et
+al. 2022). Key blocks that are masked for all queries of a block by causality are skipped.
+Shapes inside: q (B, G, N, S, K) with N = H / G query heads per key/value head; k, v (B, G, T, K); S and T are padded to
+multiples of the block sizes. Scores, sums and accumulators are fp32.
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +40,7 @@ def attention(
 
 @dataclass(frozen=True)
 class _Tiles:
-    """What is static: the specification, the true number of keys, the block sizes."""
+    """Static values: the specification, the number of keys without padding, the block sizes."""
 
     spec: AttentionSpec
     kv_len: int
@@ -47,14 +48,14 @@ class _Tiles:
     block_kv: int
 
     def kv_blocks(self, q_block: jax.Array, num_kv_blocks: int, q_offset: jax.Array) -> jax.Array:
-        """How many key blocks the queries of a block may see."""
+        """Number of key blocks that the queries of a block may see."""
         if not self.spec.causal:
             return jnp.int32(num_kv_blocks)
         last_position = (q_block + 1) * self.block_q - 1 + q_offset
         return jnp.clip(last_position // self.block_kv + 1, 0, num_kv_blocks)
 
     def tile(self, q, k, context: AttentionContext, q_block, kv_block):
-        """Scaled scores of one tile, fp32 (B, G, N, bq, bk), its mask, and its dropout factors or None."""
+        """Scaled scores of one tile, fp32 (B, G, N, block_q, block_kv), its mask, and its dropout factors or None."""
         scores = jnp.einsum("bgnsk,bgtk->bgnst", q, k, preferred_element_type=jnp.float32) * self.spec.scale
         q_index = q_block * self.block_q + jnp.arange(self.block_q)
         k_positions = kv_block * self.block_kv + jnp.arange(self.block_kv)
@@ -83,9 +84,12 @@ def _forward(tiles, q, k, v, context):
             k_tile, v_tile = _slice(k, kv_block, tiles.block_kv, 2), _slice(v, kv_block, tiles.block_kv, 2)
             scores, mask, dropped = tiles.tile(q_tile, k_tile, context, q_block, kv_block)
             new_largest = jnp.maximum(largest, jnp.where(mask, scores, MASKED_SCORE).max(-1))
+            # The second mask is needed where all scores so far are masked: exp(score - MASKED_SCORE) is not 0 there.
             weights = jnp.where(mask, jnp.exp(scores - new_largest[..., None]), 0.0)
+            # Rescales what was summed relative to the old maximum.
             shrink = jnp.exp(largest - new_largest)
             total = total * shrink + weights.sum(-1)
+            # Dropout applies to the probabilities, so it does not change their sum.
             weights = weights if dropped is None else weights * dropped
             update = jnp.einsum(
                 "bgnst,bgtk->bgnsk", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32
@@ -96,6 +100,7 @@ def _forward(tiles, q, k, v, context):
         start = (empty + MASKED_SCORE, empty, jnp.zeros(q_tile.shape, jnp.float32))
         count = tiles.kv_blocks(q_block, num_kv_blocks, context.q_offset)
         largest, total, acc = jax.lax.fori_loop(0, count, one_kv_block, start)
+        # A query without visible keys has a total of 0: its output is 0 and its log-sum-exp MASKED_SCORE.
         safe_total = jnp.where(total == 0.0, 1.0, total)
         out = (acc / safe_total[..., None]).astype(q.dtype)
         return out, jnp.where(total == 0.0, MASKED_SCORE, largest + jnp.log(safe_total))
@@ -110,7 +115,8 @@ def _backward(tiles, residuals, cotangents):
     q, k, v, context, out, log_sum_exp = residuals
     d_out, d_lse = cotangents
     num_q_blocks, num_kv_blocks = q.shape[3] // tiles.block_q, k.shape[2] // tiles.block_kv
-    # Row sums of dP * P follow from the output, so the probabilities are never needed all at once.
+    # dS = P * (dP - delta) with delta the row sums of dP * P, which equal those of dO * O: computed here once, without
+    # probabilities. The cotangent of the log-sum-exp adds P * d_lse to dS.
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
 
     def one_q_block(carry, q_block):
@@ -122,9 +128,10 @@ def _backward(tiles, residuals, cotangents):
             k_tile, v_tile = _slice(k, kv_block, tiles.block_kv, 2), _slice(v, kv_block, tiles.block_kv, 2)
             scores, mask, dropped = tiles.tile(q_tile, k_tile, context, q_block, kv_block)
             probabilities = jnp.where(mask, jnp.exp(scores - lse_tile[..., None]), 0.0)
-            kept = probabilities if dropped is None else probabilities * dropped
+            after_dropout = probabilities if dropped is None else probabilities * dropped
+            # All N query heads of a key/value head add to its dV and dK.
             dv_tile = jnp.einsum(
-                "bgnst,bgnsk->bgtk", kept.astype(do_tile.dtype), do_tile, preferred_element_type=jnp.float32
+                "bgnst,bgnsk->bgtk", after_dropout.astype(do_tile.dtype), do_tile, preferred_element_type=jnp.float32
             )
             dp = jnp.einsum("bgnsk,bgtk->bgnst", do_tile, v_tile, preferred_element_type=jnp.float32)
             dp = dp if dropped is None else dp * dropped

@@ -1,7 +1,7 @@
-"""Flash attention of NVIDIA's cuDNN, through `jax.nn.dot_product_attention`: GPUs, where nothing but causality masks.
+"""cuDNN flash attention through `jax.nn.dot_product_attention`: for GPUs and the causal mask only.
 
-Documents would need their mask as an array or JAX's private interface, dropout would draw other bits than the other
-backends, and the log-sum-exp has no gradient there.
+Not supported: documents, whose mask would have to be a dense array; dropout, whose bits would differ from the other
+backends; the log-sum-exp, which has no gradient there.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ MOST_HEAD_DIM = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is asked of one attention, besides its arrays."""
+    """Features that an attention call uses."""
 
     has_segments: bool
     has_offset: bool
@@ -27,7 +27,7 @@ class Call:
 
 
 def refusal(call: Call, q: jax.Array, k: jax.Array, v: jax.Array) -> str | None:
-    """What cuDNN does not take of a call, as the end of a sentence "takes ..."; None where it applies."""
+    """Why cuDNN cannot run a call, as the end of a sentence "takes ..."; None if it can."""
     if call.has_segments:
         return "no segment_ids"
     if call.has_dropout:

@@ -1,10 +1,10 @@
-"""Flash attention on TPUs for query heads that share a key/value head, in Pallas (Mosaic): layouts and derivatives.
+"""Flash attention on TPUs in Pallas (Mosaic), for query heads that share a key/value head: layouts and derivatives.
 
 Shapes: B batch, G key/value heads, H query heads, S queries, T keys, K head_dim. The kernels (flash_tpu_kernels.py)
-take q as (B, S, H * K) and k, v as (B, T, G * K), heads side by side in lanes as the model makes them, so that nothing
-is transposed but K or V, one head's worth; S and T are padded to whole blocks. Which keys a query sees is an interval
-(schedule.py). The block shapes of a chip are in blocks_tpu.py.
-Reference: Dao 2023 (arXiv 2307.08691) for the recurrences; the layout and the schedule are ours.
+take q as (B, S, H * K) and k, v as (B, T, G * K): heads are adjacent in lanes, as the model computes them, so that only
+K or V of one head is transposed. S and T are padded to multiples of the blocks. The keys of a query are an interval
+(schedule.py). Block shapes per chip: blocks_tpu.py.
+Reference: Dao 2023 (arXiv 2307.08691) for the recurrences.
 """
 
 from functools import partial
@@ -33,12 +33,12 @@ def attention(
     backward_blocks: Blocks,
     interpret: object = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention by the kernels below, differentiable in q, k, v.
+    """Attention by the Pallas kernels, differentiable in q, k, v.
 
     Args:
         q: (B, S, H, K). k, v: (B, T, G, K).
-        forward_blocks, backward_blocks: block shapes, cut to what the shape needs.
-        interpret: as `pallas_call` takes it; the kernels then run on CPUs.
+        forward_blocks, backward_blocks: block shapes, reduced to fit the arrays.
+        interpret: as in `pallas_call`, to run the kernels on CPUs.
     Returns:
         (B, S, H, K) in q's dtype and the log-sum-exp, fp32 (B, H, S).
     Raises:
@@ -62,10 +62,11 @@ def attention(
         for blocks in (forward_blocks, backward_blocks)
     ]
     q_pad = round_up(q_len, max(blocks.block_q for blocks in both)) - q_len  # powers of two
-    # Either kernel takes as many keys as fill its own spans; the arrays have as many as the one that takes more.
+    # Each kernel pads T to its own spans; the arrays are padded to the larger of the two.
     kv_lens = [round_up(kv_len, blocks.span_kv) for blocks in both]
     kv_pad = max(kv_lens) - kv_len
-    # Heads lie side by side in lanes, so that a block of them must fill whole registers, or be all there are.
+    # Heads are adjacent in lanes: a block of heads must be a multiple of 128 lanes, or all heads. If it is not, K is
+    # padded to a multiple of 128.
     groups_fit = [groups == 1 or head_dim % 128 == 0]
     heads_fit = [blocks.heads == heads or blocks.heads * head_dim % 128 == 0 for blocks in both]
     dim_pad = 0 if all(groups_fit + heads_fit) and (head_dim < 128 or head_dim % 128 == 0) else -head_dim % 128
@@ -102,7 +103,7 @@ def _backward(_, sizes: Sizes, residuals, cotangents):
     d_out, d_lse = cotangents
     kv_pad = k.shape[1] - sizes.kv_len
     k, v = k[:, : sizes.kv_len], v[:, : sizes.kv_len]
-    # Row sums of dP * P follow from the output, so the probabilities are never needed all at once.
+    # delta, the row sums of dP * P, equals the row sums of dO * O: no probabilities are stored.
     by_head = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).reshape(*q.shape[:2], sizes.heads, sizes.head_dim)
     delta = by_head.sum(-1).swapaxes(1, 2) - d_lse
     statistics = (log_sum_exp * kernels.LOG2_E)[:, :, None], delta[:, :, None]
@@ -119,7 +120,7 @@ def _backward(_, sizes: Sizes, residuals, cotangents):
 
     if num_spans == 1:
         dq, dk, dv = one_span(0)
-    else:  # Spans write their own keys, and their shares of dQ are added up here.
+    else:  # Each span computes dK and dV of its keys and a partial dQ, which are added here in fp32.
         empty = jnp.zeros(q.shape, jnp.float32)
         dq, (dk, dv) = jax.lax.scan(lambda dq, p: _add(dq, *one_span(p)), empty, jnp.arange(num_spans))
         dk, dv = (jnp.moveaxis(x, 0, 1).reshape(k.shape) for x in (dk, dv))
@@ -135,11 +136,12 @@ def _add(total, dq, dk, dv):
 
 
 def _scaled(sizes: Sizes, k):
+    """K with the scale of the scores and log2(e): the kernels compute exp2(q k) without further factors."""
     return (k.astype(jnp.float32) * (sizes.spec.scale * kernels.LOG2_E)).astype(k.dtype)
 
 
 def _table(all_visits: Visits) -> jax.Array:
-    """One int32 vector, as scalar memory likes it."""
+    """One int32 vector, for scalar prefetch."""
     return jnp.stack(all_visits, -1).reshape(-1)
 
 
@@ -148,7 +150,7 @@ def _rows(seen: Intervals) -> tuple[jax.Array, jax.Array]:
 
 
 def _dropout_words(context: AttentionContext, batch: int, heads: int, q_len: int) -> jax.Array:
-    """uint32 (B, H, 2, S): what the dropout hash needs of a row, its coordinates but the key."""
+    """uint32 (B, H, 2, S): the part of the dropout hash that does not depend on the key position."""
     assert context.dropout_key is not None
     samples = jnp.arange(batch, dtype=jnp.uint32) + context.batch_offset.astype(jnp.uint32)
     all_heads = jnp.arange(heads, dtype=jnp.uint32) + context.head_offset.astype(jnp.uint32)
@@ -158,7 +160,7 @@ def _dropout_words(context: AttentionContext, batch: int, heads: int, q_len: int
 
 
 def _pack(x, length, head_dim):
-    """(B, S, H, K) to (B, S, H * K), with zeros added to S and K."""
+    """(B, S, H, K) -> (B, S, H * K), with S and K padded by zeros."""
     if length or head_dim:
         x = jnp.pad(x, ((0, 0), (0, length), (0, 0), (0, head_dim)))
     return x.reshape(*x.shape[:2], -1)

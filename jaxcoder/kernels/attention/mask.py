@@ -1,6 +1,6 @@
-"""The mask of attention as a specification: which query may see which key, decided from positions and segment ids.
+"""The attention mask as a specification, evaluated per tile from positions and segment ids.
 
-Shapes: S queries, T keys of the tile at hand (a block, or all). Never S x T for the whole sequence but in `reference`.
+Shapes: S queries, T keys of a tile. Only `reference` makes a tile of the whole sequence.
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxcoder.kernels.dropout.api import keep_mask
 
 MASKED_SCORE = -1e30
-"""Finite, so that a row that sees nothing stays free of NaN; its log-sum-exp is this value."""
+"""Finite, so that a row without visible keys has no NaN; its log-sum-exp is this value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What is static about one attention."""
+    """Static arguments of an attention call."""
 
     causal: bool
     scale: float
@@ -26,7 +26,7 @@ class AttentionSpec:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class AttentionContext:
-    """What is traced about one attention besides q, k and v.
+    """Traced arguments of an attention call, besides q, k and v.
 
     segment_ids (B, S), kv_segment_ids (B, T): int32 or None; 0 sees nothing and is seen by nothing.
     q_offset: position of the first query minus position of the first key.
@@ -50,7 +50,7 @@ def visible(
     q_segments: jax.Array | None,
     k_segments: jax.Array | None,
 ) -> jax.Array:
-    """bool (B or 1, S, T): may query s see key t? Positions count from the first key; segments (B, S) and (B, T)."""
+    """bool (B or 1, S, T): query s sees key t. Positions count from the first key; segments are (B, S) and (B, T)."""
     allowed = jnp.ones((1, q_positions.shape[0], k_positions.shape[0]), bool)
     if spec.causal:
         allowed &= q_positions[:, None] >= k_positions[None, :]

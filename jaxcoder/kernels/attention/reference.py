@@ -1,4 +1,4 @@
-"""Attention as it is defined: all of it in fp32, with the S x T matrix. Every other backend is held to this one."""
+"""Reference attention in fp32 with the full S x T matrix; the tests compare every other backend with it."""
 
 import jax
 import jax.numpy as jnp

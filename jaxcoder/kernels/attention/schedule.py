@@ -1,12 +1,12 @@
-"""Which keys each query sees, and which blocks of keys a block of queries visits: found in O(S) outside the kernel.
+"""The keys that each query sees, and the key blocks that a query block visits: computed in O(S) outside the kernel.
 
-Every mask of this operation (causal at any offset, documents, pads, whole blocks) lets a query see one interval of
-keys, [start, end), because a document is contiguous. Two int32 a query therefore say all of it, and a block of queries
-visits the blocks of keys between the least start and the greatest end. Blocks of keys that every query of the block
-sees whole are visited in steps of `block_kv` without a mask; the edges before and after them in steps of `edge_kv`.
+With every mask of this operation (causal at any offset, documents, padding) a query sees one interval of keys,
+[start, end), because documents are contiguous: two int32 per query. A query block visits the key blocks from the
+smallest start to the largest end. Key blocks that all its queries see completely are visited in steps of `block_kv`
+without a mask, the edges before and after them in steps of `edge_kv` with a mask.
 
-Shapes: B batch, S queries, T keys, Q = S / block_q blocks of queries, P = T / span_kv spans of keys (a span is what
-is held in fast memory at once).
+Shapes: B batch, S queries, T keys, Q = S / block_q query blocks, P = T / span_kv spans of keys (a span is in VMEM at
+once).
 """
 
 from dataclasses import dataclass, replace
@@ -22,41 +22,41 @@ from jaxcoder.kernels.attention.mask import AttentionContext, AttentionSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """Block shapes of one kernel; positions unless said otherwise."""
+    """Block shapes of one kernel; the unit is positions unless stated otherwise."""
 
     block_q: int = 128
-    """Positions of a block of queries, a multiple of 128."""
+    """Queries of a block, a multiple of 128."""
     heads: int = 16
-    """Query heads folded into the rows of a block, at most 64; fewer where the number of heads asks for it."""
+    """Maximum number of query heads folded into the rows of a block, at most 64."""
     chunk_heads: int = 1
-    """Heads of a row chunk, the unit of the software pipeline: a chunk is chunk_heads * block_q rows."""
+    """Heads of a row chunk, the unit of the software pipeline: chunk_heads * block_q rows."""
     least_rows: int = 0
-    """Where the heads of a block make fewer rows than this, it has 256 queries, and chunks of half as many heads."""
+    """A block with fewer rows than this has 256 queries instead, and chunks of half as many heads."""
     block_kv: int = 512
-    """Keys of a step that needs no mask; a multiple of edge_kv."""
+    """Keys of a step without a mask; a multiple of edge_kv."""
     edge_kv: int = 512
-    """Keys of a step under the mask; a multiple of 128."""
+    """Keys of a step with a mask; a multiple of 128."""
     span_kv: int = 8192
-    """Most keys held in fast memory at once; longer sequences are taken span by span."""
+    """Maximum number of keys in VMEM at once; longer sequences are processed span by span."""
 
     sums_by_matmul: bool = False
-    """Forward: sum the weights in the matrix unit, for chips where it is wider than head_dim."""
+    """Forward: compute row sums in the matrix unit, for chips where it is wider than head_dim."""
 
     cores: int = 1
-    """Cores of a device, which share the work of a kernel: rows of the batch, key/value heads and blocks of heads."""
+    """Cores of a device; they share the rows of the batch, key/value heads and blocks of heads."""
 
     vmem_mib: int = 40
-    """Fast memory that the kernel may use."""
+    """VMEM limit of the kernel, MiB."""
 
     def fit(self, q_len: int, kv_len: int, num_heads: int, *, batch_groups: int = 1, row_bytes: int = 256) -> "Blocks":
-        """The same, cut to what a shape needs: q_len queries, kv_len keys, num_heads query heads per key/value head.
+        """These blocks reduced for q_len queries, kv_len keys and num_heads query heads per key/value head.
 
-        batch_groups: rows of the batch times key/value heads; where the cores can't share those evenly, the blocks of
-        heads become such that they can. Heads and span are made for rows of 256 bytes a head (128 in bf16): of wider
-        ones there are fewer.
+        batch_groups: rows of the batch times key/value heads. row_bytes: bytes of one head of one position.
         """
+        # VMEM: `heads` and `span_kv` are sized for 256 bytes per head and position (head_dim 128 in bf16).
         times_wider = -(-row_bytes // 256)
         most = max(1, self.heads // times_wider)
+        # If the cores cannot share the batch and the key/value heads evenly, they share the blocks of query heads.
         shared = num_heads // self.cores if batch_groups % self.cores and num_heads % self.cores == 0 else num_heads
         heads = largest_divisor(shared, most)
         block_q, chunk_heads = self.block_q, self.chunk_heads
@@ -77,18 +77,18 @@ class Blocks:
 
 
 class Intervals(NamedTuple):
-    """int32 (B, S) each: query s of row b sees keys start <= t < end; both 0 where it sees none."""
+    """int32 (B, S) each: query s of row b sees keys start <= t < end; both are 0 if it sees none."""
 
     start: jax.Array
     end: jax.Array
 
 
 class Visits(NamedTuple):
-    """int32 (B, P, Q) each: the steps of a block of queries in a span, counted from the span's first key.
+    """int32 (B, P, Q) each: the steps of a query block in a span, counted from the span's first key.
 
-    edge, edges_before, edges: the first edge step (in steps of edge_kv), how many come before the whole blocks, and
-    how many there are; full, fulls: the first whole block (in steps of block_kv) and how many there are.
-    span: the span to hold, the nearest that the block of queries needs, so that what it skips is never fetched.
+    edge, edges_before, edges: first edge step (in units of edge_kv), number of edge steps before the full blocks, total
+    number of edge steps. full, fulls: first full block (in units of block_kv), number of full blocks.
+    span: the span to load: the nearest one that the query block needs, so that skipped spans are not fetched.
     """
 
     edge: jax.Array
@@ -100,9 +100,9 @@ class Visits(NamedTuple):
 
 
 def intervals(spec: AttentionSpec, context: AttentionContext, batch: int, q_len: int, kv_len: int) -> Intervals:
-    """The keys that each query sees, from the mask's specification.
+    """The interval of keys that each query sees.
 
-    Raises ConfigError where segment ids are concrete and an id comes back after another one.
+    Raises ConfigError if segment ids are concrete and the positions of an id are not contiguous.
     """
     positions = jnp.arange(q_len, dtype=jnp.int32)[None]
     start, end = jnp.zeros((batch, q_len), jnp.int32), jnp.full((batch, q_len), kv_len, jnp.int32)
@@ -120,21 +120,26 @@ def intervals(spec: AttentionSpec, context: AttentionContext, batch: int, q_len:
 
 
 def visits(keys: Intervals, blocks: Blocks, num_spans: int) -> Visits:
-    """The steps of every block of queries; keys (B, S) with S a multiple of block_q."""
+    """The steps of every query block; keys: (B, S) with S a multiple of block_q."""
     batch = keys.start.shape[0]
+    # (B, P, Q, block_q): each query's interval, clipped to each span and relative to its first key.
     start, end = (x.reshape(batch, 1, -1, blocks.block_q) for x in keys)
     offset = blocks.span_kv * jnp.arange(num_spans, dtype=jnp.int32)[:, None, None]
     start, end = (jnp.clip(x - offset, 0, blocks.span_kv) for x in (start, end))
     is_empty = start >= end
+    # The block visits the keys that any of its queries sees: [first, last), rounded outwards to edge steps.
     first, last = jnp.where(is_empty, blocks.span_kv, start).min(-1), jnp.where(is_empty, 0, end).max(-1)
     some = first < last
     edge = jnp.where(some, first // blocks.edge_kv, 0)
     edge_end = jnp.where(some, -(-last // blocks.edge_kv), 0)
+    # Full blocks are seen by all its queries: [largest start, smallest end), rounded inwards. A query without keys has
+    # end 0, so then there is no full block.
     full = -(-jnp.where(is_empty, 0, start).max(-1) // blocks.block_kv)
     full_end = jnp.where(is_empty, 0, end).min(-1) // blocks.block_kv
     fulls = jnp.maximum(full_end - full, 0)
     per_full = blocks.block_kv // blocks.edge_kv
     edges_before = jnp.where(fulls > 0, full * per_full - edge, edge_end - edge)
+    # Clip every span's index to the needed ones: an unchanged index makes Pallas skip the copy.
     span = jnp.arange(num_spans, dtype=jnp.int32)[:, None]
     nearest = jnp.clip(
         span,
@@ -146,7 +151,7 @@ def visits(keys: Intervals, blocks: Blocks, num_spans: int) -> Visits:
 
 
 def check_contiguous(name: str, ids: jax.Array) -> None:
-    """Raises ConfigError for concrete ids, (B, S), in which an id other than 0 comes back after another one."""
+    """Raises ConfigError for concrete ids, (B, S), if the positions of an id other than 0 are not contiguous."""
     if isinstance(ids, jax.core.Tracer):
         return
     for row in np.asarray(ids):
@@ -156,12 +161,12 @@ def check_contiguous(name: str, ids: jax.Array) -> None:
             again = next(int(x) for i, x in enumerate(runs) if x in runs[:i])
             raise ConfigError(
                 f"attention with implementation `flash_tpu` takes {name} in which every document is contiguous, and "
-                f"got {name} {ids.shape} with id {again} in two places of a row: renumber them, or take `blockwise`."
+                f"got {name} {ids.shape} with id {again} in two runs of a row: renumber them, or take `blockwise`."
             )
 
 
 def _own_segments(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each position, (B, S), the run of equal ids around it; empty for pads."""
+    """[start, end) of the run of equal ids around each position, (B, S); empty for padding."""
     length = ids.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     is_border = ids[:, 1:] != ids[:, :-1]
@@ -173,7 +178,7 @@ def _own_segments(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _other_segments(ids: jax.Array, kv_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each query id, (S,), the run of keys, (T,), with the same id; empty for pads and for ids without keys."""
+    """[start, end) of the keys, (T,), with the id of each query, (S,); empty for padding and ids without keys."""
     order = jnp.argsort(kv_ids, stable=True).astype(jnp.int32)
     of = kv_ids[order]
     first, last = jnp.searchsorted(of, ids, side="left"), jnp.searchsorted(of, ids, side="right") - 1

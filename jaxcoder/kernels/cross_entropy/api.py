@@ -1,10 +1,10 @@
-"""Cross-entropy over a large vocabulary, for the shards of one device: the logits of some tokens exist at a time.
+"""Cross-entropy over a large vocabulary, computed in chunks of tokens on the shards of one device.
 
 Shapes: N tokens, D embed, V vocabulary rows of this device; n tokens of a chunk.
-A chunk has the logits of all its rows at once, on every device that shares the vocabulary. So their sum is known before
-the next chunk begins, and the gradients of a sum of losses are made in the same pass, from the same logits: three
-matmuls, where a backward pass that has only the log-sum-exp makes the logits again, a fourth.
-After the matmul all is fp32. Reference for the chunks: Wijmans et al. 2024 (arXiv 2411.09009).
+The logits of a chunk exist completely, on the devices that share the vocabulary, so its softmax is known before the
+next chunk, and the gradients of a sum of losses are computed in the same pass from the same logits: three matmuls. A
+backward pass from the log-sum-exp alone recomputes the logits, a fourth matmul.
+Everything after the logits matmul is fp32. Reference for the chunks: Wijmans et al. 2024 (arXiv 2411.09009).
 """
 
 from typing import NamedTuple
@@ -14,26 +14,26 @@ import jax.numpy as jnp
 
 
 class Gradients(NamedTuple):
-    """Of the weighted sum of losses; the parts of this device, not yet summed over others."""
+    """Gradients of the weighted sum of losses: partial sums of this device."""
 
     losses: jax.Array
-    """fp32 (N,), not weighted."""
+    """fp32 (N,), without weights."""
     hidden: jax.Array
-    """(N, D) in hidden's dtype: what this device's rows of the vocabulary contribute."""
+    """(N, D) in hidden's dtype: partial sum over this device's vocabulary rows."""
     wte: jax.Array
-    """fp32 (V, D): what this device's tokens contribute."""
+    """fp32 (V, D): partial sum over this device's tokens."""
 
 
 def token_losses(
     hidden: jax.Array, wte: jax.Array, targets: jax.Array, *, chunk_size: int, axes: tuple[str, ...] = ()
 ) -> jax.Array:
-    """Negative log-likelihood of each target, fp32 (N,). Its derivative makes the logits of each chunk again.
+    """Negative log-likelihood of each target, fp32 (N,). Its derivative recomputes the logits of each chunk.
 
     Args:
-        hidden: (N, D). wte: (V, D) in any floating dtype; it is multiplied in hidden's.
-        targets: int32 (N,), counted from this device's first row; others than 0 to V - 1 are rows of other devices.
-        chunk_size: tokens whose logits exist at a time.
-        axes: mesh axes over which the vocabulary is split, inside `shard_map`.
+        hidden: (N, D). wte: (V, D) in any floating dtype; it is cast to hidden's.
+        targets: int32 (N,), relative to this device's first row; values outside 0 to V - 1 are rows of other devices.
+        chunk_size: number of tokens whose logits exist at a time.
+        axes: mesh axes that shard the vocabulary, inside `shard_map`.
     """
 
     @jax.checkpoint
@@ -61,7 +61,7 @@ def losses_and_gradients(
         x, ids, weight = chunk
         losses, exponentials, total, is_target = _softmax(x, wte, ids, axes)
         d_logits = exponentials * (weight / total)[:, None] - jnp.where(is_target, weight[:, None], 0.0)
-        # Written down once, or else XLA makes it again within both matmuls.
+        # The barrier makes XLA store d_logits; otherwise it recomputes them in the fusions of both matmuls.
         d_logits = jax.lax.optimization_barrier(d_logits.astype(x.dtype))
         d_x = jnp.einsum("nv,vd->nd", d_logits, wte, preferred_element_type=jnp.float32)
         d_wte = d_wte + jnp.einsum("nv,nd->vd", d_logits, x, preferred_element_type=jnp.float32)
@@ -74,13 +74,13 @@ def losses_and_gradients(
 
 
 def _softmax(x, wte, targets, axes):
-    """Of a chunk: losses (n,); exp(logits - largest) (n, V), and its sum over the whole vocabulary (n,); where a logit
-    is its token's target (n, V)."""
+    """Losses of a chunk (n,); exp(logits - largest) (n, V); its sum over the complete vocabulary (n,); the one-hot mask
+    of the targets (n, V)."""
     logits = jnp.einsum("nd,vd->nv", x, wte, preferred_element_type=jnp.float32)
     is_target = jnp.arange(wte.shape[0]) == targets[:, None]
     largest = jax.lax.stop_gradient(logits).max(-1)
     mine = jnp.stack([largest, jnp.exp(logits - largest[:, None]).sum(-1), jnp.where(is_target, logits, 0.0).sum(-1)])
-    if axes:  # One exchange, of three numbers a token.
+    if axes:  # One all-gather of three values per token.
         all_of_them = jax.lax.all_gather(mine, axes)
         largest = jax.lax.stop_gradient(all_of_them[:, 0]).max(0)
         total = (all_of_them[:, 1] * jnp.exp(jax.lax.stop_gradient(all_of_them[:, 0]) - largest)).sum(0)
@@ -91,7 +91,7 @@ def _softmax(x, wte, targets, axes):
 
 
 def _chunks(chunk_size: int, hidden: jax.Array, *of_tokens: jax.Array) -> tuple[jax.Array, ...]:
-    """(N, ...) as (N / n, n, ...), with zeros added to fill the last chunk: tokens that weigh nothing."""
+    """(N, ...) as (N / n, n, ...); the last chunk is padded with zeros, which include the weights."""
     size = min(chunk_size, len(hidden))
 
     def cut(x):

@@ -1,9 +1,9 @@
-"""Dropout masks as a pure function of coordinates: no state, no order, no dependence on block sizes or meshes.
+"""Dropout masks as a pure function of coordinates: stateless and independent of block sizes and meshes.
 
 The bit of an element is a hash of a key (2 words) and the element's global coordinates (sample, head, query, key for
-attention; sample, position, feature elsewhere). Any backend can compute any tile of the mask on its own and gets the
-same bits. The hash is `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018): two multiplications and three
-shifts on 32-bit lanes, which vector units have.
+attention; sample, position, feature elsewhere), so that any backend can compute any tile of the mask. The hash is
+`lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018): two multiplications and three shifts on 32-bit lanes,
+which vector units support.
 """
 
 import enum
@@ -15,7 +15,7 @@ _GOLDEN = 0x9E3779B9
 
 
 class Site(enum.IntEnum):
-    """Where in the model a mask is used; part of its key."""
+    """The place of a mask in the model; part of its key."""
 
     EMBED = 0
     ATTENTION = 1
@@ -53,7 +53,7 @@ def keep_mask(key: jax.Array, rate: float, *coordinates: jax.Array) -> jax.Array
         key: uint32 (2,).
         rate: probability of dropping, in [0, 1).
         coordinates: integer arrays that broadcast against each other, outermost first. The last one costs one hash
-            per element of the result; the earlier ones are hashed at their own, smaller shape.
+            per element of the result; the others are hashed at their own, smaller shape.
     Returns:
         bool of the broadcast shape.
     """
@@ -61,7 +61,7 @@ def keep_mask(key: jax.Array, rate: float, *coordinates: jax.Array) -> jax.Array
 
 
 def outer_words(key: jax.Array, *coordinates: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """All but the last coordinate of `keep_mask`, folded into two words of their broadcast shape: uint32 each."""
+    """The hash of all but the last coordinate of `keep_mask`: two uint32 words of their broadcast shape."""
     words = key[0], key[1]
     for coordinate in coordinates:
         words = _fold(*words, coordinate.astype(jnp.uint32))
@@ -71,13 +71,13 @@ def outer_words(key: jax.Array, *coordinates: jax.Array) -> tuple[jax.Array, jax
 def survives(words: tuple[jax.Array, jax.Array], last: jax.Array, rate: float) -> jax.Array:
     """`keep_mask` from the words of the outer coordinates and the last coordinate, which broadcast."""
     a, b = words
-    # Two words, so that the rows of two outer coordinates are not shifted copies of each other.
+    # With one word, rows whose words differ by a multiple of the constant would be shifted copies of each other.
     bits = lowbias32((a + last.astype(jnp.uint32) * jnp.uint32(_GOLDEN)) ^ b)
     return bits >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def later(words: tuple[jax.Array, jax.Array], offset: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """The words with which `survives` sees last coordinates that count from `offset`."""
+    """The words for last coordinates that start at `offset`: survives(words, offset + i) == survives(later, i)."""
     a, b = words
     return a + jnp.asarray(offset).astype(jnp.uint32) * jnp.uint32(_GOLDEN), b
 
