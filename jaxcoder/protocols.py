@@ -31,7 +31,7 @@ SILENT: Progress = _Silent()
 class MetricWriter(Protocol):
     """Where the training loop puts its numbers."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Record the metrics of one completed step."""
 
     def close(self) -> None:

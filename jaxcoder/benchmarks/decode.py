@@ -7,6 +7,7 @@ the table has the bytes per second of a bare matrix product with as few rows.
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxcoder.benchmarks import torch_reference
@@ -22,6 +23,7 @@ from jaxcoder.benchmarks.measure import (
     time_in_turns,
 )
 from jaxcoder.config import ComputeConfig, ModelConfig
+from jaxcoder.config.schema import Dtype
 
 JAXCODER = "jaxcoder"
 SEED = 1
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> Reports:
     check_at_least(1, batch_size=min(args.batch_size), prompt_len=args.prompt_len, runs=args.runs)
     check_at_least(2, new_tokens=args.new_tokens)
     on_cpu = jax.default_backend() == "cpu"
-    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    dtype: Dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     size = args.matrix_size or (6144 if on_cpu else 16384)
     # A short position table: it is not read as a whole, and does not count as weights.
     architecture = replace(load_run(args.config).model, max_seq_len=max(1024, args.prompt_len + args.new_tokens))
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> Reports:
     return Reports([_batch(args, rows, size, model, torch_model, device) for rows in args.batch_size])
 
 
-def _random_model(config: ModelConfig, dtype: str):
+def _random_model(config: ModelConfig, dtype: Dtype):
     import jax
 
     from jaxcoder.models.protocol import make_model
@@ -89,7 +91,7 @@ def _batch(args, rows: int, size: int, model, torch_model, device: str | None) -
 
     prompts = np.random.default_rng(SEED).integers(1, model.config.vocab_size, (rows, args.prompt_len))
     generators = {JAXCODER: _jax_generator(model, prompts)}
-    if torch_model is not None:
+    if torch_model is not None and device is not None:
         generators["PyTorch, sdpa"] = _torch_generator(torch_model, prompts, device)
     completions = {name: generate(args.new_tokens) for name, generate in generators.items()}
     dtype, width = model.compute.dtype, np.dtype(np.float32).itemsize if model.compute.dtype == "float32" else 2
@@ -97,8 +99,8 @@ def _batch(args, rows: int, size: int, model, torch_model, device: str | None) -
     products = peak.matvecs(rows, size, dtype, times, device)
     calls: dict[str, Callable[[], object]] = dict(products)
     for name, generate in generators.items():
-        calls[name] = lambda generate=generate: generate(args.new_tokens)
-        calls[f"{name}: one token"] = lambda generate=generate: generate(1)
+        calls[name] = partial(generate, args.new_tokens)
+        calls[f"{name}: one token"] = partial(generate, 1)
     seconds = time_in_turns(calls, runs=args.runs, clock=clock_of(args))
 
     read = {name: size**2 * width * times / seconds[name] for name in products}

@@ -6,7 +6,7 @@ transform alone (`jaxcoder bench loader` measures the stream).
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from jaxcoder.benchmarks.measure import Report, add_runs_argument, environment, stdlib_sources, time_in_turns
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Report:
     return report(args, windows, num_pieces, tokenizer, transforms, baseline="decode, cut and encode again")
 
 
-def report(args, windows, num_pieces: int, tokenizer, transforms: dict[str, Callable], *, baseline: str) -> Report:
+def report(args, windows, num_pieces: int, tokenizer, transforms: Mapping[str, Callable], *, baseline: str) -> Report:
     """Times the transforms, and a copy of the windows as the lower bound."""
     import numpy as np
 

@@ -5,8 +5,9 @@ one with --store.
 """
 
 import argparse
+import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from jaxcoder.benchmarks.measure import Report, add_runs_argument, environment, stdlib_sources, time_in_turns
@@ -45,7 +46,7 @@ def build(directory: Path, code_megabytes: float):
     return build_store(directory / "code.parquet", train_tokenizer(texts, 49152), directory / "store", seed=SEED)
 
 
-def report(store, args: argparse.Namespace, others: dict[str, Callable[[int], Iterator]]) -> Report:
+def report(store, args: argparse.Namespace, others: dict[str, Callable[[int], Generator]]) -> Report:
     """Times the stages of the stream of `store`, and `others`: name -> (first batch -> iterator of batches)."""
     from jaxcoder.config.schema import DataConfig
     from jaxcoder.data.stream import SampleStream
@@ -86,19 +87,18 @@ def report(store, args: argparse.Namespace, others: dict[str, Callable[[int], It
 class _Batches:
     """A call reads `count` batches from `source(first batch)`; the next call continues where it ended."""
 
-    def __init__(self, source: Callable[[int], Iterator], count: int, *, first: int):
+    def __init__(self, source: Callable[[int], Generator], count: int, *, first: int):
         self._source, self._count, self._start = source, count, first
 
     def __call__(self) -> None:
-        batches = self._source(self._start)
-        for _ in range(self._count):
-            next(batches)
-        batches.close()
+        with contextlib.closing(self._source(self._start)) as batches:
+            for _ in range(self._count):
+                next(batches)
         self._start += self._count
 
 
-def _windows(stream, size: int) -> Callable[[int], Iterator]:
-    def make(start: int) -> Iterator:
+def _windows(stream, size: int) -> Callable[[int], Generator]:
+    def make(start: int) -> Generator:
         while True:
             yield stream.samples(start * size, (start + 1) * size)
             start += 1
@@ -106,10 +106,10 @@ def _windows(stream, size: int) -> Callable[[int], Iterator]:
     return make
 
 
-def _batches(stream, size: int) -> Callable[[int], Iterator]:
+def _batches(stream, size: int) -> Callable[[int], Generator]:
     from jaxcoder.data.loader import batches
 
-    def make(start: int) -> Iterator:
+    def make(start: int) -> Generator:
         with batches(stream, global_batch_size=size, first_sample=start * size) as source:
             yield from source
 

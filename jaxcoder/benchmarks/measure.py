@@ -14,7 +14,7 @@ import platform
 import statistics
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def _cell(value: Any) -> str:
 
 
 def time_in_turns(
-    calls: dict[str, Callable[[], object]],
+    calls: Mapping[str, Callable[[], object]],
     *,
     runs: int,
     min_seconds: float = 0.0,

@@ -150,7 +150,7 @@ def train(model, batches, config: OptimizerConfig) -> tuple[list[StepResult], di
     torch, _ = import_torch("the PyTorch reference")
     step, results = TorchTrainer(model, config), []
     for batch, rate in zip(batches, learning_rates(config, len(batches)), strict=True):
-        ids = (torch.from_numpy(part.astype("int64")) for part in (batch.inputs, batch.targets))
-        loss, norm = step(*ids, torch.from_numpy(batch.loss_mask), rate)
+        inputs, targets = (torch.from_numpy(ids.astype("int64")) for ids in (batch.inputs, batch.targets))
+        loss, norm = step(inputs, targets, torch.from_numpy(batch.loss_mask), rate)
         results.append(StepResult(float(loss), float(norm)))
     return results, step.weights()

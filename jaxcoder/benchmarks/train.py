@@ -92,7 +92,9 @@ def _measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         size = _matmul_size(args, platform)
         call, steps = peak.matmuls(size, config.compute.dtype, times, device)[name], times
     else:
-        call = _JaxStep(config, steps) if name == JAXCODER else _torch_step(name, config, device, steps, args.compile)
+        call = (
+            _JaxStep(config, steps) if name == JAXCODER else _torch_step(name, config, str(device), steps, args.compile)
+        )
     seconds = time_in_turns({name: call}, runs=REPEATS, clock=clock_of(args))
     return {
         "seconds": seconds[name] / steps,
@@ -112,10 +114,11 @@ def run_config(args: argparse.Namespace, platform: str = "cpu") -> RunConfig:
 
     base = load_run(args.config)
     check_at_least(1, batch_size=args.batch_size, seq_len=args.seq_len, runs=args.runs)
-    off = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
     return replace(
         base,
-        model=replace(base.model, max_seq_len=args.seq_len, **off),
+        model=replace(
+            base.model, max_seq_len=args.seq_len, embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0
+        ),
         global_batch_size=args.batch_size,
         microbatch_size=None,
         num_steps=1000,

@@ -176,7 +176,7 @@ class Checkpointer:
         step = int(_of_process_0(step))
         return None if step < 0 else step
 
-    def restore(self, step: int, abstract_arrays: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    def restore(self, step: int, abstract_arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The arrays of `step` in the requested shapes, dtypes and shardings, whatever mesh they were saved on.
 
         Shardings on an abstract mesh are resolved on the mesh in scope. Raises CheckpointError for a step that is not

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxcoder.config import ModelConfig
+from jaxcoder.config.schema import Activation
 from jaxcoder.errors import ConversionError
 
 MODEL_TYPE = "gpt_bigcode"
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",

@@ -81,10 +81,7 @@ def shape(dims: str, config: ModelConfig) -> tuple[int, ...]:
 
 def to_hf_tensor(entry: Entry, arrays: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
     """The hf tensor of jax arrays, given in the order of `entry.jax_dims`. Exact: a permutation of the values."""
-    if len(arrays) == 2:
-        fused = _fuse(*arrays, config)
-    else:
-        (fused,) = arrays
+    fused = _fuse(arrays[0], arrays[1], config) if len(arrays) == 2 else arrays[0]
     hf_shape = shape(entry.hf_dims, config)
     return fused.reshape(hf_shape[::-1]).T if _is_kernel(entry) else fused.reshape(hf_shape)
 

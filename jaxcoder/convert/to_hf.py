@@ -6,7 +6,7 @@ an index), generation_config.json, and the tokenizer's.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,5 +123,5 @@ def _index(shards: dict[str, list[Entry]], num_parameters: int) -> dict[str, obj
     return {"metadata": {"total_size": 4 * num_parameters}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _write_json(path: Path, content: dict[str, object]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ all rows are finished.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,7 +95,7 @@ def generate_tokens(
     check_prompts(model, prompts, max_new_tokens)
     if len(samplings) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts have {len(samplings)} samplings: give one for all, or one for each.")
-    results: list[NewTokens | None] = [None] * len(prompts)
+    results: dict[int, NewTokens] = {}
     for rows in _batches([len(prompt) for prompt in prompts], max_batch_size, model.config.max_seq_len):
         decoding = Decoding(
             model,
@@ -115,7 +116,7 @@ def generate_tokens(
             newest = decoding.advance(steps_per_call)
         for index, row in enumerate(rows):
             results[row] = decoding.result(index)
-    return results
+    return [results[row] for row in range(len(prompts))]
 
 
 def check_prompts(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -170,7 +171,7 @@ class Decoding:
         left = np.array([*self._most, *[0] * padding], np.int32)
         with self._in_mesh():
             self._state, chosen = _prefill(model, tokens, lengths, left, self._rows, self._vocabulary)
-        self.newest = self._collect(*chosen)
+        self.newest = self._collect(chosen)
 
     @property
     def finished(self) -> bool:
@@ -192,7 +193,7 @@ class Decoding:
             self._state, chosen = _steps(
                 self._model, self._state, self._live, np.int32(num_steps), self._rows, self._vocabulary
             )
-        return self._collect(*chosen)
+        return self._collect(chosen)
 
     def stop(self, row: int, unwanted: int = 0) -> None:
         """Finishes a row, for example at a stop string, and discards its last `unwanted` tokens."""
@@ -207,8 +208,8 @@ class Decoding:
         """The tokens of a row so far."""
         return self._results[row]
 
-    def _collect(self, tokens: jax.Array, log_probs: jax.Array) -> list[list[int]]:
-        tokens, log_probs = np.asarray(tokens), np.asarray(log_probs)
+    def _collect(self, chosen: tuple[jax.Array, jax.Array]) -> list[list[int]]:
+        tokens, log_probs = map(np.asarray, chosen)
         left = np.asarray(self._state.left)
         newest = []
         for row, result in enumerate(self._results):
@@ -243,8 +244,8 @@ def in_compute_dtype(model: Decoder) -> Decoder:
 
 def mesh_of(model: Decoder) -> jax.sharding.Mesh | None:
     """The mesh of the weights; None if they are not sharded."""
-    sharding = model.wte[...].sharding
-    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+    mesh = getattr(jax.tree.leaves(model)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, jax.sharding.Mesh) else None
 
 
 def padded(size: int, smallest: int, largest: int) -> int:
@@ -254,12 +255,7 @@ def padded(size: int, smallest: int, largest: int) -> int:
 
 def padded_batch(rows: int, model: Decoder, mesh: jax.sharding.Mesh | None) -> int:
     """`rows` rounded up to a power of two for each shard of the batch."""
-    shards = 1
-    if mesh is not None:
-        with jax.set_mesh(mesh):
-            axes = model.rules.spec("batch")[0]
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            shards *= mesh.shape[axis]
+    shards = 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in model.rules.of("batch"))
     return shards * (1 << (-(-rows // shards) - 1).bit_length())
 
 

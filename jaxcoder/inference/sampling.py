@@ -17,6 +17,8 @@ import numpy as np
 
 from jaxcoder.errors import ConfigError
 
+Array = jax.Array | np.ndarray
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -53,10 +55,10 @@ _ALL = np.iinfo(np.int32).max  # top_k of None: larger than any vocabulary
 class RowSampling(NamedTuple):
     """The samplings of a batch: keys uint32 (B, 2), temperature and top_p fp32 (B,), top_k int32 (B,)."""
 
-    keys: np.ndarray
-    temperature: np.ndarray
-    top_p: np.ndarray
-    top_k: np.ndarray
+    keys: Array
+    temperature: Array
+    top_p: Array
+    top_k: Array
 
 
 def stack(samplings: Sequence[Sampling]) -> RowSampling:
@@ -91,7 +93,7 @@ def choose(logits: jax.Array, rows: RowSampling, positions: jax.Array) -> jax.Ar
     return jax.lax.cond(jnp.any(rows.temperature > 0), sampled, lambda: greedy)
 
 
-def most_likely(probabilities: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+def most_likely(probabilities: jax.Array, top_p: Array, top_k: Array) -> jax.Array:
     """bool (B, V): the smallest set of most likely tokens with top_p of the probability of the top_k tokens."""
     enough = jnp.minimum(top_k, probabilities.shape[1])
     kth = _largest_threshold(probabilities, lambda at_least: at_least.sum(-1) >= enough)
@@ -121,7 +123,7 @@ def _largest_threshold(probabilities: jax.Array, is_enough: Callable[[jax.Array]
     return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
-def _gumbel(keys: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+def _gumbel(keys: Array, positions: jax.Array, size: int) -> jax.Array:
     """Gumbel noise fp32 (B, size); that of row b depends on keys[b] and positions[b] only."""
 
     def one(key, position):

@@ -22,11 +22,16 @@ class BatchArrays(Protocol):
     """Arrays (B, S): inputs, targets int32; loss_mask fp32; positions int32; segment_ids int32, or None to attend
     across documents."""
 
-    inputs: Any
-    targets: Any
-    loss_mask: Any
-    positions: Any
-    segment_ids: Any
+    @property
+    def inputs(self) -> Any: ...
+    @property
+    def targets(self) -> Any: ...
+    @property
+    def loss_mask(self) -> Any: ...
+    @property
+    def positions(self) -> Any: ...
+    @property
+    def segment_ids(self) -> Any: ...
 
 
 @jax.tree_util.register_dataclass

@@ -49,7 +49,7 @@ class JsonlWriter:
             # Unbuffered, one write for each line: a line can be torn, but never mixed with another.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Appends {"step": step, **metrics}; values are numbers (NumPy and JAX scalars too)."""
         record = {"step": int(step), **{name: _plain(value) for name, value in metrics.items()}}
         line = f"{json.dumps(record)}\n".encode()
@@ -108,7 +108,7 @@ def _with_floats(record: dict[str, Any]) -> dict[str, Any]:
     return {name: float(value) if value in NOT_FINITE else value for name, value in record.items()}
 
 
-def _plain(value: float) -> float | int | str:
+def _plain(value: float | str) -> float | int | str:
     if isinstance(value, bool | int | str):
         return value
     number = float(value)
@@ -128,7 +128,7 @@ class TensorBoardWriter:
         purge = None if resume_from_step is None else resume_from_step + 1
         self._writer = SummaryWriter(str(directory), purge_step=purge)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """One scalar per metric; texts are left out."""
         for name, value in metrics.items():
             if not isinstance(value, str):
@@ -144,7 +144,7 @@ class MultiWriter:
     def __init__(self, writers: Sequence[MetricWriter]):
         self._writers = list(writers)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
         for writer in self._writers:
             writer.write(step, metrics)
 

@@ -16,8 +16,7 @@ def fim_shares(batch: Batch, tokenizer: Tokenizer | None) -> dict[str, float]:
 
     PSM order is <prefix> text <suffix> text <middle> text, SPM order <prefix> <suffix> text <middle> text.
     """
-    fim = None if tokenizer is None else tokenizer.fim
-    if fim is None:
+    if tokenizer is None or (fim := tokenizer.fim) is None:
         return {}
     ids = batch.inputs
     is_last = np.zeros(len(ids), bool) if ids.shape[1] == 0 else ids[:, -1] != tokenizer.eos_id

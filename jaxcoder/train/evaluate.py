@@ -52,13 +52,15 @@ class HeldOut:
     def __call__(self, model: Model) -> dict[str, float]:
         """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME, eval/position/FIRST-LAST and, with
         several held-out stores, eval/corpus/NAME. Call with the mesh in scope."""
-        everything, by_language, by_corpus = Sums(), {}, {}
+        everything = Sums()
+        by_language: dict[str, Sums] = {}
+        by_corpus: dict[str, Sums] = {}
         by_position = [Sums() for _ in position_ranges(self._config.model.max_seq_len)]
         for held_out, languages in zip(self._streams, self._languages, strict=True):
             corpus_sums = by_corpus.setdefault(held_out.name, Sums())
-            for name, *sums in self._evaluate(model, held_out.stream, languages, by_position):
+            for name, nats, tokens, text_bytes in self._evaluate(model, held_out.stream, languages, by_position):
                 for total in (everything, corpus_sums, by_language.setdefault(name, Sums())):
-                    total.add(*sums)
+                    total.add(nats, tokens, text_bytes)
         metrics = everything.metrics("eval")
         for name, sums in sorted(by_language.items()):
             metrics |= sums.metrics(f"{LANGUAGE_PREFIX}{name}")
@@ -83,6 +85,7 @@ class HeldOut:
                 counts
             ]
             numbers = languages.of_targets(samples)[counts]
+            assert stream.token_bytes is not None  # synthetic streams alone have none
             text_bytes = stream.token_bytes[batch.targets[counts]]
             ranges = np.searchsorted(lasts, batch.positions[counts])
             for total, sums in zip(by_position, _sums(ranges, len(by_position), nats, text_bytes), strict=True):

@@ -75,7 +75,7 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
     """
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
     indices = _row_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
-    rows = sorted({row for index in indices for row in range(*index[0].indices(shards))})
+    rows = sorted({row for index in indices if index for row in range(*index[0].indices(shards))})
     count, rest = divmod(shards, len(rows))
     if rest or rows != list(range(rows[0], rows[0] + len(rows))) or rows[0] % len(rows):
         raise ConfigError(

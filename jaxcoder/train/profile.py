@@ -71,10 +71,10 @@ class Profiler:
         """To be called after `step` was dispatched; `wait` blocks until it is computed."""
         if self._running is not None and step >= self._running.last:
             wait()
-            self._stop(step)
+            self._stop(self._running.first, step)
 
-    def _stop(self, step: int) -> None:
-        first, self._running = self._running.first, None
+    def _stop(self, first: int, step: int) -> None:
+        self._running = None
         jax.profiler.stop_trace()
         logger.info(
             f"Profile of steps {first} to {step}: {self._directory} "
@@ -87,4 +87,4 @@ class Profiler:
 
     def __exit__(self, *_: object) -> None:
         if self._running is not None:
-            self._stop(self._running.last)
+            self._stop(self._running.first, self._running.last)

@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -103,7 +104,7 @@ class TrainSession:
             self._exits = stack.pop_all()
         return self
 
-    def __exit__(self, *exc_info: object) -> bool | None:
+    def __exit__(self, *exc_info: Any) -> bool | None:
         return self._exits.__exit__(*exc_info)
 
     def _check_hosts(self) -> None:
@@ -237,10 +238,10 @@ class TrainSession:
             process_index=index,
             process_count=count,
         ) as source:
-            source = itertools.islice(source, self.config.num_steps - self.step)
+            remaining: Iterator[Batch] = itertools.islice(source, self.config.num_steps - self.step)
             if self._alter_batch is not None:
-                source = map(self._alter_batch, itertools.count(self.step + 1), source)
-            with prefetch_to_devices(source, self.mesh) as prefetched:
+                remaining = map(self._alter_batch, itertools.count(self.step + 1), remaining)
+            with prefetch_to_devices(remaining, self.mesh) as prefetched:
                 yield prefetched
 
     def record_progress(self) -> None:

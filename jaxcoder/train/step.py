@@ -38,12 +38,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = reshard(jnp.arange(batch.inputs.shape[0]), state.model.rules.spec("batch"))
-        has_dropout = state.model.has_dropout
-        key = make_key(config.seed, state.step) if has_dropout else None
+        key = make_key(config.seed, state.step) if state.model.has_dropout else None
 
         def microbatch_gradients(totals, batch_and_rows):
             batch, rows = batch_and_rows
-            dropout = Dropout(key=key, rows=rows) if has_dropout else None
+            dropout = None if key is None else Dropout(key=key, rows=rows)
             losses, gradients = grad_of_loss(state.model, batch, dropout)
             return jax.tree.map(jnp.add, totals, (losses, gradients)), None
 

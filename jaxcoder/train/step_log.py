@@ -27,7 +27,7 @@ class _Pending:
     batch_size: int
     text_bytes: int | None
     data_wait: float
-    counts: Mapping[str, float]
+    counts: dict[str, float]
 
 
 class StepLog:
@@ -66,7 +66,7 @@ class StepLog:
         batch_size: int,
         text_bytes: int | None,
         data_wait: float,
-        counts: Mapping[str, float],
+        counts: dict[str, float],
     ) -> None:
         """Takes a dispatched step, whose metrics are still being computed.
 

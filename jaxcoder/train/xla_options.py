@@ -11,6 +11,7 @@ Source of most: MaxText, benchmarks/xla_flags_library.py, and its scripts for a 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 Value = bool | int | str
 
@@ -126,7 +127,7 @@ def options_for(device_kind: str) -> dict[str, Value]:
     return {name: value for bundle in bundles_for(device_kind) for name, value in bundle.options.items()}
 
 
-def accepted(options: dict[str, Value], compile_with: Callable[[dict[str, Value]], object]) -> dict[str, Value]:
+def accepted(options: dict[str, Value], compile_with: Callable[[Any], object]) -> dict[str, Value]:
     """The options that the installed compiler knows. compile_with: compiles something small with the options."""
     options = dict(options)
     while options:
