@@ -124,7 +124,7 @@ def _compiler(args: argparse.Namespace):
 
         try:
             left = max(end - time.monotonic(), 1.0)
-            return compile_step(config, topology, use_cache=not args.no_cache, waiting=waiting, time_limit=left)
+            return compile_step(config, topology, use_cache=not args.no_cache, on_wait=waiting, time_limit=left)
         finally:
             progress.close()
 

@@ -1,7 +1,7 @@
-"""The time model compared with published runs: predicted over published for each, and the range that follows.
+"""The time model compared with published runs: predicted over published step time for each, and their range.
 
-Nothing is fitted to these runs: the efficiencies of time_model.py have other sources. The ratios therefore show how
-far a prediction may be off, for a run that is tuned as well as these were.
+The efficiencies of time_model.py were not fitted to these runs, so the ratios show how far a prediction may be off for
+a run that is tuned as well as these were.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from jaxcoder.plan.topology import Topology, parse_topology
 from jaxcoder.plan.workload import DecoderShape, Layout, work_of
 
 MIN_MODELS = 3
-"""Different models among the published runs from which on their ratios give a range."""
+"""Fewest different models whose ratios give a range."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Comparison:
     run: PublishedRun
     topology: Topology
     published: float
-    """Seconds a step."""
+    """Seconds per step."""
     predicted: StepTime
 
     @property
@@ -55,7 +55,7 @@ def comparisons() -> tuple[Comparison, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """Published over predicted seconds of the runs on one platform: factors for a prediction."""
+    """Published over predicted seconds, of the fastest and the slowest run relative to its prediction."""
 
     fastest: float
     slowest: float
@@ -63,7 +63,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """How well the time model is tested on a platform. range: None if that are too few models to tell."""
+    """How well the time model is tested on a platform. range: None with fewer than MIN_MODELS models."""
 
     runs: int
     models: int
@@ -76,24 +76,19 @@ class Calibration:
 
 @cache
 def calibration(platform: str) -> Calibration:
-    """Of "tpu" or "cuda"."""
+    """platform: "tpu" or "cuda"."""
     found = [comparison for comparison in comparisons() if comparison.topology.platform == platform]
     factors = [1 / comparison.ratio for comparison in found]
     models = len({comparison.run.decoder for comparison in found})
-    enough = models >= MIN_MODELS
-    return Calibration(
-        runs=len(found), models=models, range=Range(fastest=min(factors), slowest=max(factors)) if enough else None
-    )
+    factor_range = Range(fastest=min(factors), slowest=max(factors)) if models >= MIN_MODELS else None
+    return Calibration(runs=len(found), models=models, range=factor_range)
 
 
 def starcoder_prediction(config: RunConfig) -> float | None:
-    """The model's tokens/s of one GPU for the run that StarCoderBase was trained in (`STARCODER`), None for other
-    models.
-
-    Its pipeline stages are not modelled: the 4 stages are taken as further weight sharding.
-    """
+    """Predicted tokens/s per GPU of BigCode's own run (`STARCODER`); None unless `config` has that model."""
     if num_parameters(config.model) != STARCODER.parameters:
         return None
+    # Pipeline stages are not modelled: the original's 4 stages count as weight sharding.
     original = replace(config, mesh=MeshConfig(data=8, fsdp=16, tensor=4), global_batch_size=512, microbatch_size=128)
     topology = parse_topology(STARCODER.topology)
     work = work_of(DecoderShape.of(config.model), Layout.of(original))

@@ -1,7 +1,7 @@
-"""The real training step, compiled for a topology that need not be there, and what the compiler says of it.
+"""The training step compiled for a topology that need not be attached, and the compiler's figures.
 
-The compiler works in a process of its own: libtpu ends the process on what it cannot do, and XLA's options are read
-once. The result is cached for the user under the versions, the run, the topology and the compiled code.
+The compiler runs in a process of its own, because libtpu aborts the process on what it cannot compile and XLA reads its
+options once. Results are cached per user, keyed by the run, the topology, the package versions and the code.
 
     python -m jaxcoder.plan.compile REQUEST ANSWER        (files; the process that `compile_step` starts)
 """
@@ -20,51 +20,62 @@ from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxcoder.config import CheckpointConfig, DataConfig, EvalConfig, RunConfig
 from jaxcoder.config.serialize import from_json, to_dict
 from jaxcoder.errors import ConfigError, JaxcoderError, MissingExtraError
-from jaxcoder.plan.hlo import Collective
-from jaxcoder.plan.topology import Topology
+from jaxcoder.plan.hlo import Collective, Program
+from jaxcoder.plan.topology import TPUS, Topology
 from jaxcoder.runtime import environment_with, user_cache
 
+if TYPE_CHECKING:
+    import jax
+
+    from jaxcoder.data.loader import Batch
+    from jaxcoder.train.state import TrainState
+
+COMPILER = (sys.executable, "-m", "jaxcoder.plan.compile")
+"""The command of the compiler's process."""
 _ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",  # the devices are described, not asked for
-    "TPU_SKIP_MDS_QUERY": "1",  # no question to a metadata server that is not there
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second process ends at libtpu's lock file
+    "JAX_PLATFORMS": "cpu",  # the devices are described, not attached
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no TPU metadata server
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process ends at libtpu's lock file
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_ENABLE_COMPILATION_CACHE": "false",
 }
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-_COMPILED = ("config", "kernels", "models", "sharding", "train")
-_NOT_COMPILED = "train/plan/"
-_READS_THE_PROGRAM = ("plan/compile.py", "plan/hlo.py")
+# Source files that a result depends on.
+_SOURCES = (
+    "config/**/*.py", "kernels/**/*.py", "models/**/*.py", "sharding/**/*.py", "train/**/*.py", "plan/compile.py",
+    "plan/hlo.py",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler says of one training step on one topology. Bytes and FLOPs are of one device."""
+    """The compiler's figures for one training step on one topology. Bytes and FLOPs are per device."""
 
     fits: bool
     lower_seconds: float
     compile_seconds: float
     state_bytes: int
-    """Weights and Adam's moments, in their shards."""
+    """Shards of the weights and the optimizer state."""
     batch_bytes: int
     temporary_bytes: int | None = None
-    """Gradients, activations, gathered weights, buffers of transfers. None where it does not fit."""
+    """Gradients, activations, gathered weights, buffers of transfers. None if it does not fit."""
     output_bytes: int | None = None
-    """Results that do not take the place of an argument."""
+    """Results that do not reuse the memory of an argument."""
     code_bytes: int | None = None
     needed_bytes: int | None = None
-    """Where it does not fit: what the compiler says it would need, if it says so."""
+    """If it does not fit: the memory that the compiler asks for, if it reports it."""
     limit_bytes: int | None = None
-    """Where it does not fit: what the compiler says there is."""
+    """If it does not fit: the available memory that the compiler reports."""
     refusal: str = ""
     matmul_flops: float = 0.0
-    """Of all matrix products of a step, recomputation included, attention kernels not."""
+    """Of all matmuls of a step, recomputation included, without attention kernels."""
     estimated_cycles: float | None = None
-    """Of everything but kernels and transfers, in the TPU compiler's own estimate."""
+    """The TPU compiler's estimate, without kernels and transfers."""
     collectives: tuple[Collective, ...] = ()
     kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     shardings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -74,10 +85,11 @@ class Compiled:
 
     @property
     def peak_bytes(self) -> int | None:
-        """None only where it does not fit and the compiler does not say by how much."""
+        """None only if it does not fit and the compiler does not report the memory it needs."""
         if not self.fits:
             return self.needed_bytes
-        return self.state_bytes + self.batch_bytes + self.temporary_bytes + self.output_bytes + (self.code_bytes or 0)
+        program = (self.temporary_bytes or 0) + (self.output_bytes or 0) + (self.code_bytes or 0)
+        return self.state_bytes + self.batch_bytes + program
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -94,13 +106,13 @@ def compile_step(
     topology: Topology,
     *,
     use_cache: bool = True,
-    waiting: Callable[[float], object] = lambda seconds: None,
+    on_wait: Callable[[float], object] = lambda seconds: None,
     time_limit: float | None = None,
 ) -> Compiled:
     """Compiles the training step of a run whose mesh is resolved, or reads the cached result.
 
-    waiting: called about twice a second with the seconds gone. time_limit: seconds after which it is given up.
-    Raises MissingExtraError and ConfigError where the compiler is not installed, JaxcoderError where it gives up.
+    on_wait: called about twice a second with the elapsed seconds. time_limit: seconds, then JaxcoderError.
+    MissingExtraError or ConfigError if the compiler is not installed, JaxcoderError if it fails.
     """
     check_compiler(topology)
     request = _request(config, topology)
@@ -108,47 +120,32 @@ def compile_step(
     if use_cache and entry.exists():
         return Compiled.from_json(entry.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
-        asked, answer, log = (Path(folder, name) for name in ("request", "answer", "log"))
-        asked.write_text(request, encoding="utf-8")
-        command = [sys.executable, "-m", __name__, str(asked), str(answer)]
-        code = _run(command, log, waiting, time_limit)
+        request_file, answer, log = (Path(folder, name) for name in ("request", "answer", "log"))
+        request_file.write_text(request, encoding="utf-8")
+        code = _run([*COMPILER, str(request_file), str(answer)], log, on_wait, time_limit)
         if not answer.exists():
-            raise JaxcoderError(_why(code, log.read_text(encoding="utf-8", errors="replace"), topology, time_limit))
+            raise JaxcoderError(_failure(code, log.read_text(encoding="utf-8", errors="replace"), topology, time_limit))
         text = answer.read_text(encoding="utf-8")
-    found = Compiled.from_json(text)
     if use_cache:
-        try:
+        with contextlib.suppress(OSError):  # the result is valid without a cache
             entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             part = entry.with_suffix(".part")
             part.write_text(text, encoding="utf-8")
             part.replace(entry)
-        except OSError:
-            pass  # a cache that cannot be written is no reason to lose the answer
-    return found
+    return Compiled.from_json(text)
 
 
 def is_cached(config: RunConfig, topology: Topology) -> bool:
-    """Whether `compile_step` would answer at once."""
     return _entry(_request(config, topology)).exists()
 
 
-def relevant(config: RunConfig) -> RunConfig:
-    """The run without what the compiled program does not depend on, so that equal programs are one cache entry."""
-    return dataclasses.replace(
-        config,
-        name="plan", output_dir="", init_from="", tensorboard=False, log_every_steps=1,
-        data=DataConfig(store="synthetic", document_mask=config.data.document_mask),
-        checkpoint=CheckpointConfig(), eval=EvalConfig(),
-    )  # fmt: skip
-
-
 def check_compiler(topology: Topology) -> None:
-    """Raises an error in one sentence where this installation has no compiler for the topology."""
+    """MissingExtraError or ConfigError if this installation has no compiler for the topology."""
     if topology.platform == "cuda":
-        packages, extra, wheels = ("jax_cuda13_plugin", "jax_cuda12_plugin"), "cuda", "XLA for CUDA (no GPU)"
-        machines = ("x86_64", "aarch64")
+        packages: tuple[str, ...] = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+        extra, wheels, machines = "cuda", "XLA for CUDA (no GPU)", ["x86_64", "aarch64"]
     else:
-        packages, extra, wheels, machines = ("libtpu",), "plan", "libtpu", ("x86_64",)
+        packages, extra, wheels, machines = ("libtpu",), "plan", "libtpu", ["x86_64"]
     if any(find_spec(name) for name in packages):
         return
     system, machine = platform.system(), platform.machine()
@@ -156,12 +153,13 @@ def check_compiler(topology: Topology) -> None:
         raise ConfigError(
             f"compiling for {topology.name} needs {wheels}, which has wheels for Linux on {' and '.join(machines)} "
             f"only, and this is {system} on {machine}: "
-            "plan on such a machine, or give --no-compile for a model's figures."
+            "plan on such a machine, or use --no-compile for modelled figures."
         )
     raise MissingExtraError(f"compiling for {topology.name}", extra)
 
 
 def versions() -> dict[str, str]:
+    """Package -> version of what the compiled program depends on."""
     found = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -169,30 +167,30 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def code_fingerprint() -> str:
-    """Of every source file that the compiled program may depend on."""
-    package = Path(__file__).parents[2]
-    digest = hashlib.sha256()
-    for room in _COMPILED:
-        for path in sorted((package / room).rglob("*.py")):
-            name = path.relative_to(package).as_posix()
-            if not name.startswith(_NOT_COMPILED) or name in _READS_THE_PROGRAM:
-                digest.update(name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
 def _request(config: RunConfig, topology: Topology) -> str:
-    described = dataclasses.replace(topology, network_bandwidth=None)  # of no concern to the compiler
-    return json.dumps({"config": to_dict(relevant(config)), "topology": dataclasses.asdict(described)})
+    """JSON of what the compiled program depends on; runs that differ elsewhere share a cache entry."""
+    config = dataclasses.replace(
+        config,
+        name="plan", output_dir="", init_from="", tensorboard=False, log_every_steps=1,
+        data=DataConfig(store="synthetic", document_mask=config.data.document_mask),
+        checkpoint=CheckpointConfig(), eval=EvalConfig(),
+    )  # fmt: skip
+    topology = dataclasses.replace(topology, network_bandwidth=None)
+    return json.dumps({"config": to_dict(config), "topology": dataclasses.asdict(topology)})
 
 
 def _entry(request: str) -> Path:
-    parts = request, json.dumps(versions(), sort_keys=True), code_fingerprint()
-    return user_cache("plan") / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}.json"
+    """The cache file of a request."""
+    package = Path(__file__).parents[1]
+    code = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in package.glob(pattern)):
+        code.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    key = "\0".join((request, json.dumps(versions(), sort_keys=True), code.hexdigest()))
+    return user_cache("plan") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def _run(command: list[str], log: Path, waiting: Callable[[float], object], time_limit: float | None) -> int | None:
-    """Exit code; None where the time ran out."""
+def _run(command: list[str], log: Path, on_wait: Callable[[float], object], time_limit: float | None) -> int | None:
+    """The exit code; None at the time limit. Kills the process if it is interrupted."""
     start = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -200,11 +198,11 @@ def _run(command: list[str], log: Path, waiting: Callable[[float], object], time
         )
         try:
             while process.poll() is None:
-                gone = time.monotonic() - start
-                if time_limit is not None and gone > time_limit:
+                elapsed = time.monotonic() - start
+                if time_limit is not None and elapsed > time_limit:
                     return None
-                waiting(gone)
-                time.sleep(0.5 if gone > 2 else 0.1)
+                on_wait(elapsed)
+                time.sleep(0.5 if elapsed > 2 else 0.1)
             return process.returncode
         finally:
             if process.poll() is None:
@@ -212,44 +210,45 @@ def _run(command: list[str], log: Path, waiting: Callable[[float], object], time
                 process.wait()
 
 
-def _why(code: int | None, log: str, topology: Topology, time_limit: float | None) -> str:
+def _failure(code: int | None, log: str, topology: Topology, time_limit: float | None) -> str:
     if code is None:
-        return f"compiling for {topology} was given up after {time_limit:.0f} seconds: allow it more with --minutes."
+        return f"compiling for {topology} exceeded {time_limit:.0f} seconds: raise the limit with --minutes."
     if code in (-9, 137):
-        return f"compiling for {topology} was killed, for want of this machine's memory most likely: 16 GB suffice."
-    said = [line.strip() for line in log.splitlines() if re.match(r"[\w.]*(Error|Exception)\b.*:|F\d{4} ", line)]
+        return f"compiling for {topology} was killed, probably out of host memory: use a machine with 16 GB."
+    errors = [line.strip() for line in log.splitlines() if re.match(r"[\w.]*(Error|Exception)\b.*:|F\d{4} ", line)]
     return (
-        f"the compiler gave up on {topology} (exit code {code}): {said[-1] if said else log.strip()[-300:]!r}. "
-        "`--no-compile` gives the model's figures."
+        f"compiling for {topology} failed (exit code {code}): {errors[-1] if errors else log.strip()[-300:]!r}. "
+        "`--no-compile` gives modelled figures."
     )
 
 
-# --- in the other process --------------------------------------------------------------------------------------------
+# --- in the compiler's process ---------------------------------------------------------------------------------------
 
 
-def _answer(request: dict) -> Compiled:
+def _compile(config: RunConfig, topology: Topology) -> Compiled:
     import jax
 
-    topology = Topology(**request["topology"] | {"shape": tuple(request["topology"]["shape"])})
-    config = from_json(json.dumps(request["config"]))
-    mesh = described_mesh(config, topology)
-    start = time.monotonic()
     from jaxcoder.train.step import compiler_options, make_train_step
 
-    state, batch = abstract_arguments(config, mesh)
+    mesh = _described_mesh(config, topology)
+    start = time.monotonic()
+    state, batch = _abstract_arguments(config, mesh)
     device = mesh.devices.flat[0]
-    step = make_train_step(config, device)
-    options = compiler_options(config, device)
+    step: Any = make_train_step(config, device)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        # JAX names the described device `gpu` and would look for one; `cuda` it lowers for without.
+        # The platform of a described GPU is `gpu`, for which JAX wants an attached device; `cuda` lowers without one.
         lowered = step.trace(state, batch).lower(lowering_platforms=(topology.platform,))
         lowered_at = time.monotonic()
-        common = dict(
+        # Weights in memory, with layers stacked.
+        weights = jax.tree_util.tree_flatten_with_path(state.model)[0]
+        known: dict[str, Any] = dict(
             lower_seconds=lowered_at - start,
             state_bytes=_bytes(state),
             batch_bytes=_bytes(batch),
-            shardings=_shardings(state),
-            options=options,
+            shardings={
+                jax.tree_util.keystr(path): f"{leaf.shape} {tuple(leaf.sharding.spec)}" for path, leaf in weights
+            },
+            options=compiler_options(config, device),
             versions=versions(),
         )
         try:
@@ -257,63 +256,56 @@ def _answer(request: dict) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed, limit = _exhausted(str(error))
+            needed, limit = _memory_in_error(str(error))
             return Compiled(
                 fits=False, compile_seconds=time.monotonic() - lowered_at, needed_bytes=needed, limit_bytes=limit,
-                refusal=str(error).splitlines()[0][:400], **common,
+                refusal=str(error).splitlines()[0][:400], **known,
             )  # fmt: skip
-    return _facts(compiled, dict(mesh.shape), time.monotonic() - lowered_at, common)
-
-
-def _facts(compiled, mesh: dict[str, int], seconds: float, common: dict) -> Compiled:
-    from jaxcoder.plan.hlo import Program
-
-    memory = compiled.memory_analysis()
-    program = Program(compiled.as_text())
+    compile_seconds = time.monotonic() - lowered_at
+    memory, program = compiled.memory_analysis(), Program(compiled.as_text())
     return Compiled(
         fits=True,
-        compile_seconds=seconds,
+        compile_seconds=compile_seconds,
         temporary_bytes=memory.temp_size_in_bytes,
         output_bytes=max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0),
         code_bytes=memory.generated_code_size_in_bytes,
         matmul_flops=program.matmul_flops(),
         estimated_cycles=program.estimated_cycles(),
-        collectives=tuple(program.collectives(mesh)),
+        collectives=tuple(program.collectives(dict(mesh.shape))),
         kernels=program.kernels(),
-        **common,
+        **known,
     )
 
 
-def described_mesh(config: RunConfig, topology: Topology):
-    """The run's mesh over devices that are described and not there."""
+def _described_mesh(config: RunConfig, topology: Topology) -> "jax.sharding.Mesh":
+    """The run's mesh over devices that are described and not attached."""
     from jax.experimental import topologies
 
+    from jaxcoder.plan.gpu_targets import target_config
     from jaxcoder.sharding.mesh import make_mesh
 
+    shape = "x".join(map(str, topology.shape))
     if topology.platform == "cuda":
-        from jaxcoder.plan.gpu_targets import target_config
-
         described = topologies.get_topology_desc(
-            platform="cuda", target_config=target_config(topology.kind),
-            topology="x".join(map(str, (1, *topology.shape))),
-        )  # fmt: skip
+            platform="cuda", target_config=target_config(topology.kind), topology=f"1x{shape}"
+        )
         return make_mesh(config.mesh, described.devices)
-    from jaxcoder.plan.topology import TPUS
-
     generation = next(g for g in TPUS.values() if g.kind == topology.kind)
-    extra: dict = {} if generation.chip_config is None else {"chip_config_name": generation.chip_config}
+    options: dict[str, Any] = {}
+    if generation.chip_config is not None:
+        options["chip_config_name"] = generation.chip_config
     if topology.num_slices > 1:
-        extra["num_slices"] = topology.num_slices
-    sides = "x".join(map(str, topology.shape))
-    name = f"{generation.library_name}:{sides}"
-    if topology.chips // topology.num_slices < 4:  # else libtpu asks for complete hosts
-        extra["chips_per_host_bounds"] = list(topology.shape) + [1] * (3 - len(topology.shape))
-    described = topologies.get_topology_desc(platform="tpu", topology_name=name, **extra)
+        options["num_slices"] = topology.num_slices
+    if topology.chips // topology.num_slices < 4:  # less than a host, which libtpu assumes by default
+        options["chips_per_host_bounds"] = list(topology.shape) + [1] * (3 - len(topology.shape))
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{generation.library_name}:{shape}", **options
+    )
     return make_mesh(config.mesh, described.devices)
 
 
-def abstract_arguments(config: RunConfig, mesh):
-    """(state, batch) of shapes, dtypes and shardings, as `make_train_step` takes them; nothing is allocated."""
+def _abstract_arguments(config: RunConfig, mesh: "jax.sharding.Mesh") -> "tuple[TrainState, Batch]":
+    """(state, batch) for `make_train_step` as shapes, dtypes and shardings; nothing is allocated."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -326,16 +318,19 @@ def abstract_arguments(config: RunConfig, mesh):
         spec = PartitionSpec() if leaf.sharding is None else leaf.sharding.spec
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
+    def rows(dtype) -> Any:
+        shape = config.global_batch_size, config.model.max_seq_len
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(BATCH, None)))
+
     state = jax.tree.map(on_mesh, abstract_state_on(config.mesh, config))
-    rows = NamedSharding(mesh, PartitionSpec(BATCH, None))
-    shape = config.global_batch_size, config.model.max_seq_len
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    counts = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+    ids = rows(jnp.int32)
     segments = ids if config.data.document_mask else None
-    return state, Batch(inputs=ids, targets=ids, loss_mask=counts, positions=ids, segment_ids=segments)
+    batch = Batch(inputs=ids, targets=ids, loss_mask=rows(jnp.float32), positions=ids, segment_ids=segments)
+    return state, batch
 
 
-def _bytes(tree) -> int:
+def _bytes(tree: Any) -> int:
+    """Of one device's shards."""
     import jax
 
     from jaxcoder.train.memory_estimate import shard_bytes
@@ -343,16 +338,8 @@ def _bytes(tree) -> int:
     return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _shardings(state) -> dict[str, str]:
-    """Of the weights as they are in memory, layers stacked."""
-    import jax
-
-    leaves = jax.tree_util.tree_flatten_with_path(state.model)[0]
-    return {jax.tree_util.keystr(path): f"{leaf.shape} {tuple(leaf.sharding.spec)}" for path, leaf in leaves}
-
-
-def _exhausted(message: str) -> tuple[int | None, int | None]:
-    """(needed, limit) bytes in the compiler's refusal."""
+def _memory_in_error(message: str) -> tuple[int | None, int | None]:
+    """(needed, available) bytes in a RESOURCE_EXHAUSTED error of the compiler."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
     for pattern in (
         r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm",
@@ -365,9 +352,11 @@ def _exhausted(message: str) -> tuple[int | None, int | None]:
 
 
 def main(argv: list[str]) -> None:
-    request, answer = argv
-    found = _answer(json.loads(Path(request).read_text(encoding="utf-8")))
-    Path(answer).write_text(found.to_json(), encoding="utf-8")
+    request_file, answer = map(Path, argv)
+    request = json.loads(request_file.read_text(encoding="utf-8"))
+    topology = Topology(**request["topology"] | {"shape": tuple(request["topology"]["shape"])})
+    compiled = _compile(from_json(json.dumps(request["config"])), topology)
+    answer.write_text(compiled.to_json(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""GPUs as XLA describes them to its compiler (GpuTargetConfigProto), so that it needs no card and no driver.
+"""XLA's descriptions of GPUs (GpuTargetConfigProto), with which it compiles without a card or driver.
 
-Figures are those that XLA reads off such a card: the CUDA programming guide's table of compute capabilities and the
-data sheets.
+Figures: the CUDA programming guide's table of compute capabilities, and NVIDIA's data sheets.
 """
 
 _TEXT = """

@@ -1,14 +1,13 @@
-"""What a compiled program does, read from its text: collectives with their mesh axes and bytes, FLOPs, cycles.
+"""Analysis of optimized HLO (`compiled.as_text()`): collectives with their mesh axes and bytes, FLOPs, cycles.
 
-The text is XLA's optimised HLO (`compiled.as_text()`), of one device. Computations call one another (loops, fusions);
-a loop's body counts as often as its condition says: XLA's own `cost_analysis` counts it once. Reference: XLA's
-"Operation semantics" and `hlo_cost_analysis.cc`, whose rules for dots and convolutions these are.
+All figures are per device and step. The body of a loop counts once per iteration, unlike in XLA's `cost_analysis`.
+Reference: XLA's "Operation semantics", and `hlo_cost_analysis.cc` for the FLOPs of dots and convolutions.
 """
 
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,10 +27,10 @@ class Instruction:
     name: str
     op: str
     shape: str
-    """As written; a tuple in parentheses."""
+    """As in the text; a tuple in parentheses."""
     operands: tuple[str, ...]
     text: str
-    """The whole line."""
+    """The line."""
 
     @property
     def called(self) -> list[str]:
@@ -41,37 +40,28 @@ class Instruction:
         found = re.search(pattern, self.text)
         return found[1] if found else None
 
-    @property
-    def source(self) -> str:
-        """The JAX operation it comes from."""
-        return self.attribute(r'op_name="([^"]*)"') or ""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Collective:
-    """Transfers of one kind between the devices along some mesh axes, of a whole step.
-
-    bytes: that one device sends, as a ring algorithm does: of n devices (n - 1) / n of what is gathered or scattered,
-    twice that of what is summed, all of what is permuted.
-    """
+    """All transfers of one kind along some mesh axes in a step. bytes: sent by one device."""
 
     kind: str
     axes: tuple[str, ...]
     asynchronous: bool
-    """Whether the program computes between its start and its end; if not, the device waits for it."""
+    """Whether the program computes between its start and its end; otherwise it is exposed."""
     count: int
     bytes: float
 
 
 class Program:
-    """A compiled program. Its computations, and how often each runs in a step."""
+    """A compiled program. text: optimized HLO."""
 
     def __init__(self, text: str):
         self.computations, self.entry = _parse(text)
 
     @cached_property
     def runs(self) -> dict[str, int]:
-        """Computation -> how often it runs."""
+        """Computation -> number of runs per step."""
         runs: dict[str, int] = defaultdict(int)
 
         def run(name: str, times: int) -> None:
@@ -86,86 +76,86 @@ class Program:
         return dict(runs)
 
     def instructions(self) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
-        """(instruction, its computation, how often it runs) of everything that runs."""
+        """(instruction, its computation, number of runs) of all instructions."""
         for name, times in self.runs.items():
-            computation = self.computations[name]
-            for instruction in computation.values():
-                yield instruction, computation, times
+            for instruction in self.computations[name].values():
+                yield instruction, self.computations[name], times
 
     @cached_property
-    def _begun(self) -> set[str]:
-        """Computations that begin a transfer which is waited for elsewhere."""
-        return self._called_by(lambda i: i.op == "async-start" or i.name.startswith("async-collective-start"))
+    def _async_starts(self) -> set[str]:
+        """Computations that start an asynchronous transfer."""
+        return self._called_by("async-start", "async-collective-start")
 
     @cached_property
-    def _continued(self) -> set[str]:
-        """Computations that repeat a transfer begun elsewhere: the matmuls beside it (v5e), and the wait for it."""
-        ends = self._called_by(lambda i: i.op == "async-done" or i.name.startswith("async-collective-done"))
-        return ends - self._begun | {name for name in self.computations if name.startswith("async_collective_fusion")}
+    def _async_repeats(self) -> set[str]:
+        """Computations that repeat a transfer started elsewhere: at its end, or fused with matmuls (TPU v5e)."""
+        ends = self._called_by("async-done", "async-collective-done")
+        return ends - self._async_starts | {
+            name for name in self.computations if name.startswith("async_collective_fusion")
+        }
 
-    def _called_by(self, is_one: Callable[[Instruction], bool]) -> set[str]:
-        everything = (i for computation in self.computations.values() for i in computation.values())
-        return {called for instruction in everything if is_one(instruction) for called in instruction.called}
+    def _called_by(self, op: str, prefix: str) -> set[str]:
+        """Computations called by instructions of this op or with names of this prefix."""
+        instructions = (i for computation in self.computations.values() for i in computation.values())
+        return {called for i in instructions if i.op == op or i.name.startswith(prefix) for called in i.called}
 
     def trip_count(self, loop: Instruction) -> int:
-        """From XLA's own annotation, else from the condition `counter < constant`; 1 where it cannot be known."""
+        """From XLA's annotation, else from the condition `counter < constant`; 1 if unknown."""
         known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
         if known:
             return int(known)
-        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)")]
-        everything = dict(condition)
-        for instruction in list(condition.values()):
-            for called in instruction.called:
-                everything |= self.computations.get(called, {})
+        condition = self.computations[loop.attribute(r"condition=%?([\w.\-]+)") or ""]
+        instructions = list(condition.values())
+        for called in [name for instruction in instructions for name in instruction.called]:
+            instructions += self.computations.get(called, {}).values()
         constants = [
             int(value)
-            for instruction in everything.values()
-            if instruction.op == "constant" and (value := instruction.attribute(r"constant\((\d+)\)"))
-            and instruction.shape.startswith("s32[]")
+            for instruction in instructions
+            if instruction.op == "constant" and instruction.shape.startswith("s32[]")
+            and (value := instruction.attribute(r"constant\((\d+)\)"))
         ]  # fmt: skip
         return constants[0] if len(constants) == 1 else 1
 
     def collectives(self, mesh: dict[str, int]) -> list[Collective]:
-        """Those of a step, by kind and axes. mesh: axis -> size, in the order of the program's devices."""
+        """By kind, axes and overlap, most bytes first. mesh: axis -> size, in the order of the program's devices."""
         totals: dict[tuple[str, tuple[str, ...], bool], list[float]] = defaultdict(lambda: [0, 0.0])
         for name, times in self.runs.items():
-            if name in self._continued:
+            if name in self._async_repeats:
                 continue
-            # A TPU's fusion of a sum and the part that the device keeps of it moves what a reduce-scatter moves.
-            is_scatter = "all-reduce-scatter" in name
             for instruction in self.computations[name].values():
                 kind = instruction.op.removesuffix("-start")
                 if kind not in COLLECTIVES:
                     continue
                 groups = _groups(instruction, math.prod(mesh.values()))
                 sent = _sent(kind, instruction, max(len(group) for group in groups))
-                if kind == "all-reduce" and is_scatter:
+                # A TPU fuses an all-reduce with the slice of this device: half of the all-reduce's bytes.
+                if kind == "all-reduce" and "all-reduce-scatter" in name:
                     kind, sent = "reduce-scatter", sent / 2
-                is_beside = instruction.op.endswith("-start") or name in self._begun
-                total = totals[kind, _axes_of(groups, mesh), is_beside]
+                is_async = instruction.op.endswith("-start") or name in self._async_starts
+                total = totals[kind, _axes_of(groups, mesh), is_async]
                 total[0] += times
                 total[1] += times * sent
         found = [
-            Collective(kind=kind, axes=axes, asynchronous=is_beside, count=int(count), bytes=sent)
-            for (kind, axes, is_beside), (count, sent) in totals.items()
+            Collective(kind=kind, axes=axes, asynchronous=is_async, count=int(count), bytes=sent)
+            for (kind, axes, is_async), (count, sent) in totals.items()
             if axes
         ]
         return sorted(found, key=lambda c: (-c.bytes, c.kind, c.axes))
 
     def matmul_flops(self) -> float:
-        """FLOPs of all dots and convolutions (a TPU's form of a dot) of a step on one device; kernels not counted."""
+        """FLOPs of all dots, convolutions (dots on a TPU) and cuBLAS calls; hand-written kernels are not counted."""
         total = 0.0
         for instruction, computation, times in self.instructions():
             if instruction.op == "convolution":
                 total += times * _convolution_flops(instruction, computation)
             elif instruction.op == "dot":
-                total += times * _dot_flops(instruction, computation)
+                total += times * _dot_flops(instruction, computation, r"lhs_contracting_dims=\{([\d,]*)\}")
             elif instruction.op == "custom-call" and "cublas" in instruction.text and "gemm" in instruction.text:
-                total += times * _gemm_flops(instruction, computation)
+                total += times * _dot_flops(instruction, computation, r'"lhs_contracting_dimensions":\[([^\]]*)\]')
         return total
 
     def estimated_cycles(self) -> float | None:
-        """Cycles of a core, as the TPU compiler estimates its fusions, not kernels and transfers; None: no TPU."""
+        """Cycles per core of all fusions (not kernels, transfers) by the TPU compiler's estimate; None: no TPU."""
         total, found = 0.0, False
         for instruction, _, times in self.instructions():
             cycles = instruction.attribute(r'"estimated_cycles":"(\d+)"')
@@ -174,7 +164,7 @@ class Program:
         return total if found else None
 
     def kernels(self) -> dict[str, int]:
-        """Names of hand-written kernels (Pallas) -> how often they run."""
+        """Names of hand-written kernels (Pallas) -> number of runs."""
         counts: dict[str, int] = defaultdict(int)
         for instruction, _, times in self.instructions():
             if instruction.op == "custom-call" and _KERNEL.search(instruction.text):
@@ -186,8 +176,10 @@ class Program:
 
 
 def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """({computation: {name: instruction}}, name of the entry computation)."""
     computations: dict[str, dict[str, Instruction]] = {}
-    entry, current = "", None
+    entry = ""
+    current: dict[str, Instruction] | None = None
     for line in text.splitlines():
         if current is None:
             found = _COMPUTATION.match(line)
@@ -203,7 +195,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _arguments(line: str, start: int) -> str:
-    """What stands between the parenthesis before `start` and its partner."""
+    """The text from `start`, behind an opening parenthesis, to the matching closing one."""
     depth = 1
     for position in range(start, len(line)):
         depth += {"(": 1, ")": -1}.get(line[position], 0)
@@ -212,12 +204,8 @@ def _arguments(line: str, start: int) -> str:
     return line[start:]
 
 
-def shape_bytes(shape: str) -> float:
-    """Bytes of an array, or of all arrays of a tuple, without padding."""
-    return sum(math.prod(dims) * item_bytes(dtype) for dtype, dims in shapes_of(shape))
-
-
 def shapes_of(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """(dtype, dims) of an array, or of all arrays of a tuple."""
     text = re.sub(r"\{[^}]*\}", "", shape)
     return [(dtype, tuple(map(int, filter(None, dims.split(","))))) for dtype, dims in _SHAPE.findall(text)]
 
@@ -233,37 +221,41 @@ def item_bytes(dtype: str) -> float:
 
 
 def _sent(kind: str, instruction: Instruction, size: int) -> float:
-    """Bytes that one device sends for one collective."""
+    """Bytes that one device sends in one collective over groups of `size` devices, by ring algorithms."""
     arrays = shapes_of(instruction.shape)
     if instruction.op.endswith("-start") and kind != "all-reduce":
-        # (operands, results, and what the runtime needs): results are the second half of the arrays.
+        # The tuple has operands, results and scalars of the runtime: results are the second half of the arrays.
         arrays = [array for array in arrays if array[1]]
         arrays = arrays[len(arrays) // 2 :]
     total = sum(math.prod(dims) * item_bytes(dtype) for dtype, dims in arrays)
     if kind == "reduce-scatter":
-        total *= size  # what each device brings, not the part that it keeps
+        total *= size  # the result is one shard of the operand
     if kind == "collective-permute":
         return total
+    # (n - 1) / n of the array; an all-reduce is a reduce-scatter and an all-gather.
     return total * (size - 1) / size * (2 if kind == "all-reduce" else 1)
 
 
 def _groups(instruction: Instruction, devices: int) -> list[list[int]]:
-    """Which devices (places in the mesh, flattened) talk to one another."""
+    """Groups of device indices, in the order of the flattened mesh, that communicate with each other."""
     text = instruction.text
     if "collective-permute" in instruction.op:
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", text)
         return [_ints(pair) for pair in re.findall(r"(\d+,\d+)", pairs[1] if pairs else "")] or [[0]]
+    # [4,2]<=[2,2,2]T(0,2,1): reshape, transpose, reshape of an iota.
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         shape, dims = _ints(found[1]), _ints(found[2])
         order = _ints(found[3]) if found[3] else range(len(dims))
         return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape).tolist()
+    # mesh['data'=2,'fsdp'=4] {'fsdp'}: all axes of the mesh, then those of a group.
     if found := re.search(r"replica_groups=@?mesh\[([^\]]*)\](?:<=\[[\d,]*\])? ?\{([^}]*)\}", text):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", found[1])}
         along = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", found[2])]
         others = [i for i in range(len(sizes)) if i not in along]
-        places = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-        of_group = math.prod(places.shape[i] for i in along)
-        return places.transpose(others + along).reshape(-1, of_group).tolist()
+        indices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        group_size = math.prod(indices.shape[i] for i in along)
+        return indices.transpose(others + along).reshape(-1, group_size).tolist()
+    # {{0,1},{2,3}}
     if found := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return [_ints(group) for group in re.findall(r"\{([\d,]+)\}", found[1])]
     return [list(range(devices))]
@@ -290,57 +282,44 @@ def _dims(name: str, computation: dict[str, Instruction]) -> tuple[int, ...]:
     return shapes_of(computation[name].shape)[0][1]
 
 
-def _dot_flops(dot: Instruction, computation: dict[str, Instruction]) -> float:
-    contracting = dot.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+def _dot_flops(dot: Instruction, computation: dict[str, Instruction], contracting: str) -> float:
+    """2 per output element and element of the contracting dims, which the pattern `contracting` matches."""
     left = _dims(dot.operands[0], computation)
-    inner = math.prod(left[i] for i in map(int, filter(None, contracting.split(","))))
+    inner = math.prod(left[int(i)] for i in re.findall(r"\d+", dot.attribute(contracting) or ""))
     return 2.0 * math.prod(shapes_of(dot.shape)[0][1]) * inner
 
 
-def _gemm_flops(call: Instruction, computation: dict[str, Instruction]) -> float:
-    contracting = call.attribute(r'"lhs_contracting_dimensions":\[([^\]]*)\]') or ""
-    left = _dims(call.operands[0], computation)
-    inner = math.prod(left[i] for i in map(int, re.findall(r"\d+", contracting)))
-    return 2.0 * math.prod(shapes_of(call.shape)[0][1]) * inner
-
-
 def _convolution_flops(convolution: Instruction, computation: dict[str, Instruction]) -> float:
-    """2 for every multiplication with an element that is there: positions of the window over padding do not count."""
-    labels = convolution.attribute(r"dim_labels=([\w>\-]+)")
+    """2 per multiplication with an element of the input: window positions over padding do not count."""
+    labels = convolution.attribute(r"dim_labels=([\w>\-]+)") or ""
     left_labels, rest = labels.split("_")
     right_labels, out_labels = rest.split("->")
     left, right = (_dims(name, computation) for name in convolution.operands[:2])
     out = shapes_of(convolution.shape)[0][1]
-    window = _window(convolution)
-    pairs = 1.0
-    for axis in sorted(label for label in out_labels if label.isdigit()):
-        sizes = left[left_labels.index(axis)], right[right_labels.index(axis)], out[out_labels.index(axis)]
-        pairs *= _pairs(*sizes, **{key: values[int(axis)] for key, values in window.items()})
+    pairs, window = 1, _window(convolution)
+    for label in sorted(label for label in out_labels if label.isdigit()):
+        sizes = left[left_labels.index(label)], right[right_labels.index(label)], out[out_labels.index(label)]
+        pairs *= _pairs(*sizes, *window[int(label)])
     batch, features = out[out_labels.index("b")], out[out_labels.index("f")]
     groups = int(convolution.attribute(r"batch_group_count=(\d+)") or 1)
     return 2.0 * batch * features * pairs * right[right_labels.index("i")] / groups
 
 
-def _window(convolution: Instruction) -> dict[str, list]:
+def _window(convolution: Instruction) -> list[tuple[int, int, int, int]]:
+    """(stride, padding before, dilation of the left side, of the right side) for each spatial dim."""
     text = convolution.attribute(r"window=\{([^}]*)\}") or ""
-    fields = dict(field.split("=") for field in text.split())
-    rank = len(fields.get("size", "").split("x")) if fields.get("size") else 0
-
-    def numbers(key, default):
-        return [int(x) for x in fields[key].split("x")] if key in fields else [default] * rank
-
-    pads = [tuple(map(int, p.split("_"))) for p in fields["pad"].split("x")] if "pad" in fields else [(0, 0)] * rank
-    return {
-        "stride": numbers("stride", 1),
-        "pad": pads,
-        "left_dilation": numbers("lhs_dilate", 1),
-        "right_dilation": numbers("rhs_dilate", 1),
-    }
+    fields = {key: value.split("x") for key, value in (field.split("=") for field in text.split())}
+    defaults = {"stride": "1", "pad": "0", "lhs_dilate": "1", "rhs_dilate": "1"}
+    rank = len(fields.get("size", []))
+    columns = [fields.get(key, [default] * rank) for key, default in defaults.items()]
+    return [
+        (int(stride), int(pad.split("_")[0]), int(left), int(right))
+        for stride, pad, left, right in zip(*columns, strict=True)
+    ]
 
 
-def _pairs(left: int, right: int, out: int, *, stride: int, pad, left_dilation: int, right_dilation: int) -> int:
-    """(position of the output, position in the window) that meet an element of the left side, along one axis."""
-    first = np.arange(out)[:, None] * stride - pad[0]
-    position = first + np.arange(right)[None] * right_dilation
-    inside = (position >= 0) & (position < (left - 1) * left_dilation + 1)
-    return int((inside & (position % left_dilation == 0)).sum())
+def _pairs(left: int, right: int, out: int, stride: int, pad: int, left_dilation: int, right_dilation: int) -> int:
+    """Pairs of an output position and a window position that meet an element of the left side, along one dim."""
+    position = np.arange(out)[:, None] * stride - pad + np.arange(right)[None] * right_dilation
+    is_inside = (position >= 0) & (position < (left - 1) * left_dilation + 1)
+    return int((is_inside & (position % left_dilation == 0)).sum())

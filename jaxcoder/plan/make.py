@@ -1,4 +1,4 @@
-"""A plan: one run on one topology, sized, compiled and timed."""
+"""A plan: memory and step time of one run on one topology, compiled or modelled; and options that make a run fit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from jaxcoder.errors import ConfigError
 from jaxcoder.kernels.attention.blocks_tpu import has_kernels
 from jaxcoder.models.flops import num_parameters, training_flops_per_token
 from jaxcoder.plan.calibration import Calibration, calibration
-from jaxcoder.plan.compile import Compiled, compile_step
+from jaxcoder.plan.compile import Compiled
 from jaxcoder.plan.time_model import LINK, StepTime, axis_bandwidths, step_time
 from jaxcoder.plan.topology import Topology
 from jaxcoder.plan.workload import DecoderShape, Layout, Work, work_of
@@ -18,17 +18,18 @@ from jaxcoder.train.dry_run import num_samples
 from jaxcoder.train.memory_estimate import MemoryEstimate, estimate_memory, shards_of
 
 MOST_SHARDS = 16
-"""Most devices of a mesh axis that shards heads, MLP or sequence: its transfers lie between matmuls."""
+"""Largest size of a mesh axis that shards heads, MLP or sequence, whose transfers are exposed between matmuls."""
 
-COMPILE = Callable[[RunConfig, Topology], Compiled]
+CompileOne = Callable[[RunConfig, Topology], Compiled]
+"""`compile_step` with its options set."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is known of a run on a topology. Without `compiled` everything is the model's."""
+    """A run on a topology. Without `compiled` every figure is modelled."""
 
     config: RunConfig
-    """Its mesh is filled in."""
+    """With a resolved mesh."""
     topology: Topology
     compiled: Compiled | None
     estimate: MemoryEstimate
@@ -37,7 +38,7 @@ class Plan:
     modelled: StepTime
     """Of `work`."""
     time: StepTime
-    """Of what was compiled where it was: matmul FLOPs and transfers; else `modelled`."""
+    """With the matmul FLOPs and transfers of the compiled program, if there is one; else `modelled`."""
 
     @property
     def attention(self) -> str:
@@ -55,48 +56,58 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the run."""
         return num_samples(self.config) * self.config.model.max_seq_len
 
     @property
-    def memory_of_chip(self) -> int:
+    def chip_memory(self) -> int:
         return self.topology.chip.memory * self.topology.chip.devices_per_chip
 
     @property
+    def estimated_bytes(self) -> int:
+        """Memory per chip by formula."""
+        return self.estimate.total * self.topology.chip.devices_per_chip
+
+    @property
     def peak_bytes(self) -> int | None:
-        """Of a chip: the compiler's, else the estimate; None where the compiler refuses without a figure."""
-        of_device = self.estimate.total if self.compiled is None else self.compiled.peak_bytes
-        return None if of_device is None else of_device * self.topology.chip.devices_per_chip
+        """Memory per chip: the compiler's, else the estimate; None if the compiler refuses without a figure."""
+        if self.compiled is None:
+            return self.estimated_bytes
+        device_bytes = self.compiled.peak_bytes
+        return None if device_bytes is None else device_bytes * self.topology.chip.devices_per_chip
 
     @property
     def fits(self) -> bool:
         if self.compiled is not None and not self.compiled.fits:
             return False
-        return self.peak_bytes <= self.memory_of_chip
+        return self.peak_bytes is not None and self.peak_bytes <= self.chip_memory
 
     @property
     def calibration(self) -> Calibration:
         return calibration(self.topology.platform)
 
     @property
-    def compilers_time(self) -> StepTime:
-        """`time` with the TPU compiler's own cycles for matmuls and memory traffic where it states them."""
+    def cycle_seconds(self) -> float | None:
+        """Seconds per step of matmuls and memory traffic by the TPU compiler's estimated cycles; None without them."""
         cycles = self.compiled.estimated_cycles if self.compiled is not None else None
-        if not cycles:
-            return self.time
-        return replace(self.time, matmul=cycles / self.topology.chip.clock, memory=0.0)
+        clock = self.topology.chip.clock
+        return cycles / clock if cycles and clock else None
+
+    @property
+    def compiler_time(self) -> StepTime:
+        """`time` with `cycle_seconds` for matmuls and memory traffic, if known."""
+        return self.time if self.cycle_seconds is None else replace(self.time, matmul=self.cycle_seconds, memory=0.0)
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of a step: "expected"; with a calibration also "fast" and "slow", by the published runs that were the fastest
-        and the slowest relative to their predictions."""
+        """Seconds per step: "expected"; on a calibrated platform also "fast" and "slow" (Calibration.range)."""
         expected, factors = self.time.expected, self.calibration.range
         if factors is None:
             return {"expected": expected}
         return {"fast": expected * factors.fastest, "expected": expected, "slow": expected * factors.slowest}
 
     def tokens_per_second(self, seconds: float) -> float:
-        """Of one chip."""
+        """Tokens/s per chip at so many seconds per step."""
         return self.config.global_batch_size * self.config.model.max_seq_len / seconds / self.topology.chips
 
     def mfu(self, seconds: float) -> float:
@@ -111,13 +122,12 @@ class Plan:
 
 
 def prepare(config: RunConfig, topology: Topology) -> RunConfig:
-    """The run with its mesh filled in for the topology. ConfigError for everything that cannot work on it."""
+    """The run with its mesh resolved for the topology. ConfigError if it cannot run there."""
     mesh, devices = config.mesh, topology.devices
     if -1 not in mesh.sizes.values() and mesh.num_devices != devices:
         raise ConfigError(
-            f"the mesh {mesh} is {mesh.num_devices:,} devices and {topology} has {devices:,}: "
-            "make them equal, or leave one "
-            "axis at -1, as `--mesh.fsdp -1`."
+            f"the mesh {mesh} is {mesh.num_devices:,} devices and {topology} has {devices:,}: make them equal, or set "
+            "one axis to -1, as `--mesh.fsdp -1`."
         )
     validate(config, devices)
     mesh = resolve_mesh(mesh, devices)
@@ -135,17 +145,16 @@ def attention_backend(config: RunConfig, topology: Topology) -> str:
 
 
 def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) -> Plan:
-    """config: of `prepare`. Nothing is compiled here."""
+    """config: returned by `prepare`. compiled: of `compile_step`, None for modelled figures."""
     work = work_of(DecoderShape.of(config.model), Layout.of(config))
     attention = attention_backend(config, topology)
-    modelled = step_time(work, topology, config.mesh, attention, is_ours=True)
+    modelled = step_time(work, topology, config.mesh, attention, is_jaxcoder=True)
     time = modelled
     if compiled is not None and compiled.fits:
-        # Without a kernel of its own, attention is part of the compiler's matmuls.
-        matmuls = compiled.matmul_flops if compiled.kernels else work.matmul_flops
-        measured = replace(work, matmul_flops=matmuls, transfers={})
-        time = step_time(measured, topology, config.mesh, attention)
-        seconds, overlapped_seconds = transfer_seconds(compiled, topology, config.mesh)
+        # Without an attention kernel, the program's matmuls include attention's.
+        matmul_flops = compiled.matmul_flops if compiled.kernels else work.matmul_flops
+        time = step_time(replace(work, matmul_flops=matmul_flops, transfers={}), topology, config.mesh, attention)
+        seconds, overlapped_seconds = _transfer_seconds(compiled, topology, config.mesh)
         time = replace(time, interconnect=seconds, overlapped_seconds=overlapped_seconds)
     return Plan(
         config=config, topology=topology, compiled=compiled, estimate=estimate_memory(config), work=work,
@@ -153,9 +162,8 @@ def make_plan(config: RunConfig, topology: Topology, compiled: Compiled | None) 
     )  # fmt: skip
 
 
-def transfer_seconds(compiled: Compiled, topology: Topology, mesh: MeshConfig) -> tuple[dict[str, float], float]:
-    """Axis (or axes, joined by +) -> seconds of its collectives, one after another; and how many of these seconds
-    overlap with computation."""
+def _transfer_seconds(compiled: Compiled, topology: Topology, mesh: MeshConfig) -> tuple[dict[str, float], float]:
+    """({axis, or several joined by +: seconds of its collectives}, seconds that overlap with computation)."""
     bandwidths = axis_bandwidths(topology, mesh)
     slowest = topology.chip.link_bandwidth * LINK[topology.platform]
     seconds: dict[str, float] = {}
@@ -169,58 +177,50 @@ def transfer_seconds(compiled: Compiled, topology: Topology, mesh: MeshConfig) -
 
 
 def ways_to_fit(config: RunConfig, topology: Topology) -> Iterator[tuple[str, RunConfig]]:
-    """(options, run): what needs less memory, the cheapest first."""
-    mesh = config.mesh
+    """(command line options, run) that need less memory, the fastest first."""
+    # Smaller microbatches, down to one window per batch shard or an odd number of them.
     shards, batch = shards_of(config)("batch"), config.microbatch_size or config.global_batch_size
     size = batch
     while size % 2 == 0 and (size // 2) % shards == 0:
         size //= 2
         yield f"--microbatch-size {size}", replace(config, microbatch_size=size)
     smallest = replace(config, microbatch_size=size) if size < batch else config
-    said = f"--microbatch-size {size} " if size < batch else ""
-    if config.compute.remat != "block":
+    # Full rematerialization.
+    remat = [] if config.compute.remat == "block" else ["--compute.remat block"]
+    if remat:
         smallest = replace(smallest, compute=replace(config.compute, remat="block"))
-        said += "--compute.remat block"
-        yield said.strip(), smallest
-    # Devices move from the axis that shards weights to the one that shards the activations between heads and MLP.
+        yield " ".join([f"--microbatch-size {size}"] * (size < batch) + remat), smallest
+    # Devices moved from the axis that shards weights to the one that shards the activations of heads and MLP.
     (source,), (target,) = DimRules().of("embed"), DimRules().of("mlp")
-    wider = mesh
-    while wider.sizes[target] < MOST_SHARDS and wider.sizes[source] % 2 == 0:
-        wider = replace(wider, **{source: wider.sizes[source] // 2, target: wider.sizes[target] * 2})
-        on_wider = replace(smallest, mesh=wider)
-        if config.microbatch_size is not None or size < batch:
-            on_wider = replace(on_wider, microbatch_size=shards_of(on_wider)("batch"))
+    mesh = config.mesh
+    while mesh.sizes[target] < MOST_SHARDS and mesh.sizes[source] % 2 == 0:
+        sizes = {source: mesh.sizes[source] // 2, target: mesh.sizes[target] * 2}
+        mesh = replace(mesh, **sizes)
+        options = [f"--mesh.{axis} {size}" for axis, size in sizes.items()]
+        wider = replace(smallest, mesh=mesh)
+        if smallest.microbatch_size is not None:
+            wider = replace(wider, microbatch_size=shards_of(wider)("batch"))
+            options.append(f"--microbatch-size {wider.microbatch_size}")
         try:
-            validate(on_wider, topology.devices)
+            validate(wider, topology.devices)
         except ConfigError:
             continue
-        sizes = " ".join(f"--mesh.{axis} {wider.sizes[axis]}" for axis in (source, target))
-        yield f"{sizes} {said}".strip(), on_wider
+        yield " ".join(options + remat), wider
 
 
-def find_fit(plan: Plan, compile_one: COMPILE, *, tries: int = 4) -> tuple[list[tuple[str, Plan]], bool]:
-    """The attempts to make a run fit, in order, and whether the last one did.
+def find_fit(plan: Plan, compile_one: CompileOne, *, tries: int = 4) -> tuple[list[tuple[str, Plan]], bool]:
+    """(the attempts to make a run fit, as (options, plan) in order; whether the last one fits).
 
-    Options whose estimate, scaled by the compiler's figure for this run, exceeds the memory are skipped. Of more than
-    `tries` options the first, which costs least, and the last ones are tried.
+    Skips options whose estimate, scaled by the compiler's figure for this run, exceeds the memory. Of more than `tries`
+    options, tries the first, which costs least, and the last.
     """
+    scale = plan.peak_bytes / plan.estimated_bytes if plan.peak_bytes else 1.0
+    limit = 1.1 * plan.chip_memory / (scale * plan.topology.chip.devices_per_chip)
+    ways = [way for way in ways_to_fit(plan.config, plan.topology) if estimate_memory(way[1]).total <= limit]
     tried: list[tuple[str, Plan]] = []
-    of_chip, scale = plan.topology.chip.devices_per_chip, 1.0
-    if plan.peak_bytes:
-        scale = plan.peak_bytes / (plan.estimate.total * of_chip)
-    ways = [
-        (options, config)
-        for options, config in ways_to_fit(plan.config, plan.topology)
-        if estimate_memory(config).total * of_chip * scale <= 1.1 * plan.memory_of_chip
-    ]
     for options, config in ways[:1] + ways[1:][1 - tries :]:
         attempt = make_plan(config, plan.topology, compile_one(config, plan.topology) if plan.compiled else None)
         tried.append((options, attempt))
         if attempt.fits:
             return tried, True
     return tried, False
-
-
-def compiler(**options) -> COMPILE:
-    """`compile_step` with its options set."""
-    return lambda config, topology: compile_step(config, topology, **options)

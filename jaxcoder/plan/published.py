@@ -1,8 +1,8 @@
-"""Training runs of others whose speed, mesh, batch and recomputation are published, to hold the time model against.
+"""Published training runs with known speed, mesh, batch and recomputation, for comparison with the time model.
 
-Their sources are repositories: MaxText is github.com/AI-Hypercomputer/maxtext at e591f30, tpu-recipes is
-github.com/AI-Hypercomputer/tpu-recipes at c8cfe2f. MaxText's `global_parameter_scale` and its names of remat policies
-are resolved by its own src/maxtext/configs/{base.yml,types.py}. Runs that lack something stand at the end with what.
+Sources: MaxText is github.com/AI-Hypercomputer/maxtext at e591f30, tpu-recipes is
+github.com/AI-Hypercomputer/tpu-recipes at c8cfe2f. MaxText's `global_parameter_scale` and remat policies are defined in
+its src/maxtext/configs/{base.yml,types.py}. `LACKING` lists runs that were left out, and why.
 """
 
 from dataclasses import dataclass
@@ -10,21 +10,17 @@ from dataclasses import dataclass
 from jaxcoder.config import MeshConfig
 from jaxcoder.plan.workload import FP32, DecoderShape, Layout
 
-FULL = frozenset({"qkv", "attention", "out", "mlp_in"})
-"""MaxText's `full`: only a block's input is kept."""
-CONTEXT = frozenset({"attention"})
-"""Its `minimal`: matmul outputs are kept, the attention kernel runs again."""
-NOTHING = frozenset[str]()
-"""Its `minimal_with_context`."""
-QKV_KEPT = frozenset({"attention", "out", "mlp_in"})
-"""Its `qkv_proj_offloaded`, and custom policies that keep no more than the block's input, q, k and v."""
-QKV_OUT_KEPT = frozenset({"attention", "mlp_in"})
-"""The same with the output projection kept."""
+# What MaxText's remat policies recompute.
+FULL = frozenset({"qkv", "attention", "out", "mlp_in"})  # `full`: only a block's input is saved
+CONTEXT = frozenset({"attention"})  # `minimal`: matmul outputs are saved
+NOTHING = frozenset[str]()  # `minimal_with_context`
+QKV_SAVED = frozenset({"attention", "out", "mlp_in"})  # `qkv_proj_offloaded`, custom: a block's input, q, k, v
+QKV_OUT_SAVED = frozenset({"attention", "mlp_in"})  # custom: the output projection too
 
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedRun:
-    """One run. Its speed is published as seconds a step, or as TFLOP/s of one chip in a convention."""
+    """One run. Its speed is given by `seconds` per step or by `tflops` per chip."""
 
     name: str
     topology: str
@@ -32,30 +28,21 @@ class PublishedRun:
     decoder: DecoderShape
     layout: Layout
     attention: str
-    """Kernel: a key of time_model.ATTENTION."""
+    """The kernel, as in time_model.ATTENTION."""
     seconds: float | None = None
     tflops: float | None = None
-    """Of one chip; MaxText counted the whole square of attention until July 2025 (its PR 1988)."""
+    """Per chip. MaxText counted attention without the causal half until July 2025 (its PR 1988)."""
     network_bandwidth: float | None = None
-    """Where the cluster's network is not the chip's usual one (Topology.network_bandwidth)."""
+    """Topology.network_bandwidth, where the cluster's differs from the chip's default."""
     source: str
 
     def step_seconds(self, chips: int) -> float:
         if self.seconds is not None:
             return self.seconds
+        if self.tflops is None:
+            raise ValueError(f"{self.name} has neither seconds nor tflops")
         tokens = self.layout.batch * self.decoder.seq_len
         return tokens * self.decoder.model_flops(causal=False) / chips / (self.tflops * 1e12)
-
-
-def _maxtext(scale: int, seq_len: int = 2048) -> DecoderShape:
-    """MaxText's own GPT of about `scale` billion parameters."""
-    layers, embed, heads, mlp = {
-        16: (32, 4096, 64, 28672), 32: (32, 8192, 64, 28672), 64: (64, 8192, 64, 28672),
-    }[scale]  # fmt: skip
-    return DecoderShape(
-        num_layers=layers, embed_dim=embed, num_heads=heads, num_kv_heads=heads, head_dim=128, mlp_dim=mlp,
-        vocab_size=32000, seq_len=seq_len, mlp_matrices=3, tied=False,
-    )  # fmt: skip
 
 
 def _llama(layers: int, embed: int, heads: int, kv: int, mlp: int, vocab: int, seq_len: int) -> DecoderShape:
@@ -69,6 +56,10 @@ def _layout(batch: int, recomputed: frozenset[str], mesh: MeshConfig) -> Layout:
     return Layout(mesh=mesh, batch=batch, recomputed=recomputed, gradient_bytes=FP32)
 
 
+# MaxText's GPT of `global_parameter_scale` billion parameters is a Llama without grouped queries.
+GPT_16B = _llama(32, 4096, 64, 64, 28672, 32000, 2048)
+GPT_32B = _llama(32, 8192, 64, 64, 28672, 32000, 2048)
+GPT_64B = _llama(64, 8192, 64, 64, 28672, 32000, 2048)
 LLAMA2_7B = _llama(32, 4096, 32, 32, 11008, 32000, 4096)
 LLAMA2_70B = _llama(80, 8192, 64, 8, 28672, 32000, 4096)
 LLAMA31_8B = _llama(32, 4096, 32, 8, 14336, 128256, 8192)
@@ -82,51 +73,51 @@ _A3 = "MaxText, src/maxtext/configs/gpu/a3/llama_2_7b/README.md and {}.sh, confi
 
 RUNS = (
     PublishedRun(
-        name="GPT 16B, v5e-256", topology="v5e:16x16", decoder=_maxtext(16), attention="splash", tflops=120,
+        name="GPT 16B, v5e-256", topology="v5e:16x16", decoder=GPT_16B, attention="splash", tflops=120,
         layout=_layout(256 * 6, FULL, MeshConfig(fsdp=256)), source=_V5E.format(16),
     ),
     PublishedRun(
-        name="GPT 16B, 8 x v5e-256", topology="v5e:16x16", num_slices=8, decoder=_maxtext(16), attention="splash",
+        name="GPT 16B, 8 x v5e-256", topology="v5e:16x16", num_slices=8, decoder=GPT_16B, attention="splash",
         tflops=115, layout=_layout(8 * 256 * 6, FULL, MeshConfig(data=8, fsdp=256)), source=_V5E.format(16),
     ),
     PublishedRun(
-        name="GPT 32B, v5e-256", topology="v5e:16x16", decoder=_maxtext(32), attention="splash", tflops=132,
+        name="GPT 32B, v5e-256", topology="v5e:16x16", decoder=GPT_32B, attention="splash", tflops=132,
         layout=_layout(256 * 4, FULL, MeshConfig(fsdp=256)), source=_V5E.format(32),
     ),
     PublishedRun(
-        name="GPT 64B, v5e-256", topology="v5e:16x16", decoder=_maxtext(64), attention="splash", tflops=118,
+        name="GPT 64B, v5e-256", topology="v5e:16x16", decoder=GPT_64B, attention="splash", tflops=118,
         layout=_layout(256 * 2, FULL, MeshConfig(fsdp=256)), source=_V5E.format(64),
     ),
     PublishedRun(
-        name="GPT 32B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=_maxtext(32), attention="splash", tflops=328,
+        name="GPT 32B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=GPT_32B, attention="splash", tflops=328,
         layout=_layout(64 * 6, CONTEXT, MeshConfig(fsdp=16, tensor=4)), source=_V5P.format(32),
     ),
     PublishedRun(
-        name="GPT 64B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=_maxtext(64), attention="splash", tflops=323,
+        name="GPT 64B, v5p-128 (64 chips)", topology="v5p:4x4x4", decoder=GPT_64B, attention="splash", tflops=323,
         layout=_layout(64 * 3, CONTEXT, MeshConfig(fsdp=16, tensor=4)), source=_V5P.format(64),
     ),
     PublishedRun(
         name="Llama 3.1 8B, v6e-256", topology="v6e:16x16", decoder=LLAMA31_8B, attention="splash", seconds=4.546,
-        layout=_layout(256 * 4, QKV_OUT_KEPT, MeshConfig(fsdp=256)),
+        layout=_layout(256 * 4, QKV_OUT_SAVED, MeshConfig(fsdp=256)),
         source=_TRILLIUM.format("Llama3.1-8B-MaxText/v6e-256"),
     ),
     PublishedRun(
         name="Llama 3.1 70B, v6e-256", topology="v6e:16x16", decoder=LLAMA31_70B, attention="splash", seconds=42.656,
-        layout=_layout(256 * 5, QKV_KEPT, MeshConfig(fsdp=256)),
+        layout=_layout(256 * 5, QKV_SAVED, MeshConfig(fsdp=256)),
         source=_TRILLIUM.format("Llama3.1-70B-MaxText/v6e-256"),
     ),
     PublishedRun(
         name="Mistral 7B, v6e-8", topology="v6e:2x4", decoder=MISTRAL_7B, attention="splash", seconds=6.320,
-        layout=_layout(8 * 6, QKV_OUT_KEPT, MeshConfig(fsdp=8)), source=_TRILLIUM.format("Mistral-7B-MaxText"),
+        layout=_layout(8 * 6, QKV_OUT_SAVED, MeshConfig(fsdp=8)), source=_TRILLIUM.format("Mistral-7B-MaxText"),
     ),
     PublishedRun(
         name="Llama 2 70B, v6e-256", topology="v6e:16x16", decoder=LLAMA2_70B, attention="splash", seconds=9.052,
-        layout=_layout(256 * 2, QKV_KEPT, MeshConfig(fsdp=256)),
-        source=_TRILLIUM.format("Llama2-70B-MaxText") + " (its log's tokens a second say 2 sequences a chip)",
+        layout=_layout(256 * 2, QKV_SAVED, MeshConfig(fsdp=256)),
+        source=_TRILLIUM.format("Llama2-70B-MaxText") + " (2 sequences a chip, by the tokens per second of its log)",
     ),
     PublishedRun(
         name="Llama 3.1 70B, 64 TPU7x", topology="tpu7x:4x4x4", decoder=LLAMA31_70B, attention="splash", seconds=12.20,
-        layout=_layout(256, QKV_KEPT, MeshConfig(fsdp=128)),
+        layout=_layout(256, QKV_SAVED, MeshConfig(fsdp=128)),
         source="tpu-recipes, training/ironwood/README.md and llama3.1-70b/8k-bf16-tpu7x-4x4x4",
     ),
     PublishedRun(
@@ -144,7 +135,7 @@ RUNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class OriginalRun:
-    """StarCoderBase as BigCode trained it. tokens_per_second: of one GPU, derived from steps, batch and GPU hours."""
+    """StarCoderBase as BigCode trained it."""
 
     topology: str = "a100:64x8"
     parameters: int = 15_517_456_384
@@ -155,6 +146,7 @@ class OriginalRun:
 
     @property
     def tokens_per_second(self) -> float:
+        """Per GPU, from steps, batch and GPU hours."""
         return self.steps * self.tokens_per_step / (self.gpu_hours * 3600)
 
 
@@ -171,14 +163,14 @@ class LackingRun:
 LACKING = tuple(
     LackingRun(name=name, published=published, lacks=lacks)
     for name, published, lacks in (
-        ("MaxText 22B and 52B, v4", "156 and 154 TFLOP/s", "head size and MLP of the version that was measured: its "
-         "script of today does not give 22e9 parameters"),
+        ("MaxText 22B and 52B, v4", "156 and 154 TFLOP/s", "head size and MLP of the measured version: its current "
+         "script does not give 22e9 parameters"),
         ("MaxText Llama 2 70B, 512 v5p", "65.4 %", "batch: 2 in its table of models, 4 in its script"),
         ("MaxText Gemma 3 12B, v6e-256", "349 TFLOP/s", "alternating local attention, which is not modelled"),
         ("AXLearn Llama 2 7B, 256 H100 and v5p-512", "1.4 and 2.5 s", "batch and recomputation"),
         ("JAX-Toolbox Llama 2 7B, 8 H100", "0.721 s", "recomputation and mesh"),
         ("Levanter 1.4B to 20B, v3-256", "41.7 to 54.4 %", "microbatches, and the v3's links"),
-        ("torchtitan Llama 3.1 8B, 8 H100", "5,762 tokens/s", "what its operator-level checkpointing computes again"),
+        ("torchtitan Llama 3.1 8B, 8 H100", "5,762 tokens/s", "what its operator-level checkpointing recomputes"),
         ("Megatron-LM 22B and 175B, A100", "41.5 and 51.4 %", "attention was no flash kernel; pipeline stages"),
         ("nanotron 1B, 8 H100", "33,000 tokens/s", "sequence length and recomputation"),
         ("StarCoderBase 15.5B, 512 A100", f"{STARCODER.tokens_per_second:,.0f} tokens/s",

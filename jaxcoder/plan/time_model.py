@@ -1,12 +1,11 @@
 """The time of a step: a roofline with the efficiencies that matmuls, attention and links reach in practice.
 
-    compute  = matmul FLOPs / (peak x MATMUL) + attention FLOPs / (peak x attention's) + traffic / memory bandwidth
-    expected = the largest of compute, `fsdp` transfers and transfers to the host + `tensor` and `data` transfers
+    compute  = matmul FLOPs / (peak x MATMUL) + attention FLOPs / (peak x ATTENTION) + traffic / memory bandwidth
+    expected = max(compute, overlapped transfers, transfers to the host) + exposed transfers
 
-Transfers over `tensor` are exposed: the next matmul needs them. So are the sums over `data` after the last gradient.
-Transfers over `fsdp` overlap with the layer before. A compiled program shows which of its transfers are exposed. The
-bounds: everything overlaps, or nothing does. Each efficiency names its source; calibration.py compares the model with
-published runs.
+Transfers over `fsdp` overlap with the layer before. Those over `tensor` are exposed, because the next matmul needs
+them, and so are the all-reduces over `data` after the last gradient. For a compiled program, the program shows which
+are exposed. `calibration.py` compares the model with published runs.
 """
 
 import itertools
@@ -21,9 +20,13 @@ from jaxcoder.plan.workload import Work
 (WEIGHT_AXIS,) = DimRules().of("embed")
 """The mesh axis over which weights are all-gathered and gradients reduce-scattered."""
 
+# Efficiencies: shares of the peak FLOP/s or of the data sheet's bandwidth.
+
+# TPUs: the TPU compiler's own cycles of the matmuls of a step. GPUs: 790 of 989 TFLOP/s of a bf16 matmul on an H200.
 MATMUL = {"tpu": 0.90, "cuda": 0.80}
-"""Of peak. TPUs: the TPU compiler's own cycles of the matmuls of a step. GPUs: 790 of 989 TFLOP/s of a plain bf16
-matmul on an H200."""
+# (chip, kernel) -> efficiency of forward and backward together, of the causal half, without dropout. v5e, v5p, v6e:
+# static cycles at 8,192 tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide sibling, TPU7x as its
+# 256-wide one. GPUs: published figures of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise` (XLA): assumed.
 ATTENTION = {
     ("TPU v5p", "flash_tpu"): 0.93, ("TPU v6e", "flash_tpu"): 0.47,
     ("TPU v4", "flash_tpu"): 0.93, ("TPU v5e", "flash_tpu"): 0.93, ("TPU7x", "flash_tpu"): 0.47,
@@ -32,28 +35,26 @@ ATTENTION = {
     ("TPU v4", "blockwise"): 0.35, ("TPU v5e", "blockwise"): 0.35, ("TPU v5p", "blockwise"): 0.35,
     ("A100", "flash"): 0.55, ("H100", "flash"): 0.55, ("H200", "flash"): 0.55,
 }  # fmt: skip
-"""Of peak, forward and backward together, of the causal half, without dropout. v5e, v5p, v6e: static cycles at 8,192
-tokens (docs/performance.md, Attention on TPUs); v4 as its 128-wide, TPU7x as its 256-wide sibling. GPUs: what is
-published of FlashAttention-2 on A100 and cuDNN on Hopper. `blockwise`, XLA's: assumed, as is what is missing here."""
+ATTENTION_ELSEWHERE = 0.2  # assumed
+# Time of the flash_tpu kernel with dropout relative to without, (forward, backward): static cycles on v6e and v5p
+# (docs/performance.md, Attention on TPUs); TPU7x as v6e, the others as v5p. Not known for other kernels, taken as 1.
 DROPOUT = {"TPU v6e": (2.02, 1.45), "TPU7x": (2.02, 1.45)}
 DROPOUT_ELSEWHERE = (1.45, 1.07)
-"""How much longer the flash_tpu kernel takes with dropout, (forward, backward): static cycles on v6e and, elsewhere,
-on v5p (docs/performance.md, Attention on TPUs), TPU7x as v6e. Of other kernels it is not known and left at 1."""
-ATTENTION_ELSEWHERE = 0.2
-OVERLAPPED_GATHERS = ("TPU v4", "TPU v5e")
-"""Chips for which libtpu 0.0.52 overlaps the all-gathers of weights over `fsdp` with matmuls. On the others they are
-exposed; the reduce-scatters of gradients are exposed on all (docs/performance.md, StarCoderBase on pods). Published
-runs had compilers and options that overlapped both."""
-WHOLE_TORUS = ("TPU v4", "TPU v5p")
-"""Chips for which libtpu 0.0.52 turns all-gathers and reduce-scatters over all three sides of a closed torus into
-all-reduces: twice the bytes, and exposed. Over one or two sides it does not."""
+# Links: 45 of 50 GB/s in "How to Scale Your Model"; NCCL's bus bandwidth in a node.
 LINK = {"tpu": 0.9, "cuda": 0.8}
-"""Of the data sheet's bandwidth: 45 of 50 GB/s a link in "How to Scale Your Model"; NCCL's bus bandwidth in a node."""
+
+# Chips on which libtpu 0.0.52 overlaps the all-gathers of weights over `fsdp` with matmuls. On the others they are
+# exposed; the reduce-scatters of gradients are exposed on all (docs/performance.md, StarCoderBase on pods). Published
+# runs had compilers and options that overlapped both.
+OVERLAPPED_GATHERS = ("TPU v4", "TPU v5e")
+# Chips on which libtpu 0.0.52 turns all-gathers and reduce-scatters over all three dims of a closed torus into
+# all-reduces: twice the bytes, and exposed. Over one or two dims it does not.
+ALL_REDUCE_ON_3D = ("TPU v4", "TPU v5p")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one step. matmul, attention, memory, interconnect (by axis): each alone, at what it reaches."""
+    """Seconds of one step. matmul, attention, memory, interconnect (by axis): each alone, at its usual efficiency."""
 
     matmul: float
     attention: float
@@ -65,72 +66,75 @@ class StepTime:
     """Activations to host memory and back, overlapped with everything else."""
 
     @property
-    def _overlapped_interconnect(self) -> float:
+    def compute(self) -> float:
+        return self.matmul + self.attention + self.memory
+
+    @property
+    def overlapped_transfers(self) -> float:
         if self.overlapped_seconds is None:
             return self.interconnect.get(WEIGHT_AXIS, 0.0)
         return self.overlapped_seconds
 
     @property
-    def compute(self) -> float:
-        return self.matmul + self.attention + self.memory
+    def exposed_transfers(self) -> float:
+        return sum(self.interconnect.values()) - self.overlapped_transfers
 
     @property
     def expected(self) -> float:
-        overlapped_seconds = self._overlapped_interconnect
-        return max(self.compute, overlapped_seconds, self.host) + sum(self.interconnect.values()) - overlapped_seconds
+        return max(self.compute, self.overlapped_transfers, self.host) + self.exposed_transfers
 
     @property
     def overlapped(self) -> float:
-        """If everything overlaps."""
+        """Lower bound: everything overlaps."""
         return max(self.compute, sum(self.interconnect.values()), self.host)
 
     @property
     def sequential(self) -> float:
-        """If nothing did."""
+        """Upper bound: nothing overlaps."""
         return self.compute + sum(self.interconnect.values()) + self.host
 
     @property
     def bound(self) -> str:
         """What dominates the expected time; overlapped transfers count only if they take longer than computation."""
-        overlapped_seconds = self._overlapped_interconnect
-        waited = sum(self.interconnect.values()) - overlapped_seconds
-        slower = max(overlapped_seconds, self.host) > self.compute
-        named = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
-        if slower:
-            named = (
-                {"transfers to the host": self.host}
-                if self.host > overlapped_seconds
-                else {"transfers between chips": overlapped_seconds}
-            )
-        longest = max(named, key=named.get)
-        return longest if named[longest] >= waited else "exposed transfers"
+        transfers = {"transfers between chips": self.overlapped_transfers, "transfers to the host": self.host}
+        if max(transfers.values()) > self.compute:
+            terms = transfers
+        else:
+            terms = {"matmuls": self.matmul, "attention": self.attention, "memory traffic": self.memory}
+        longest = max(terms, key=lambda name: terms[name])
+        return longest if terms[longest] >= self.exposed_transfers else "exposed transfers"
 
 
-def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, *, is_ours: bool = False) -> StepTime:
-    """attention: the kernel, a key of ATTENTION. is_ours: transfers as libtpu 0.0.52 makes them of our step, which sums
-    gradients in place of scattering them over three sides of an open torus too, and where parts do not fill tiles."""
+def step_time(
+    work: Work, topology: Topology, mesh: MeshConfig, attention: str, *, is_jaxcoder: bool = False
+) -> StepTime:
+    """attention: the kernel, as in ATTENTION.
+
+    is_jaxcoder: transfers as libtpu 0.0.52 compiles them in jaxcoder's step; otherwise those over `fsdp` overlap.
+    """
     chip = topology.chip
     links = axis_bandwidths(topology, mesh)
     seconds = {axis: sent / links[axis] for axis, sent in work.transfers.items()}
     overlapped_seconds = None
     if WEIGHT_AXIS in seconds:
         scatters = work.scattered / links[WEIGHT_AXIS]
-        closed = all(map(topology.wraps, range(len(topology.shape))))
-        on_three = chip.name in WHOLE_TORUS and _sides(topology, mesh)[WEIGHT_AXIS] > 2
-        if on_three and closed:
+        is_closed = all(map(topology.wraps, range(len(topology.shape))))
+        is_3d = chip.name in ALL_REDUCE_ON_3D and _torus_dims(topology, mesh)[WEIGHT_AXIS] > 2
+        if is_3d and is_closed:
             seconds[WEIGHT_AXIS], overlapped_seconds = 2 * seconds[WEIGHT_AXIS], 0.0
-        elif is_ours and topology.platform == "tpu":
+        elif is_jaxcoder and topology.platform == "tpu":
             overlapped_seconds = seconds[WEIGHT_AXIS] - scatters if chip.name in OVERLAPPED_GATHERS else 0.0
-            seconds[WEIGHT_AXIS] += scatters if on_three or not work.scatters_evenly else 0.0  # all-reduces instead
-    reached = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
-    has_hash = work.attention_dropout and attention == "flash_tpu"
-    longer = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
+            # Reduce-scatters become all-reduces on an open 3-D torus too, and for shards that do not fill tiles.
+            seconds[WEIGHT_AXIS] += scatters if is_3d or not work.scatters_evenly else 0.0
+    efficiency = ATTENTION.get((chip.name, attention), ATTENTION_ELSEWHERE)
     if topology.platform == "tpu":  # a smaller head leaves rows or columns of the matrix unit idle
-        reached *= min(1.0, work.head_dim / 128)
-    attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, longer, strict=True))
+        efficiency *= min(1.0, work.head_dim / 128)
+    has_hash = work.attention_dropout and attention == "flash_tpu"
+    slowdowns = DROPOUT.get(chip.name, DROPOUT_ELSEWHERE) if has_hash else (1.0, 1.0)
+    attention_flops = sum(flops * factor for flops, factor in zip(work.attention_flops, slowdowns, strict=True))
     return StepTime(
         matmul=work.matmul_flops / chip.peak_flops / MATMUL[topology.platform],
-        attention=attention_flops / chip.peak_flops / reached,
+        attention=attention_flops / chip.peak_flops / efficiency,
         memory=work.memory_bytes / chip.memory_bandwidth,
         interconnect=seconds,
         overlapped_seconds=overlapped_seconds,
@@ -140,47 +144,43 @@ def step_time(work: Work, topology: Topology, mesh: MeshConfig, attention: str, 
 
 def axis_bandwidths(topology: Topology, mesh: MeshConfig) -> dict[str, float]:
     """Bytes/s that one device can send along each mesh axis of more than one device, if each is used alone."""
-    reached = LINK[topology.platform]
     if topology.platform == "cuda":
         found = _in_nodes(topology, _sizes(mesh))
     else:
         found = {axis: bandwidth for axis, (bandwidth, _) in _in_torus(topology, _sizes(mesh)).items()}
-    return {axis: bandwidth * reached for axis, bandwidth in found.items()}
+    return {axis: bandwidth * LINK[topology.platform] for axis, bandwidth in found.items()}
 
 
 def _sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Axes of more than one device, those of neighbours first."""
+    """Axes of more than one device, those of neighbouring devices first."""
     return {axis: size for axis, size in reversed(mesh.sizes.items()) if size > 1}
 
 
-def _sides(topology: Topology, mesh: MeshConfig) -> dict[str, int]:
-    """Axis -> over how many sides of the torus it runs."""
-    return {axis: sides for axis, (_, sides) in _in_torus(topology, _sizes(mesh)).items()}
+def _torus_dims(topology: Topology, mesh: MeshConfig) -> dict[str, int]:
+    """Axis -> the number of dims of the torus that it uses."""
+    return {axis: dims for axis, (_, dims) in _in_torus(topology, _sizes(mesh)).items()}
 
 
 def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
-    """Neighbours in the mesh share a node; an axis that leaves it uses the network cards of all its members there."""
-    chip, left, found = topology.chip, topology.shape[1], {}
+    """Axis -> bytes/s. Neighbours in the mesh share a node; an axis that crosses nodes uses the network cards of all
+    its members in the node."""
+    link, free, found = topology.chip.link_bandwidth, topology.shape[1], {}
     for axis, size in sizes.items():
-        inside = math.gcd(size, left)
-        if size == inside:
-            found[axis] = chip.link_bandwidth
-        else:
-            found[axis] = min(chip.link_bandwidth, inside * topology.network)
-        left //= inside
+        inside = math.gcd(size, free)
+        found[axis] = link if size == inside else min(link, inside * topology.network)
+        free //= inside
     return found
 
 
 def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
-    """Axis -> (bytes/s, sides): an axis takes whole sides where their product is its size (closed ones carry both
-    ways), else pieces of some; `data` between slices takes the slow network."""
+    """Axis -> (bytes/s, torus dims used). The axis between slices is limited by the network."""
     chip, found = topology.chip, {}
-    sides = [(length * (chip.devices_per_chip if i == 0 else 1), topology.wraps(i))
-             for i, length in enumerate(topology.shape)]  # fmt: skip
-    sides = [side for side in sides if side[0] > 1]
+    # (devices, is a ring) of each torus dim. The devices of one chip extend the first.
+    lengths = (topology.shape[0] * chip.devices_per_chip, *topology.shape[1:])
+    free = [(length, topology.wraps(i)) for i, length in enumerate(lengths) if length > 1]
     for axis, size in sizes.items():
         across = topology.num_slices if axis == SLICE_AXIS else 1
-        links, used, sides = _take(sides, size // across)
+        links, used, free = _assign(free, size // across)
         bandwidth = links * chip.link_bandwidth if links else math.inf
         if across > 1:
             bandwidth = min(bandwidth, topology.network * max(size // across, 1))
@@ -188,21 +188,23 @@ def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[floa
     return found
 
 
-def _take(sides: list[tuple[int, bool]], size: int) -> tuple[int, int, list[tuple[int, bool]]]:
-    """(links that carry an axis of this size, sides that it runs over, the sides that are left)."""
+def _assign(free: list[tuple[int, bool]], size: int) -> tuple[int, int, list[tuple[int, bool]]]:
+    """(links for an axis of this size, torus dims used, dims left). A ring has two links, one in each direction."""
     if size <= 1:
-        return 0, 0, sides
-    for count in range(len(sides), 0, -1):
-        for chosen in itertools.combinations(range(len(sides)), count):
-            if math.prod(sides[i][0] for i in chosen) == size:
-                links = sum(2 if sides[i][1] else 1 for i in chosen)
-                return links, count, [side for i, side in enumerate(sides) if i not in chosen]
-    links, used, rest = 0, 0, list(sides)
+        return 0, 0, free
+    # Complete dims whose product is the size, as many as possible.
+    for count in range(len(free), 0, -1):
+        for chosen in itertools.combinations(range(len(free)), count):
+            if math.prod(free[i][0] for i in chosen) == size:
+                links = sum(2 if free[i][1] else 1 for i in chosen)
+                return links, count, [dim for i, dim in enumerate(free) if i not in chosen]
+    # Else divisors of the longest dims, which are then no rings.
+    links, used, rest = 0, 0, list(free)
     for i in sorted(range(len(rest)), key=lambda i: -rest[i][0]):
-        part = math.gcd(size, rest[i][0])
-        if part > 1:
+        divisor = math.gcd(size, rest[i][0])
+        if divisor > 1:
             used += 1
-            links += 2 if part == rest[i][0] and rest[i][1] else 1
-            rest[i] = (rest[i][0] // part, False)
-            size //= part
-    return max(links, 1), used, [side for side in rest if side[0] > 1]
+            links += 2 if divisor == rest[i][0] and rest[i][1] else 1
+            rest[i] = (rest[i][0] // divisor, False)
+            size //= divisor
+    return max(links, 1), used, [dim for dim in rest if dim[0] > 1]

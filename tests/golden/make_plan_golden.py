@@ -1,9 +1,9 @@
-"""Writes tests/golden/plan/*.json: what the compiled training step of a tiny model is, on two small topologies.
+"""Writes tests/golden/plan/*.json: the compiled training step of a tiny model on two small topologies.
 
     python tests/golden/make_plan_golden.py        (Linux on x86_64, with libtpu; a minute or two)
 
-Run it when a change is meant to change the compiled program, and read the difference: a collective more, an array that
-is no longer sharded, a kernel that is no longer chosen. The test is tests/plan/test_plan_goldens.py.
+Run it after an intended change of the compiled program, and review the difference: a new collective, an array that is no
+longer sharded, another kernel. The test is tests/plan/test_plan_goldens.py.
 """
 
 import json
@@ -36,9 +36,9 @@ def compiled(name: str, *, use_cache: bool = True) -> Compiled:
 
 
 def golden_of(found: Compiled) -> dict:
-    """What a change of the program changes, and a change of XLA's scheduling does not: no names, no order, no fusions.
+    """Figures that do not depend on XLA's scheduling: no names, order or fusions.
 
-    Collectives over a kilobyte by kind and axes with their bytes: how many carry them is XLA's choice.
+    Collectives over a kilobyte are summed by kind and axes, because XLA chooses their number.
     """
     sent: dict[str, float] = {}
     for collective in found.collectives:

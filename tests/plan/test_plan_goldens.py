@@ -1,8 +1,8 @@
-"""The compiled training step of a tiny model on two small topologies, beside goldens and beside the formulas.
+"""The compiled training step of a tiny model on two small topologies, compared with goldens and with the formulas.
 
-A refactor that changes the compiled program is seen here: a collective more, an array that is no longer sharded, a
-kernel that is no longer chosen. What was meant is written anew by tests/golden/make_plan_golden.py. Numbers are
-compared for the versions of JAX and libtpu that the goldens are of; what does not depend on them, always.
+It detects changes of the compiled program: a new collective, an array that is no longer sharded, another kernel. Update
+the goldens with tests/golden/make_plan_golden.py. Figures that depend on versions are compared only for the JAX and
+libtpu of the goldens.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ from jaxcoder.plan.topology import parse_topology
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PEAK = 1.25
-"""Of the golden's bytes: a change beyond it is a decision."""
+"""Largest peak memory relative to the golden's."""
 PEAK_ELSEWHERE = 1.6
-"""With other versions: libtpu 0.0.42 needs 1.33 times what 0.0.52 does for the same program."""
+"""With other versions: libtpu 0.0.42 needs 1.33 times the memory of 0.0.52 for the same program."""
 SENT = 1.02
 
 
@@ -65,7 +65,7 @@ def test_the_program(case):
     name, found = case
     expected, now = golden(name), MAKER.golden_of(found)
     if now["versions"] != expected["versions"]:
-        pytest.skip(f"the golden is of {expected['versions']}, this is {now['versions']}")
+        pytest.skip(f"the golden was made with {expected['versions']}, this is {now['versions']}")
     assert now["options"] == expected["options"]
     assert now["matmul_flops"] == expected["matmul_flops"]
     assert now["collective_bytes"].keys() == expected["collective_bytes"].keys()
@@ -88,8 +88,8 @@ def plan_of(case):
     return make_plan(config, parse_topology(topology), found)
 
 
-def test_the_formulas_beside_the_compiler(case):
-    """FLOPs to the last one; transfers, of which the formula leaves biases and positions out, nearly."""
+def test_formulas_agree_with_the_compiler(case):
+    """FLOPs exactly; transfers roughly, because the formula leaves out biases and positions."""
     plan = plan_of(case)
     assert plan.work.matmul_flops == plan.compiled.matmul_flops
     sent = dict.fromkeys(plan.work.transfers, 0.0)
@@ -100,11 +100,11 @@ def test_the_formulas_beside_the_compiler(case):
         assert 0.6 < modelled / sent[axis] < 1.6, axis
 
 
-def test_the_plan_in_words_and_as_json(case):
+def test_the_plan_as_text_and_as_json(case):
     plan = plan_of(case)
-    said = " ".join("\n".join(lines_of(plan)).split())
+    text = " ".join("\n".join(lines_of(plan)).split())
     for expected in ("fits (compiled:", "attention flash_tpu", "reduce-scatter", "the compiler", "compiled FLOPs"):
-        assert expected in said
+        assert expected in text
     plain = as_dict(plan)
     assert plain["fits"] and plain["compiled"]["state_bytes"] == plan.compiled.state_bytes
     assert Compiled.from_json(plan.compiled.to_json()) == plan.compiled

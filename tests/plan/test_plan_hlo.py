@@ -1,4 +1,4 @@
-"""Reading compiled programs: FLOPs and transfers of programs whose answer is known, in all of XLA's notations."""
+"""FLOPs and transfers of programs with known answers, in all of XLA's notations."""
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,8 @@ ENTRY %main (a: (s32[], f32[8])) -> (s32[], f32[8]) {
 )  # fmt: skip
 def test_collectives_in_loops(line, kind, axes, sent):
     found = Program(LOOP.replace("COLLECTIVE", line)).collectives(MESH)
-    begun = "-start" in line
-    expected = Collective(kind=kind, axes=tuple(axes.split()), asynchronous=begun, count=7, bytes=7.0 * sent)
+    is_async = "-start" in line
+    expected = Collective(kind=kind, axes=tuple(axes.split()), asynchronous=is_async, count=7, bytes=7.0 * sent)
     assert found == [expected]
 
 
@@ -63,7 +63,7 @@ def test_groups_of_one_send_nothing():
     assert Program(LOOP.replace("COLLECTIVE", line)).collectives(MESH) == []
 
 
-def test_a_transfer_that_is_begun_fused_and_waited_for_counts_once():
+def test_an_async_transfer_counts_once():
     gather = "%g.{} = f32[16] all-gather(%q), channel_id=3, replica_groups=[4,2]<=[8]"
     parts = "".join(
         f"%{name} (q: f32[8]) -> f32[16] {{\n  %q = f32[8] parameter(0)\n  {gather.format(i)}\n}}\n\n"
@@ -81,7 +81,7 @@ def test_a_transfer_that_is_begun_fused_and_waited_for_counts_once():
     assert [(c.count, c.asynchronous, c.bytes) for c in found] == [(7, True, 7 * 32.0)]
 
 
-def test_a_sum_of_which_a_part_is_kept_is_a_scatter():
+def test_a_fused_all_reduce_and_slice_is_a_reduce_scatter():
     fused = (
         "%all-reduce-scatter.3 (q: f32[8]) -> f32[4] {\n  %q = f32[8] parameter(0)\n"
         "  %r = f32[8] all-reduce(%q), replica_groups=[4,2]<=[8]\n}\n\n"
@@ -104,7 +104,7 @@ def test_flops_of_dots_in_loops():
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, "VALID", 1), (2, "SAME", 1), (1, ((3, 3),), 2)])
-def test_flops_of_convolutions_are_those_of_the_elements_that_are_there(stride, padding, dilation):
+def test_flops_of_convolutions_leave_out_padding(stride, padding, dilation):
     def convolve(x, w):
         return jax.lax.conv_general_dilated(
             x, w, (stride,), padding, rhs_dilation=(dilation,), dimension_numbers=("NWC", "WIO", "NWC")

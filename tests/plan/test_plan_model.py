@@ -1,5 +1,4 @@
-"""The formulas: work, links, seconds; published runs beside them; the search and the ways to fit, with a compiler that
-answers at once."""
+"""The formulas of work, links and seconds; published runs; the search and the ways to fit, with a fake compiler."""
 
 import dataclasses
 
@@ -94,7 +93,7 @@ def test_links(name, slices, mesh, expected):
     assert found == pytest.approx({axis: gb * 1e9 * lost for axis, gb in expected.items()})
 
 
-def test_an_axis_over_a_whole_torus_waits_for_twice_the_bytes():
+def test_an_axis_over_a_closed_3d_torus_sends_twice_the_bytes():
     topology, work = parse_topology("v5p:4x4x4"), work_of(DecoderShape.of(starcoderbase().model), _layout(1, 64, 1))
     whole = step_time(work, topology, MeshConfig(data=1, fsdp=64, tensor=1), "flash_tpu")
     sent = work.transfers["fsdp"] / axis_bandwidths(topology, MeshConfig(data=1, fsdp=64, tensor=1))["fsdp"]
@@ -109,7 +108,7 @@ def _layout(data: int, fsdp: int, tensor: int) -> Layout:
 # --- published runs --------------------------------------------------------------------------------------------------
 
 
-def test_published_runs_are_described_rightly():
+def test_published_runs_have_the_parameters_of_their_names():
     """Their parameters are what their names say, and every one has a source."""
     billions = {"GPT 16B": 15.8, "GPT 32B": 31.7, "GPT 64B": 62.8, "Llama 3.1 8B": 8.0, "Llama 3.1 70B": 70.6,
                 "Llama 2 70B": 69.0, "Llama 2 7B": 6.7, "Mistral 7B": 7.2}  # fmt: skip
@@ -122,7 +121,7 @@ def test_published_runs_are_described_rightly():
     assert all(run.lacks for run in LACKING)
 
 
-def test_the_model_is_near_them():
+def test_predictions_are_near_published_runs():
     found = comparisons()
     kinds = {comparison.topology.kind for comparison in found}
     assert len(found) >= 4 and len({kind for kind in kinds if kind.startswith("TPU")}) >= 2
@@ -145,7 +144,7 @@ def test_gpu_plans_have_no_range_and_show_the_original():
     assert as_dict(plan)["seconds"]["slow"] is None
 
 
-def test_a_log_that_states_both_agrees_with_our_convention():
+def test_a_published_log_with_both_units_agrees():
     """MaxText's log of Llama 3.1 8B: 4.546 s and 7,207.336 tokens a second and chip."""
     run = next(run for run in RUNS if run.name.startswith("Llama 3.1 8B"))
     assert run.layout.batch * run.decoder.seq_len / run.seconds / 256 == pytest.approx(7207.336, rel=1e-3)
@@ -155,7 +154,7 @@ def test_a_log_that_states_both_agrees_with_our_convention():
 
 
 def compiler(gib: float = 10.0, fits=lambda config: True):
-    """One that says the same of every layout, and what was asked of it."""
+    """A fake compiler with the same figures for every layout, and the runs it compiled."""
     asked = []
 
     def compile_one(config, topology) -> Compiled:
@@ -185,8 +184,8 @@ def test_search_compiles_the_first_that_fit(base):
     assert asked == [plan.config for plan in found.ranked[: len(asked)]]
     times = [plan.time.expected for plan in found.ranked]
     assert times == sorted(times) and found.best in found.compiled
-    said = "\n".join(lines_of_search(found))
-    assert "of the compiler's" in accuracy(found) and "best" in said and "Compiled:" in said
+    text = "\n".join(lines_of_search(found))
+    assert "of the compiler's" in accuracy(found) and "best" in text and "Compiled:" in text
 
 
 def test_search_without_time(base):
@@ -196,9 +195,9 @@ def test_search_without_time(base):
     assert "--minutes allows more" in "\n".join(lines_of_search(found))
 
 
-def test_search_where_the_compiler_gives_up(base):
+def test_search_where_the_compiler_fails(base):
     def compile_one(config, topology):
-        raise JaxcoderError("it gave up.")
+        raise JaxcoderError("it failed.")
 
     found = search(*base, compile_one, minutes=1)
     assert len(found.failures) == 3 and found.compiled == []
@@ -209,7 +208,7 @@ def words(lines) -> str:
 
 
 def test_search_that_compiles_everything():
-    """The compiler's order is the reverse of the model's here, and two judgements of what fits are wrong."""
+    """The compiler's order is the reverse of the model's here, and some predictions of what fits are wrong."""
     topology = parse_topology("v5e:2x2")
     run = dataclasses.replace(starcoderbase_1b(), global_batch_size=4)
     first = search(run, topology, None, minutes=1).ranked
@@ -224,13 +223,13 @@ def test_search_that_compiles_everything():
     found = search(run, topology, compile_one, minutes=1, compile_all=True)
     assert len(found.compiled) == found.candidates > len(first)
     assert found.best.config not in {plan.config for plan in first}  # the cycles are the lowest there
-    said = words(lines_of_ranking([plan for plan in found.compiled if plan.config in place]))
-    assert "correlation of ranks of modelled and compiled times -1.00" in said
-    assert "do not contain the compiler's best" in said and "judged to fit, but does not: 1" in said
+    text = words(lines_of_ranking([plan for plan in found.compiled if plan.config in place]))
+    assert "rank correlation of modelled and compiled times -1.00" in text
+    assert "do not contain the compiler's best" in text and "predicted to fit, but does not: 1" in text
     everything = words(lines_of_ranking(found.compiled))
     judged_wrong = sum(not plan.fits for plan in search(run, topology, None, minutes=1).ranked)
     unlikely = found.candidates - len(first) + judged_wrong
-    assert f"judged not to fit, but does: {unlikely}" in everything
+    assert f"predicted not to fit, but does: {unlikely}" in everything
 
 
 @pytest.mark.parametrize(
@@ -241,7 +240,7 @@ def test_correlation_of_ranks(first, second, expected):
     assert spearman(first, second) == pytest.approx(expected)
 
 
-def test_search_needs_no_mesh_that_works_and_says_what_does_not():
+def test_search_replaces_an_invalid_mesh():
     """512 windows on 1,024 devices: not along `fsdp` alone, but with `tensor`."""
     wide = parse_topology("v5p:8x8x16")
     assert all(plan.config.mesh.tensor > 1 for plan in search(starcoderbase(), wide, None, minutes=1).ranked)
@@ -249,7 +248,7 @@ def test_search_needs_no_mesh_that_works_and_says_what_does_not():
         search(starcoderbase(), parse_topology("v5p:4x4x12"), None, minutes=1)
 
 
-def test_dropout_takes_time_in_our_kernels():
+def test_dropout_takes_time_in_flash_tpu():
     layout, decoder, topology = _layout(8, 64, 1), DecoderShape.of(starcoderbase().model), parse_topology("v5p:8x8x8")
     without = step_time(work_of(decoder, layout), topology, layout.mesh, "flash_tpu").attention
     dropping = work_of(decoder, dataclasses.replace(layout, attention_dropout=True))
@@ -265,7 +264,7 @@ def test_dropout_takes_time_in_our_kernels():
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "waits"),  # shares of the formula's bytes that a step waits for
+    ("name", "mesh", "exposed"),  # relative to the seconds of the formula's bytes
     [
         ("v4:4x4x8", (8, 16, 1), 1 / 3), ("v5e:4x4", (1, 16, 1), 1 / 3), ("v6e:4x4", (1, 16, 1), 1.0),
         ("v5e:16x16", (1, 256, 1), 2 / 3), ("v6e:16x16", (1, 256, 1), 4 / 3), ("v5p:4x4x8", (8, 16, 1), 1.0),
@@ -274,14 +273,14 @@ def test_dropout_takes_time_in_our_kernels():
         ("h100:2x8", (1, 16, 1), 0.0),
     ],
 )  # fmt: skip
-def test_what_our_programs_wait_for(name, mesh, waits):
-    """Gathers run beside matmuls on v4 and v5e; gradients of 24 rows a chip are summed and not scattered."""
+def test_exposed_transfers_of_jaxcoders_step(name, mesh, exposed):
+    """All-gathers overlap with matmuls on v4 and v5e; gradients of 24 rows a chip are all-reduced."""
     topology, layout = parse_topology(name), _layout(*mesh)
     work = work_of(DecoderShape.of(starcoderbase().model), layout)
-    time = step_time(work, topology, layout.mesh, "flash_tpu", is_ours=True)
+    time = step_time(work, topology, layout.mesh, "flash_tpu", is_jaxcoder=True)
     sent = work.transfers["fsdp"] / axis_bandwidths(topology, layout.mesh)["fsdp"]
     overlapped = time.interconnect["fsdp"] if time.overlapped_seconds is None else time.overlapped_seconds
-    assert (time.interconnect["fsdp"] - overlapped) / sent == pytest.approx(waits)
+    assert (time.interconnect["fsdp"] - overlapped) / sent == pytest.approx(exposed)
 
 
 def test_search_where_nothing_fits():
@@ -291,7 +290,7 @@ def test_search_where_nothing_fits():
     assert found.best is None and "no layout of this run fits" in " ".join("\n".join(lines_of_search(found)).split())
 
 
-def test_what_is_tried_to_make_it_fit(base):
+def test_attempts_to_make_it_fit(base):
     config, topology = base
     compile_one, asked = compiler(fits=lambda config: config.compute.remat == "block")
     plan = make_plan(config, topology, compile_one(config, topology))
@@ -324,7 +323,7 @@ def test_options_are_for_chips_and_have_sources():
     assert options_for("cpu") == {}
 
 
-def test_options_that_the_compiler_does_not_know_are_left_out():
+def test_unknown_options_are_left_out():
     def compile_with(options):
         unknown = next((name for name in options if name.startswith("old")), None)
         if unknown:

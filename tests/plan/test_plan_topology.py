@@ -1,4 +1,4 @@
-"""Names of topologies: what exists, what they come to, and what is said of those that do not exist."""
+"""Names of topologies: their chips and devices, and the messages for unknown ones."""
 
 import math
 
@@ -52,14 +52,14 @@ def test_slices():
         ("h100:0x8", "there is no topology"),
     ],
 )
-def test_what_does_not_exist_is_refused_with_the_nearest(name, expected):
+def test_unknown_topologies_name_the_nearest(name, expected):
     with pytest.raises(ConfigError) as raised:
         parse_topology(name)
     assert expected in str(raised.value)
 
 
 @pytest.mark.parametrize(("name", "slices"), [("v5p:4x4x4", 0), ("h100:8x8", 2)])
-def test_slices_that_cannot_be(name, slices):
+def test_invalid_slices(name, slices):
     with pytest.raises(ConfigError, match="--slices"):
         parse_topology(name, slices)
 
@@ -74,7 +74,7 @@ def test_any_text_is_a_topology_or_one_sentence(text):
         assert topology.chips >= 1 and parse_topology(topology.name) == topology
 
 
-def test_every_family_is_planned_for():
+def test_every_family_has_the_figures_of_a_plan():
     for family, generation in TPUS.items():
         for shape in generation.shapes:
             topology = parse_topology(f"{family}:{'x'.join(map(str, shape))}")
