@@ -235,6 +235,7 @@ def _compile(config: RunConfig, topology: Topology) -> Compiled:
     state, batch = _abstract_arguments(config, mesh)
     device = mesh.devices.flat[0]
     step: Any = make_train_step(config, device)
+    options = compiler_options(config, device)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         # The platform of a described GPU is `gpu`, for which JAX wants an attached device; `cuda` lowers without one.
         lowered = step.trace(state, batch).lower(lowering_platforms=(topology.platform,))
@@ -248,7 +249,7 @@ def _compile(config: RunConfig, topology: Topology) -> Compiled:
             shardings={
                 jax.tree_util.keystr(path): f"{leaf.shape} {tuple(leaf.sharding.spec)}" for path, leaf in weights
             },
-            options=compiler_options(config, device),
+            options=options,
             versions=versions(),
         )
         try:

@@ -2,8 +2,8 @@
 
     python tests/golden/make_plan_golden.py        (Linux on x86_64, with libtpu; a minute or two)
 
-Run it after an intended change of the compiled program, and review the difference: a new collective, an array that is no
-longer sharded, another kernel. The test is tests/plan/test_plan_goldens.py.
+Run it after an intended change of the compiled program, and review the difference: a new collective, an array that is
+no longer sharded, another kernel. The test is tests/plan/test_plan_goldens.py.
 """
 
 import json
