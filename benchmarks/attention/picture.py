@@ -1,8 +1,8 @@
 """Draws the attention schedule of a packed batch, from the schedule that the kernel gets.
 
-    python -m benchmarks.attention.picture docs/attention-schedule.svg
+    python -m benchmarks.attention.picture docs/attention-schedule.png
 
-One square a sequence: queries downwards, keys to the right. Whole blocks and edge steps come from `schedule.visits`;
+One square a sequence: queries downwards, keys to the right. Full blocks and edge steps come from `schedule.visits`;
 over them the triangles of the documents and, dashed, the tiles that tokamax's rule visits for this batch.
 """
 
@@ -21,7 +21,7 @@ from jaxcoder.benchmarks.measure import Report
 LENGTH = 8192
 ROWS = 2
 STYLES = {
-    "whole": dict(facecolor="#74add1", edgecolor="white", linewidth=0.4, label="whole blocks: no mask"),
+    "full": dict(facecolor="#74add1", edgecolor="white", linewidth=0.4, label="full blocks: no mask"),
     "edge": dict(facecolor="#fdae61", edgecolor="white", linewidth=0.4, label="edge steps: masked"),
     "tokamax": dict(facecolor="none", edgecolor="#c00", linestyle="--", label="tokamax's tiles, this batch"),
     "document": dict(facecolor="none", edgecolor="black", label="the mask"),
@@ -52,7 +52,7 @@ def draw(ids: np.ndarray, file: Path) -> float:
 
     length, area = ids.shape[1], 0
     case = Case(device="v5p", implementation="jaxcoder", kernel="forward", length=length, heads=16, batch=len(ids))
-    figure = Figure(figsize=(5 * len(ids), 5.4), layout="tight")
+    figure = Figure(figsize=(5 * len(ids), 5.4), layout="constrained")
     for row, axes in enumerate(figure.subplots(1, len(ids), squeeze=False)[0]):
         polygons: dict[str, list] = {name: [] for name in STYLES}
         for kind, top, bottom, left, right in steps(case, ids, row):
@@ -64,7 +64,7 @@ def draw(ids: np.ndarray, file: Path) -> float:
             axes.add_collection(PolyCollection(shapes, **STYLES[name]))
         axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xticks=[], yticks=[], xlabel="keys")
     figure.axes[0].set_ylabel("queries")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES), frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     return area / (len(ids) * length * (length + 1) / 2)
 
@@ -74,7 +74,7 @@ def _rectangle(top: int, bottom: int, left: int, right: int) -> list[tuple[int, 
 
 
 def steps(case: Case, ids: np.ndarray, row: int) -> list[tuple[str, int, int, int, int]]:
-    """Every step of a sequence: (whole or edge, first query, last + 1, first key, last + 1)."""
+    """Every step of a sequence: (full or edge, first query, last + 1, first key, last + 1)."""
     blocks, todo = blocks_of(case), visits_of(case, ids)
     per_full, found = blocks.block_kv // blocks.edge_kv, []
     for span in range(todo.fulls.shape[1]):
@@ -83,7 +83,7 @@ def steps(case: Case, ids: np.ndarray, row: int) -> list[tuple[str, int, int, in
             queries, keys = (block * blocks.block_q, (block + 1) * blocks.block_q), span * blocks.span_kv
             for i in range(one["fulls"]):
                 first = keys + (one["full"] + i) * blocks.block_kv
-                found.append(("whole", *queries, first, first + blocks.block_kv))
+                found.append(("full", *queries, first, first + blocks.block_kv))
             for i in range(one["edges"]):
                 skipped = one["fulls"] * per_full if i >= one["edges_before"] else 0
                 first = keys + (one["edge"] + i + skipped) * blocks.edge_kv

@@ -96,7 +96,7 @@ def generate_tokens(
     if len(samplings) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts have {len(samplings)} samplings: give one for all, or one for each.")
     results: dict[int, NewTokens] = {}
-    for rows in _batches([len(prompt) for prompt in prompts], max_batch_size, model.config.max_seq_len):
+    for rows in make_batches([len(prompt) for prompt in prompts], max_batch_size, model.config.max_seq_len):
         decoding = Decoding(
             model,
             [prompts[row] for row in rows],
@@ -170,7 +170,7 @@ class Decoding:
         lengths = np.array([*self._lengths, *[1] * padding], np.int32)
         left = np.array([*self._most, *[0] * padding], np.int32)
         with self._in_mesh():
-            self._state, chosen = _prefill(model, tokens, lengths, left, self._rows, self._vocabulary)
+            self._state, chosen = prefill(model, tokens, lengths, left, self._rows, self._vocabulary)
         self.newest = self._collect(chosen)
 
     @property
@@ -190,7 +190,7 @@ class Decoding:
         with self._in_mesh():
             if slots > self._state.cache.k.shape[2]:
                 self._state = replace(self._state, cache=_grow(self._state.cache, slots))
-            self._state, chosen = _steps(
+            self._state, chosen = decode_steps(
                 self._model, self._state, self._live, np.int32(num_steps), self._rows, self._vocabulary
             )
         return self._collect(chosen)
@@ -259,7 +259,7 @@ def padded_batch(rows: int, model: Decoder, mesh: jax.sharding.Mesh | None) -> i
     return shards * (1 << (-(-rows // shards) - 1).bit_length())
 
 
-def _batches(lengths: Sequence[int], max_batch_size: int, limit: int) -> list[list[int]]:
+def make_batches(lengths: Sequence[int], max_batch_size: int, limit: int) -> list[list[int]]:
     """Indices of the prompts of each batch: sorted by length to reduce padding, bounded by MAX_PREFILL_TOKENS."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
@@ -274,7 +274,7 @@ def _batches(lengths: Sequence[int], max_batch_size: int, limit: int) -> list[li
 
 
 @jax.jit
-def _prefill(
+def prefill(
     model: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -293,7 +293,7 @@ def _prefill(
 
 
 @partial(jax.jit, donate_argnames="state")
-def _steps(
+def decode_steps(
     model: Decoder,
     state: DecodeState,
     live: jax.Array,

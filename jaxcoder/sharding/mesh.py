@@ -1,9 +1,9 @@
-"""Meshes: the devices of a run laid out along MESH_AXES, all axes in explicit-sharding mode.
+"""Meshes: the devices of a run arranged along MESH_AXES, all axes in explicit-sharding mode.
 
-The layout decides which traffic meets which network. `data`, whose devices exchange one sum of gradients a pass, runs
-across slices (groups of devices with a fast network inside and a slow one between); `fsdp` and `tensor`, which work in
-every layer, stay in a slice. In a slice of TPUs the axes follow the wires; elsewhere neighbours in the order of
-processes are neighbours in the mesh, `tensor` first. Rows of the batch follow the processes that read them.
+The arrangement decides which collectives use which network. The first axis, `data`, all-reduces gradients once per step
+and may cross slices (groups of devices with a fast network inside and a slow one between them); the other axes
+communicate in every layer and stay within a slice. Within a TPU slice the axes follow the torus; on other devices the
+last axis changes fastest in the order of processes. Each process gets contiguous rows of the batch.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ BATCH_AXES = len(DimRules().of("batch"))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config`, whose axis sizes must be filled in, over `devices` (default: all that JAX sees).
+    """The mesh of `config`, whose axis sizes must be resolved, over `devices` (default: all of `jax.devices()`).
 
-    Raises ConfigError where there are too few devices, or `data` cannot run across the slices.
+    Raises ConfigError if there are too few devices, or if the first axis cannot cross the slices.
     """
     devices = jax.devices() if devices is None else devices
     size = config.num_devices
@@ -39,7 +39,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
-    """The same mesh of devices that need not exist: for shapes and shardings by `jax.eval_shape`."""
+    """The mesh without devices, for shapes and shardings by `jax.eval_shape`."""
     return AbstractMesh(tuple(config.sizes.values()), MESH_AXES, axis_types=EXPLICIT)
 
 
@@ -55,9 +55,9 @@ def arrange(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> list[list[jax.Device]]:
-    """Devices by slice: as TPUs say themselves, else in `num_slices` equal parts of whole processes (None: one).
+    """Devices by slice: by the `slice_index` of TPUs, else `num_slices` groups of as many processes (None: one).
 
-    Raises ConfigError where that contradicts the devices.
+    Raises ConfigError if `num_slices` contradicts the devices.
     """
     found: dict[int, list[jax.Device]] = {}
     for device in devices:
@@ -69,7 +69,7 @@ def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> 
             raise ConfigError(f"mesh.num_slices is {num_slices}, but the devices are in {len(slices)}: leave it None.")
         if len({len(slice_) for slice_ in slices}) > 1:
             sizes = ", ".join(str(len(slice_)) for slice_ in slices)
-            raise ConfigError(f"the mesh takes {sizes} devices of the slices: let it take as many of each.")
+            raise ConfigError(f"the mesh uses {sizes} devices of the slices: use the same number of each.")
         return slices
     num_slices = num_slices or 1
     in_order = sorted(devices, key=lambda device: device.process_index)
@@ -77,11 +77,12 @@ def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> 
     slices = [in_order[start : start + size] for start in range(0, size * num_slices, max(size, 1))]
     in_slices = [{device.process_index for device in slice_} for slice_ in slices]
     processes = set().union(*in_slices)
-    is_cut = len(processes) > 1 and sum(map(len, in_slices)) > len(processes)  # one may be cut: virtual devices
-    if rest or is_cut:
+    # A single process may be divided: its devices are virtual slices.
+    is_divided = len(processes) > 1 and sum(map(len, in_slices)) > len(processes)
+    if rest or is_divided:
         raise ConfigError(
             f"mesh.num_slices {num_slices} does not divide the {len(devices)} devices of {len(processes)} processes "
-            "without cutting a process in two: use a divisor of the number of processes."
+            "without dividing a process: use a divisor of the number of processes."
         )
     return slices
 
@@ -89,27 +90,27 @@ def split_into_slices(devices: Sequence[jax.Device], num_slices: int | None) -> 
 def _arrange_slice(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
     if devices[0].platform != "tpu" or len(devices) == 1:
         return np.array(devices).reshape(shape)
-    mesh = _rows_by_process(_along_the_wires(shape, devices))
-    if not _reads_contiguously(mesh):  # a process has parts of several replicas: replicas of whole processes instead
+    mesh = _rows_by_process(_along_the_torus(shape, devices))
+    if not _reads_contiguously(mesh):
+        # Merge the batch axes before the arrangement, so that a process does not have parts of several replicas.
         merged = (1, prod(shape[:BATCH_AXES])) + shape[BATCH_AXES:]
-        rows = _rows_by_process(_along_the_wires(merged, devices))
-        mesh = rows.reshape(shape)
+        mesh = _rows_by_process(_along_the_torus(merged, devices)).reshape(shape)
     return mesh
 
 
-def _along_the_wires(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
-    """TPUs so that every axis of the mesh is an axis of the torus, or several; if that cannot be, parts of one."""
+def _along_the_torus(shape: tuple[int, ...], devices: Sequence[jax.Device]) -> np.ndarray:
+    """TPUs arranged so that every mesh axis is one or several axes of the torus, or else a part of one."""
     for may_split in (False, True):
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=may_split)
-        except (NotImplementedError, AssertionError, ValueError):  # ... of chips that show two devices each
+        except (NotImplementedError, AssertionError, ValueError):  # also raised for chips with two devices
             continue
     return np.array(devices).reshape(shape)
 
 
 def _rows_by_process(mesh: np.ndarray) -> np.ndarray:
-    """The mesh with the rows of its batch axes sorted by the processes that hold them, so that a process reads one
-    contiguous part of the batch. The groups of devices stay the same, and with them the collectives."""
+    """The mesh with the rows of its batch axes sorted by process, so that each process reads a contiguous block of the
+    batch. The groups of devices, and so the collectives, stay the same."""
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh)
     for axis in range(BATCH_AXES):
         rows = np.moveaxis(processes, axis, 0).reshape(mesh.shape[axis], -1)
@@ -119,18 +120,18 @@ def _rows_by_process(mesh: np.ndarray) -> np.ndarray:
 
 
 def _reads_contiguously(mesh: np.ndarray) -> bool:
-    """Whether the rows of the batch that a process holds are neighbours."""
+    """Whether each process has contiguous rows of the batch."""
     rows: dict[int, list[int]] = {}
     for (row, _), device in np.ndenumerate(mesh.reshape(prod(mesh.shape[:BATCH_AXES]), -1)):
         rows.setdefault(device.process_index, []).append(row)
-    return all(max(held) - min(held) < len(set(held)) for held in rows.values())
+    return all(max(own) - min(own) < len(set(own)) for own in rows.values())
 
 
 def single_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """One device (default: the first) under the same axis names, so that one code path serves a laptop and a pod."""
+    """A mesh of one device (default: the first) with the axes of every other mesh."""
     return make_mesh(MeshConfig(**dict.fromkeys(MESH_AXES, 1)), [device or jax.devices()[0]])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """The sharding of an array with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,8 +1,8 @@
-"""Collectives for code that sees the shards of one device.
+"""Collectives for code under `shard_map`.
 
-The model is written for one device's shards and runs under `shard_map`; the functions below are all that communicates.
-Each is one collective of the compiled program, and so is its transpose in the backward pass: `all_gather` and
-`sum_over` are the transposes of each other. Without a mesh, or along no axis, they return their argument.
+The model is written for the shards of one device; only the functions below communicate. Each compiles to one
+collective, and so does its transpose in the backward pass: `all_gather` and `sum_over` are transposes of each other.
+Without a mesh, or for no axes, they return their argument.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def shard_index(axes: Axes) -> jax.Array | int:
 
 
 def all_gather(x: jax.Array, axes: Axes, *, dim: int) -> jax.Array:
-    """The full dim `dim`, of which each device along `axes` has a shard."""
+    """The full dim `dim`, which is sharded over `axes`."""
     return jax.lax.all_gather(x, axes_of(axes), axis=dim, tiled=True) if axes_of(axes) else x
 
 
@@ -78,7 +78,7 @@ _all_gather_weight.defvjp(_all_gather_weight_forward, _all_gather_weight_backwar
 
 
 def local_shard(x: jax.Array, axes: Axes, *, dim: int) -> jax.Array:
-    """This device's shard over `axes` of dim `dim`, of which x has all."""
+    """This device's shard over `axes` of the dim `dim`, which is complete in x."""
     if not axes_of(axes):
         return x
     size = x.shape[dim] // prod(jax.lax.axis_size(axis) for axis in axes_of(axes))
@@ -86,7 +86,7 @@ def local_shard(x: jax.Array, axes: Axes, *, dim: int) -> jax.Array:
 
 
 def sum_over(x: jax.Array, axes: Axes, *, into: Axes, dim: int) -> jax.Array:
-    """The sum over the devices along `axes`, of which each device along `into` keeps its shard of dim `dim`.
+    """The sum over `axes`, with dim `dim` sharded over `into`.
 
     A reduce-scatter if `axes` equals `into`, an all-reduce if `into` is None.
     """

@@ -161,7 +161,7 @@ def test_picture_shows_every_step(tmp_path, capsys):
         assert not (seen_by_mask(one) & ~covered).any()
     fulls, edges, *_ = flash_tpu.steps(case, ids)
     kinds = [kind for rectangles in drawn for kind, *_ in rectangles]
-    assert (kinds.count("whole"), kinds.count("edge")) == (fulls, edges)
+    assert (kinds.count("full"), kinds.count("edge")) == (fulls, edges)
     file = tmp_path / "schedule.svg"
     assert command.main(picture, [str(file)]) == 0
     assert "<svg" in file.read_text() and "causal triangle" in capsys.readouterr().out

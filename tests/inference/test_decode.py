@@ -134,11 +134,11 @@ def test_the_number_of_compilations_is_bounded(monkeypatch):
     monkeypatch.setattr(decode, "INITIAL_NEW_TOKENS", 4)
     config = ModelConfig(num_layers=1, embed_dim=8, num_heads=1, head_dim=8, mlp_dim=8, vocab_size=32, max_seq_len=40)
     model = GPTBigCode(config, ComputeConfig(dtype="float32"), rngs=nnx.Rngs(0))
-    before = decode._prefill._cache_size(), decode._steps._cache_size()
+    before = decode.prefill._cache_size(), decode.decode_steps._cache_size()
     for length in (1, 2, 7, 15, 16, 17, 20, 31, 32, 33, 39):
         for new in generate_tokens(model, [[1] * length], max_new_tokens=64):
             assert len(new.tokens) == 40 - length
-    prefill, steps = decode._prefill._cache_size() - before[0], decode._steps._cache_size() - before[1]
+    prefill, steps = decode.prefill._cache_size() - before[0], decode.decode_steps._cache_size() - before[1]
     assert prefill <= 3 and steps <= 3  # prompts and caches of 16, 32 and 40
 
 
@@ -149,14 +149,14 @@ def test_padded_sizes():
 
 def test_prompts_of_like_length_run_together(monkeypatch):
     monkeypatch.setattr(decode, "MAX_PREFILL_TOKENS", 128)
-    assert decode._batches([5, 60, 1, 30, 9, 33, 2], 4, 64) == [[2, 6, 0, 4], [3, 5], [1]]
+    assert decode.make_batches([5, 60, 1, 30, 9, 33, 2], 4, 64) == [[2, 6, 0, 4], [3, 5], [1]]
 
 
 def test_a_step_writes_the_cache_in_place(model, config):
     """No copy of the whole cache in the compiled steps: a step's cost would grow with the room for new tokens."""
     decoding = Decoding(model, [[1, 2, 3]], max_new_tokens=40, sampling=[GREEDY])
     arguments = decoding._state, decoding._live, np.int32(16), decoding._rows, decoding._vocabulary
-    program = decode._steps.lower(model, *arguments).compile().as_text()
+    program = decode.decode_steps.lower(model, *arguments).compile().as_text()
     shape = re.escape(",".join(map(str, decoding._state.cache.k.shape)))
     assert re.search(rf"f32\[{shape}\]", program)
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)

@@ -230,21 +230,21 @@ def test_the_kernels_are_chosen_where_they_compile(monkeypatch):
         (("cpu", "cpu"), "blockwise"),
     ):
         monkeypatch.setattr(api, "_device", lambda device=device: device)
-        assert api._best(PLAIN, q, q, q) == expected, device
-        assert api._best(PLAIN, q[:, :1], q, q) == "reference"
-        assert api._best(PLAIN, q, q.astype(jnp.float32), q) == "blockwise"
+        assert api.best_implementation(PLAIN, q, q, q) == expected, device
+        assert api.best_implementation(PLAIN, q[:, :1], q, q) == "reference"
+        assert api.best_implementation(PLAIN, q, q.astype(jnp.float32), q) == "blockwise"
         wide = jnp.zeros((1, 128, 1, 512), jnp.bfloat16)
-        assert api._best(PLAIN, wide, wide, wide) == "blockwise"
+        assert api.best_implementation(PLAIN, wide, wide, wide) == "blockwise"
 
 
 def test_cudnn_is_chosen_where_a_gpu_is_at_hand_and_it_masks_as_asked(monkeypatch):
     monkeypatch.setattr(api, "_device", lambda: ("gpu", "NVIDIA H200"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     q, k = jnp.zeros((1, 128, 4, 64), jnp.bfloat16), jnp.zeros((1, 128, 1, 64), jnp.bfloat16)
-    assert api._best(PLAIN, q, k, k) == "cudnn"
+    assert api.best_implementation(PLAIN, q, k, k) == "cudnn"
     for name in vars(PLAIN):
-        assert api._best(replace(PLAIN, **{name: True}), q, k, k) == "blockwise"
-    assert api._best(PLAIN, q, k[:, 1:], k[:, 1:]) == "blockwise"
+        assert api.best_implementation(replace(PLAIN, **{name: True}), q, k, k) == "blockwise"
+    assert api.best_implementation(PLAIN, q, k[:, 1:], k[:, 1:]) == "blockwise"
     segments, key = jnp.ones((1, 128), jnp.int32), jnp.zeros(2, jnp.uint32)
     for options, why in (
         (dict(segment_ids=segments), "no segment_ids"),

@@ -101,7 +101,7 @@ def test_a_cluster_of_gpus():
     ("mesh", "devices", "said"),
     [
         (MeshConfig(data=1, fsdp=16, tensor=4), tpus((4, 4, 2), 2), "mesh.data 1 is not a multiple of 2 slices"),
-        (MeshConfig(data=3, fsdp=8, tensor=2), tpus((4, 4, 2), 2), "takes 32, 16 devices of the slices"),
+        (MeshConfig(data=3, fsdp=8, tensor=2), tpus((4, 4, 2), 2), "uses 32, 16 devices of the slices"),
         (MeshConfig(data=4, fsdp=16, num_slices=4), tpus((4, 4, 2), 2), "num_slices is 4, but the devices are in 2"),
         (MeshConfig(data=2, fsdp=16, num_slices=2), tpus((4, 4, 2)), "num_slices is 2, but the devices are in 1"),
         (MeshConfig(data=4, fsdp=4, num_slices=4), gpus(2), "num_slices 4 does not divide the 16 devices"),

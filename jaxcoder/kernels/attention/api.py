@@ -98,7 +98,7 @@ def attention(
         has_dropout=dropout_rate > 0.0,
         wants_log_sum_exp=return_log_sum_exp,
     )
-    name = _best(call, q, k, v) if implementation is None else implementation
+    name = best_implementation(call, q, k, v) if implementation is None else implementation
     if name not in BACKENDS:
         raise ConfigError(f"attention has no implementation `{name}`: choose one of {', '.join(BACKENDS)}.")
     if name == "cudnn":
@@ -107,7 +107,7 @@ def attention(
     return (out, log_sum_exp) if return_log_sum_exp else out
 
 
-def _best(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> str:
+def best_implementation(call: cudnn.Call, q: jax.Array, k: jax.Array, v: jax.Array) -> str:
     """`reference` for a single query; else a kernel if device, dtypes, shape and mask allow it; else `blockwise`."""
     if q.shape[1] == 1:
         return "reference"
