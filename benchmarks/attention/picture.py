@@ -64,7 +64,9 @@ def draw(ids: np.ndarray, file: Path) -> float:
             axes.add_collection(PolyCollection(shapes, **STYLES[name]))
         axes.set(xlim=(0, length), ylim=(length, 0), aspect="equal", xticks=[], yticks=[], xlabel="keys")
     figure.axes[0].set_ylabel("queries")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False)
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(STYLES), frameon=False
+    )
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     return area / (len(ids) * length * (length + 1) / 2)
 
