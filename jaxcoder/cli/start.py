@@ -37,7 +37,7 @@ def start_processes(args: argparse.Namespace) -> int:
     from jaxcoder.record.console import configure_logging
 
     runtime.initialize(debug=args.debug)
-    index = runtime.join(
+    index = runtime.initialize_distributed(
         coordinator=args.coordinator,
         num_processes=args.num_processes,
         process_id=args.process_id,

@@ -1,8 +1,8 @@
-"""The faults of a drill: each kind is a function that waits for its condition, injects the fault, and returns the
-required outcome.
+"""The faults of a drill. Each is a function that waits for its condition, injects the fault, and returns the required
+outcome.
 
-The processes that the fault left alive must exit by themselves, with an exit code that makes a scheduler restart the
-run, within `InjectedFault.limit` seconds.
+The processes that the fault left alive must exit by themselves within `InjectedFault.limit` seconds, with an exit code
+on which a scheduler restarts the run.
 """
 
 import math
@@ -10,7 +10,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxcoder.drill.processes import DrillError, ProcessLayout, RunFiles, Start, wait_until
@@ -19,17 +19,17 @@ from jaxcoder.errors import EXIT_SIGTERM, EXIT_USER_ERROR, EXIT_WATCHDOG, Config
 from jaxcoder.formatting import did_you_mean, plural
 
 SLACK_SECONDS = 25.0
-"""For Python to react, write its stacks and exit, on a machine with more processes than cores."""
+"""For a process to write its stacks and exit, on a machine with more processes than cores."""
 TIMEOUT_SECONDS = 180.0
 """For a few steps of a running trainer, or for a start."""
 
+# Required exit codes. Schedulers restart failures: 0 means finished, 2 a user error.
 ANY_FAILURE, ANY_ERROR = "any but 0 and 2", "any but 0"
-"""Schedulers restart failures: 0 means finished, 2 a user error."""
 
 
 @dataclass(kw_only=True)
 class Scenario:
-    """A running trainer, as the faults see it."""
+    """A training run into which a fault is injected."""
 
     start: Start
     run: RunFiles
@@ -39,16 +39,15 @@ class Scenario:
     """The process that is hit; processes take turns."""
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        """DrillError if `condition` does not become true in time, or the run ends before."""
-        wait_until(lambda: condition() or bool(self._ended()), TIMEOUT_SECONDS)
-        if self._ended() or not condition():
-            why = (
-                f"ended with {self.start.codes()}" if self._ended() else f"did not reach it in {TIMEOUT_SECONDS:.0f} s"
-            )
-            raise DrillError(f"before the fault, while waiting for {what}, the run {why}: {self.start.last_words()}")
-
-    def _ended(self) -> bool:
-        return len(self.start.running()) < self.layout.processes
+        """DrillError if `condition` does not become true in time, or a process exits before."""
+        wait_until(lambda: condition() or not self.start.all_running(), TIMEOUT_SECONDS)
+        if not self.start.all_running():
+            problem = f"ended with {self.start.codes()}"
+        elif not condition():
+            problem = f"did not reach it in {TIMEOUT_SECONDS:.0f} s"
+        else:
+            return
+        raise DrillError(f"before the fault, while waiting for {what}, the run {problem}: {self.start.log_ends()}")
 
     def wait_some_steps(self) -> None:
         """Until a checkpoint is complete, and at most two save intervals."""
@@ -59,10 +58,11 @@ class Scenario:
         self.wait_for(self.run.is_saving, "a save")
 
 
-def is_right(code: int | None, right: int | str) -> bool:
-    """Whether an exit code is as required; None stands for a process that has not exited."""
-    wrong = {ANY_FAILURE: (None, 0, 2), ANY_ERROR: (None, 0)}
-    return code not in wrong[right] if isinstance(right, str) else code == right
+def is_required(code: int | None, required: int | str) -> bool:
+    """Whether an exit code is the required one; code: None for a process that has not exited."""
+    if required == ANY_FAILURE:
+        return code not in (None, 0, 2)
+    return code not in (None, 0) if required == ANY_ERROR else code == required
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class InjectedFault:
     """
 
     detail: str
-    codes: dict[int, int | str]
+    codes: Mapping[int, int | str]
     at: float = field(default_factory=time.monotonic)
     limit: float = SLACK_SECONDS
     prompt: float = math.inf
@@ -82,7 +82,7 @@ class InjectedFault:
     """Processes that are alive but stuck: they are killed once the others have ended."""
     saves: bool = False
     """The last step must be saved."""
-    is_named: str = ""
+    log_pattern: str = ""
     """A pattern that the log of a process that exited by itself must contain."""
     damage: str = ""
     """The damage to the newest checkpoint before the next start (`RunFiles.damage_newest`)."""
@@ -127,7 +127,7 @@ def stop_one(scenario: Scenario) -> InjectedFault:
         limit=START_SECONDS + SLACK_SECONDS,
         prompt=STEP_SECONDS + SLACK_SECONDS,
         stopped=[scenario.target],
-        is_named=rf"step [\d,]+ .*\bprocess {scenario.target}\b.* has not answered",
+        log_pattern=rf"step [\d,]+ .*\bprocess {scenario.target}\b.* has not answered",
     )
 
 
@@ -144,7 +144,7 @@ def terminate_one(scenario: Scenario) -> InjectedFault:
 
 
 def fill_disk(scenario: Scenario) -> InjectedFault:
-    """A limit on the size of files stands in for a full disk: the arrays of the next save do not fit."""
+    """Limits the size of files, so that the arrays of the next save do not fit."""
     scenario.wait_some_steps()
     limit = scenario.run.largest_file() // 2
     if scenario.run.metrics.stat().st_size * 2 > limit:
@@ -156,24 +156,27 @@ def fill_disk(scenario: Scenario) -> InjectedFault:
         detail=f"process {scenario.target}",
         codes={scenario.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_ERROR),
         limit=STEP_SECONDS + SLACK_SECONDS,
-        is_named="disk is full",
+        log_pattern="disk is full",
     )
 
 
 def damaging(how: str) -> Callable[[Scenario], InjectedFault]:
-    """All are killed, then the newest checkpoint is damaged."""
+    """Kills all processes and damages the newest checkpoint."""
 
     def fault(scenario: Scenario) -> InjectedFault:
         newest = max(scenario.run.complete_steps(), default=0)
-        # Otherwise repeated damage would set the run back to step 0.
+        # A new checkpoint first: otherwise repeated damage would set the run back to step 0.
         scenario.wait_for(lambda: max(scenario.run.complete_steps(), default=0) > newest, "a new checkpoint")
         return replace(kill_all(scenario), damage=how)
 
     return fault
 
 
-def resizing(layout_of: Callable[[ProcessLayout, random.Random], ProcessLayout]) -> Callable[[Scenario], InjectedFault]:
-    """All processes are killed or terminated, and the run continues with another layout."""
+NextLayout = Callable[[ProcessLayout, random.Random], ProcessLayout]
+
+
+def resizing(layout_of: NextLayout) -> Callable[[Scenario], InjectedFault]:
+    """Kills or terminates all processes; the run continues with another layout."""
 
     def fault(scenario: Scenario) -> InjectedFault:
         layout = layout_of(scenario.layout, scenario.draw)
@@ -197,15 +200,14 @@ def _saved(scenario: Scenario, detail: str) -> InjectedFault:
 
 @dataclass(frozen=True, kw_only=True)
 class FaultKind:
-    """inject: None for a bad batch, which the run must survive without a restart.
-
-    min_processes: of the run. is_elastic: the mesh changes, so that sums round differently.
-    """
+    """One kind of fault."""
 
     what: str
     inject: Callable[[Scenario], InjectedFault] | None
+    """None for a bad batch, which the run must survive without a restart."""
     min_processes: int = 1
     is_elastic: bool = False
+    """Whether the mesh changes, so that sums are rounded differently."""
 
 
 def fault_kinds(processes: int) -> dict[str, FaultKind]:
@@ -216,6 +218,9 @@ def fault_kinds(processes: int) -> dict[str, FaultKind]:
 
     def other_mesh(layout: ProcessLayout, draw: random.Random) -> ProcessLayout:
         return draw.choice([mesh for mesh in meshes if mesh != layout])
+
+    def elastic(what: str, layout_of: NextLayout, min_processes: int = 1) -> FaultKind:
+        return FaultKind(what=what, inject=resizing(layout_of), min_processes=min_processes, is_elastic=True)
 
     found = {
         "kill-one": FaultKind(what="kill -9 of one process", inject=kill_one, min_processes=2),
@@ -231,20 +236,11 @@ def fault_kinds(processes: int) -> dict[str, FaultKind]:
         "flip": FaultKind(what="one of its bits is flipped", inject=damaging("flip")),
         "no-manifest": FaultKind(what="its manifest is missing", inject=damaging("manifest")),
         "no-commit": FaultKind(what="its arrays' commit marker is missing", inject=damaging("commit")),
-        "nan": FaultKind(what="a batch gives NaN", inject=None),
-        "spike": FaultKind(what="a batch gives a spike of loss and gradients", inject=None),
-        "half": FaultKind(
-            what="continues with half the processes",
-            inject=resizing(lambda *_: half),
-            min_processes=2,
-            is_elastic=True,
-        ),
-        "twice": FaultKind(
-            what="continues with twice the processes", inject=resizing(lambda *_: twice), is_elastic=True
-        ),
-        "mesh": FaultKind(
-            what="continues on another mesh", inject=resizing(other_mesh), min_processes=2, is_elastic=True
-        ),
+        "nan": FaultKind(what="a batch with NaN", inject=None),
+        "spike": FaultKind(what="a batch with a spike of loss and gradients", inject=None),
+        "half": elastic("continues with half the processes", lambda *_: half, min_processes=2),
+        "twice": elastic("continues with twice the processes", lambda *_: twice),
+        "mesh": elastic("continues on another mesh", other_mesh, min_processes=2),
     }
     return {name: kind for name, kind in found.items() if processes >= kind.min_processes}
 
@@ -259,7 +255,8 @@ def choose_kinds(count: int, only: Sequence[str], processes: int, draw: random.R
                 f"with {plural(processes, 'process', 'processes')} there are "
                 f"{', '.join(known)}."
             )
-    names, chosen = list(only) or list(known), []
+    names = list(only) or list(known)
+    chosen: list[str] = []
     while len(chosen) < count:
         chosen += draw.sample(names, len(names))
     return chosen[:count]

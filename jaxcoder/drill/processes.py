@@ -1,7 +1,7 @@
-"""The processes of a drill: the real trainer, started as a scheduler starts it and observed from outside.
+"""The processes and files of a drill. The drill observes the trainer only by exit codes, files and logs.
 
-`Start` is one start of all processes of a run, connected over loopback, one CPU device each. `RunFiles` reads and
-damages their files. The drill knows the trainer only by its exit codes, its files and its logs.
+`Start` is one start of all processes of a run, connected over loopback, with one CPU device each. `RunFiles` reads and
+damages their files.
 """
 
 import os
@@ -56,15 +56,14 @@ class ProcessLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """How the drill starts the processes of a run: a command, to which the options of the run are added."""
+    """Starts the processes of a run: a command, to which the options of the run are added."""
 
     command: Sequence[str]
     port: int
     cache: Path
 
     def start(self, run: "RunFiles", layout: ProcessLayout) -> "Start":
-        mesh = ",".join(map(str, layout.mesh.sizes.values()))
-        options = ["--output-dir", str(run.path), "--mesh", mesh]
+        options = ["--output-dir", str(run.path), "--mesh", ",".join(map(str, layout.mesh.sizes.values()))]
         variables = {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
@@ -80,12 +79,12 @@ PROGRAM = (sys.executable, "-m", "jaxcoder.cli.main")
 
 
 def own_command(directory: Path, program: Sequence[str] = PROGRAM) -> list[str]:
-    """The command of one process of the drill in `directory`; tests pass a `program` with a broken trainer."""
+    """The command of one process of the drill in `directory`. program: a broken trainer in tests."""
     return [*program, "drill", "--process-of", str(directory)]
 
 
 def free_port() -> int:
-    """A port below the range of outgoing connections: all starts of a run use the same one, as on a pod."""
+    """A free port below the range of outgoing connections. All starts of a run use it, as on a pod."""
     for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
         try:
             with socket.create_server(("127.0.0.1", port)):
@@ -96,10 +95,10 @@ def free_port() -> int:
 
 
 class Start:
-    """All processes of one start; as a context manager it kills those that are left."""
+    """All processes of one start, killed at the end of the context."""
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], count: int, logs: Path):
-        self.began = time.monotonic()
+        self.started = time.monotonic()
         self.logs = [logs / f"process-{index}.log" for index in range(count)]
         self.processes: list[subprocess.Popen] = []
         for index, log in enumerate(self.logs):
@@ -114,6 +113,9 @@ class Start:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
@@ -125,35 +127,38 @@ class Start:
                 self.processes[index].send_signal(number)
 
     def codes(self) -> list[int | None]:
-        """Exit codes by process: minus the signal if one ended it, None while it runs."""
+        """Exit codes by process: minus the signal that killed it, None while it runs."""
         return [process.poll() for process in self.processes]
 
     def running(self) -> list[int]:
         return [index for index, code in enumerate(self.codes()) if code is None]
 
+    def all_running(self) -> bool:
+        return set(self.codes()) == {None}
+
     def wait(self, seconds: float, indices: Sequence[int] | None = None) -> bool:
-        """Whether those processes (default: all) end within so many seconds."""
+        """Whether these processes (default: all) exit within so many seconds."""
         wanted = set(range(len(self.processes)) if indices is None else indices)
         return wait_until(lambda: not wanted & set(self.running()), seconds, period=0.02)
 
     def log_text(self, index: int) -> str:
-        """What a process has written on stdout and stderr."""
+        """The stdout and stderr of a process."""
         return self.logs[index].read_text(errors="replace")
 
-    def missing_words(self, words: str, indices: Sequence[int]) -> list[str]:
-        """A problem, unless the log of one of these processes matches the pattern `words`."""
-        if any(re.search(words, self.log_text(index)) for index in indices):
+    def missing_in_logs(self, pattern: str, indices: Sequence[int]) -> list[str]:
+        """A problem, unless the log of one of these processes matches the pattern."""
+        if any(re.search(pattern, self.log_text(index)) for index in indices):
             return []
-        return [f"no log contains {words!r}: {self.last_words()}"]
+        return [f"no log contains {pattern!r}: {self.log_ends()}"]
 
-    def last_words(self) -> str:
+    def log_ends(self) -> str:
         """The end of every process's log, for an error message."""
         ends = [" / ".join(self.log_text(index).strip().splitlines()[-3:]) for index in range(len(self.logs))]
         return "; ".join(f"process {index}: {end}" for index, end in enumerate(ends))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float, *, period: float = POLL_SECONDS) -> bool:
-    """Whether `condition` holds within so many seconds."""
+    """Whether `condition` becomes true within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -163,7 +168,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, *, period: float =
 
 
 class RunFiles:
-    """The directory of a run, from outside. What the drill has damaged it knows itself."""
+    """The files of a run. Remembers what the drill has damaged."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -191,7 +196,7 @@ class RunFiles:
         return max((record["step"] for record in records), default=0)
 
     def metrics_file(self) -> tuple[int, int]:
-        """(inode, newest step): the file is another one once lines were taken from it."""
+        """(inode, newest step): the inode changes when lines are removed."""
         return (self.metrics.stat().st_ino if self.metrics.exists() else 0), self.last_step()
 
     def steps(self) -> list[dict]:
@@ -201,29 +206,30 @@ class RunFiles:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def complete_steps(self) -> list[int]:
-        """Steps whose save came to its end and that the drill has not damaged since, ascending."""
-        return [step for step in self.begun() if self._version(step) not in (None, self._damaged.get(step))]
+        """Steps with a complete save that the drill has not damaged since, ascending."""
+        return [step for step in self._directories() if self._version(step) not in (None, self._damaged.get(step))]
 
-    def begun(self) -> list[int]:
+    def _directories(self) -> list[int]:
         """Steps with a directory, ascending."""
         names = os.listdir(self.checkpoints) if self.checkpoints.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal())
 
     def is_saving(self) -> bool:
-        """Whether the newest step's save is not complete. (An old one that is deleted loses its manifest first.)"""
-        begun = self.begun()
-        return bool(begun) and self._version(begun[-1]) is None
+        """Whether the save of the newest step is not complete. (Deleting an old one removes its manifest first.)"""
+        steps = self._directories()
+        return bool(steps) and self._version(steps[-1]) is None
 
     def _version(self, step: int) -> int | None:
+        """The time at which the manifest was written; None without one."""
         try:
             return (self.checkpoints / str(step) / MANIFEST).stat().st_mtime_ns
         except OSError:
             return None
 
     def damage_newest(self, how: str, draw: random.Random) -> str:
-        """Removes or damages the newest complete checkpoint; returns a description.
+        """Damages the newest complete checkpoint and returns a description.
 
-        how: "lose" (all of it), "truncate" or "flip" (a file), "manifest" or "commit" (such a marker is removed).
+        how: "lose" (remove it), "truncate" or "flip" (one file), "manifest" or "commit" (remove that file).
         """
         step = self.complete_steps()[-1]
         path = self.checkpoints / str(step)
@@ -236,17 +242,17 @@ class RunFiles:
             (path / name).unlink()
             return f"{name} of {step} removed"
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size > 1)
-        victim = draw.choice(files)
-        content = bytearray(victim.read_bytes())
-        place = draw.randrange(1, len(content))
+        file = draw.choice(files)
+        content = bytearray(file.read_bytes())
+        offset = draw.randrange(1, len(content))
         if how == "truncate":
-            del content[place:]
+            del content[offset:]
         else:
-            content[place] ^= 1 << draw.randrange(8)
-        victim.write_bytes(content)
-        self._damaged[step] = self._version(step) or 0  # the victim may have been the manifest, which is new now
-        name = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{26}\b", r"\1...", str(victim.relative_to(path)))
-        return f"{name} of {step} {'cut' if how == 'truncate' else 'one bit flipped'} at {place}"
+            content[offset] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        self._damaged[step] = self._version(step) or 0  # the file may be the manifest, which is newer now
+        name = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{26}\b", r"\1...", str(file.relative_to(path)))
+        return f"{name} of {step} {'truncated' if how == 'truncate' else 'one bit flipped'} at {offset}"
 
     def largest_file(self) -> int:
         """Bytes of the largest file of the newest complete checkpoint."""
@@ -255,6 +261,6 @@ class RunFiles:
 
 
 def continued_after(log: str) -> int:
-    """The step from which process 0 continued, by its log; 0 for a new run."""
+    """The step after which a run continued, from the log of process 0; 0 for a new run."""
     found = re.search(r"Continuing after step ([\d,]+)\.", log)
     return int(found[1].replace(",", "")) if found else 0

@@ -1,4 +1,4 @@
-"""The report of a drill: the outcome of each fault, and each disturbed run compared with the undisturbed one."""
+"""The report of a drill: the outcome of each fault, and the comparison of each run with the undisturbed one."""
 
 import dataclasses
 import json
@@ -14,26 +14,28 @@ from jaxcoder.drill.processes import DrillError, RunFiles
 from jaxcoder.formatting import format_duration, format_table
 
 LOSS_TOLERANCE = 0.002
-"""Largest allowed difference of a step's loss on another mesh, in nats per token: sums are rounded in another order."""
+"""Largest difference of a step's loss on another mesh, in nats per token, from sums in another order."""
 
 
 @dataclass(kw_only=True)
 class Outcome:
-    """The outcome of one fault. step: the last one before it. codes: exit codes by process, None for SIGSTOP.
-
-    noticed: seconds until all processes left alive had exited. continued: the step from which the next start continued.
-    lost: steps repeated. again: seconds from the next start to its first step.
-    """
+    """The outcome of one fault."""
 
     number: int
     kind: str
     detail: str = ""
     step: int = 0
+    """The last one before it."""
     codes: list[int | None] = field(default_factory=list)
+    """Exit codes by process; None for a stopped one."""
     noticed: float | None = None
+    """Seconds until all processes left alive had exited."""
     continued: int = 0
+    """The step after which the next start continued."""
     lost: int | None = None
+    """Steps that were repeated."""
     again: float | None = None
+    """Seconds from the next start to its first step."""
     problems: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -103,11 +105,12 @@ class DrillReport:
 
     @property
     def has_failed(self) -> bool:
-        parts = [*self.outcomes, *self.verdicts.values()]
-        return bool(self.problems) or not self.outcomes or any(part.problems for part in parts)
+        problems = [outcome.problems for outcome in self.outcomes]
+        problems += [self.problems, *(verdict.problems for verdict in self.verdicts.values())]
+        return not self.outcomes or any(problems)
 
     def text(self) -> str:
-        """The table, what came out in the end, and every problem in words."""
+        """The table of outcomes, the verdicts and all problems."""
         rows = [outcome.row() for outcome in self.outcomes]
         problems = [f"fault {o.number} ({o.kind}): {problem}" for o in self.outcomes for problem in o.problems]
         return "\n".join(
@@ -123,23 +126,22 @@ class DrillReport:
         )
 
     def write(self, path: Path) -> None:
-        """The same as JSON."""
+        """Writes the report as JSON."""
         content = dataclasses.asdict(self) | {"has_failed": self.has_failed}
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-# --- a finished run, compared with the undisturbed one
-# --------------------------------------------------------------------
+# --- comparison with the undisturbed run -----------------------------------------------------------------------------
 
 
 def compare(run: RunFiles, undisturbed: RunFiles, *, is_elastic: bool) -> Verdict:
-    """is_elastic: it was not always on the same mesh, so that losses and weights agree within rounding only."""
+    """is_elastic: the mesh changed, so that losses and weights agree within rounding only."""
     verdict = Verdict()
     run_steps, expected_steps = run.steps(), undisturbed.steps()
     numbers, expected = [r["step"] for r in run_steps], [r["step"] for r in expected_steps]
     if numbers != expected:
         wrong = sorted(set(numbers) ^ set(expected)) or [n for n in numbers if numbers.count(n) > 1] or numbers
-        verdict.problems.append(f"metrics.jsonl does not hold every step once and in order: see {wrong[:5]}")
+        verdict.problems.append(f"metrics.jsonl does not contain every step once and in order: see {wrong[:5]}")
         return verdict
     for name in ("samples", "batch_hash", "skipped"):
         different = [a["step"] for a, b in zip(run_steps, expected_steps, strict=True) if a[name] != b[name]]
@@ -151,7 +153,7 @@ def compare(run: RunFiles, undisturbed: RunFiles, *, is_elastic: bool) -> Verdic
     allowed = LOSS_TOLERANCE if is_elastic else 0.0
     if not verdict.largest_loss_difference <= allowed:
         verdict.problems.append(f"losses differ by up to {verdict.largest_loss_difference:.2e} (allowed: {allowed})")
-    difference = _compare_arrays(run.path, undisturbed.path)
+    difference = compare_last_checkpoints(run.path, undisturbed.path)
     verdict.is_identical = difference["different"] == []
     verdict.largest_weight_difference = difference["largest"]
     if not is_elastic and not verdict.is_identical:
@@ -161,12 +163,12 @@ def compare(run: RunFiles, undisturbed: RunFiles, *, is_elastic: bool) -> Verdic
 
 
 def _difference(one: float, other: float) -> float:
-    """Of two losses; a batch that gives NaN gives it in both."""
+    """Of two losses; NaN equals NaN."""
     return 0.0 if math.isnan(one) and math.isnan(other) else abs(one - other)
 
 
-def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int) -> list[Outcome]:
-    """Each must have been skipped, and logged; nothing else may have been. They are numbered from `first`."""
+def check_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int) -> list[Outcome]:
+    """Each must have been skipped and logged, and no other step. first: number of the first outcome."""
     steps, logs = {record["step"]: record for record in run.steps()}, run.all_logs()
     outcomes = []
     for number, (step, kind) in enumerate(sorted(bad_batches.items()), first):
@@ -185,8 +187,8 @@ def judge_bad_batches(bad_batches: dict[int, str], run: RunFiles, *, first: int)
     return outcomes
 
 
-def _compare_arrays(run: Path, undisturbed: Path) -> dict:
-    """In a process of its own, on the CPU: the drill itself needs no accelerator and must hold none."""
+def compare_last_checkpoints(run: Path, undisturbed: Path) -> dict:
+    """`compare_arrays` in a process on the CPU, so that the drill does not allocate an accelerator."""
     command = [sys.executable, "-m", "jaxcoder.drill.report", str(run), str(undisturbed)]
     variables = runtime.environment_with({"JAX_PLATFORMS": "cpu"})
     done = subprocess.run(command, capture_output=True, text=True, env=variables)
@@ -196,7 +198,7 @@ def _compare_arrays(run: Path, undisturbed: Path) -> dict:
 
 
 def compare_arrays(run: str, undisturbed: str) -> dict:
-    """Names of the arrays of two runs' last checkpoints that are not the same bits, and the largest difference."""
+    """The last checkpoints of two runs: names of the arrays that are not bit-identical, and the largest difference."""
     import numpy as np
 
     from jaxcoder.checkpoint.arrays import load_numpy

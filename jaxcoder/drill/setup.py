@@ -1,15 +1,14 @@
-"""What a drill trains: a small model on a small store of real code, and the batches that go bad.
+"""The run of a drill: a small model, a small store of real code, and bad batches.
 
-DRILL/documents.jsonl, store/     files of the running Python's own library, encoded
-DRILL/config.json                 the run (its mesh and directory are each start's own)
-DRILL/bad_batches.json            {step: kind}: the same in the undisturbed run
+DRILL/documents.jsonl, store/     files of Python's standard library, encoded
+DRILL/config.json                 the run; mesh and directory are options of each start
+DRILL/bad_batches.json            {step: kind}, the same in the undisturbed run
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -37,17 +36,15 @@ STORE, CONFIG, BAD_BATCHES = "store", "config.json", "bad_batches.json"
 CORPUS_BYTES = 300_000
 SAVE_EVERY_STEPS = 4
 STEP_SECONDS = 8.0
-"""The watchdog's limit: a step takes some ten milliseconds, and waits a second for a save now and then."""
+"""Limit of the watchdog. A step takes some ten milliseconds, and sometimes waits a second for a save."""
 START_SECONDS = 120.0
-"""For everything but steps: compiling, restoring, saving."""
+"""Limit of the watchdog for compiling, restoring and saving."""
 SKIP_GRAD_NORM_ABOVE = 12.0
 """Between the gradient norms of ordinary batches and of a batch of one repeated token."""
 
-BadBatch = Literal["nan", "spike"]
-
 
 def run_config(num_steps: int, store: Path) -> RunConfig:
-    """Small enough for ten steps a second on one core, in fp32, with dropout, FIM and everything that training has."""
+    """Small enough for ten steps a second on one core; in fp32, with dropout and FIM."""
     model = ModelConfig(
         num_layers=2, embed_dim=128, num_heads=4, head_dim=32, mlp_dim=512, vocab_size=512, max_seq_len=64
     )
@@ -69,8 +66,8 @@ def run_config(num_steps: int, store: Path) -> RunConfig:
     )
 
 
-def prepare(directory: Path, num_steps: int, bad_batches: dict[int, BadBatch]) -> RunConfig:
-    """Writes all of the above and returns the run."""
+def prepare(directory: Path, num_steps: int, bad_batches: dict[int, str]) -> RunConfig:
+    """Writes the files of the drill and returns the run."""
     texts = stdlib_sources(CORPUS_BYTES)
     documents = directory / "documents.jsonl"
     write_documents((Document(parts=(Part(text=text),)) for text in texts), documents)
@@ -91,21 +88,21 @@ def read(directory: Path, output_dir: str, mesh: Sequence[int]) -> tuple[RunConf
 
 
 def layout_of(processes: int) -> ProcessLayout:
-    """The usual one: all devices along `fsdp`."""
+    """All devices along `fsdp`."""
     return ProcessLayout.of(fsdp=processes)
 
 
 @dataclass(frozen=True)
 class BadBatches:
-    """`alter_batch` of the training loop: the batches of these steps go bad, in every process alike."""
+    """`alter_batch` of the training loop: replaces the batches of these steps, in every process alike."""
 
-    steps: dict[int, BadBatch]
+    steps: dict[int, str]
 
     def __call__(self, step: int, batch: Batch) -> Batch:
         kind = self.steps.get(step)
         if kind == "nan":
             return batch._replace(loss_mask=np.full_like(batch.loss_mask, np.nan))
-        if kind == "spike":  # a file of one byte, a million times: all gradients point the same way
+        if kind == "spike":  # one token repeated: all gradients point the same way
             token = np.int32(7)
             return batch._replace(
                 inputs=np.full_like(batch.inputs, token),

@@ -1,12 +1,11 @@
-"""The process around the work: environment, JAX's global options, several processes, signals, memory and disk running
-out.
+"""The process: environment, JAX's global options, distributed initialization, signals, out-of-memory errors.
 
-Nothing else in the package touches `os.environ`, `jax.config`, `jax.distributed` or signal handlers. JAX is imported
-only by the functions that need it, so that the command line may import this room for its error sentences.
+Nothing else in the package uses `os.environ`, `jax.config`, `jax.distributed` or signal handlers. Importing this
+package does not import JAX.
 """
 
 from jaxcoder.runtime.accelerators import check_accelerator, find_gpu, find_tpu
-from jaxcoder.runtime.distributed import join
+from jaxcoder.runtime.distributed import initialize_distributed
 from jaxcoder.runtime.environment import (
     CACHE_BYTES,
     command_name,
@@ -19,11 +18,7 @@ from jaxcoder.runtime.environment import (
     user_cache,
 )
 from jaxcoder.runtime.process_group import ProcessGroup
-from jaxcoder.runtime.resources import (
-    explain_out_of_memory,
-    is_out_of_memory,
-    out_of_memory_explained,
-)
+from jaxcoder.runtime.resources import explain_out_of_memory, is_out_of_memory, out_of_memory_explained
 from jaxcoder.runtime.run_lock import acquire_run_lock
 from jaxcoder.runtime.signals import CoordinatedStop, GracefulStop, Terminated, on_signal, sigterm_raises
 from jaxcoder.runtime.watchdog import Watchdog
@@ -44,8 +39,8 @@ __all__ = [
     "find_gpu",
     "find_tpu",
     "initialize",
+    "initialize_distributed",
     "is_out_of_memory",
-    "join",
     "on_signal",
     "out_of_memory_explained",
     "process_started",

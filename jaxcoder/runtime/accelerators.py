@@ -1,4 +1,4 @@
-"""Accelerators that this machine has and JAX cannot see."""
+"""Detection of accelerators that JAX cannot use."""
 
 import os
 import shutil
@@ -16,10 +16,10 @@ def check_accelerator(
     root: Path = Path("/"),
     environment: dict[str, str] | None = None,
 ) -> str | None:
-    """A sentence when this machine has a GPU or TPU but JAX has only CPU devices, else None.
+    """A warning if this machine has a GPU or TPU but JAX has only CPU devices, else None.
 
-    If JAX_PLATFORMS is set or CUDA_VISIBLE_DEVICES is empty, the choice is taken as deliberate. `platforms` (of JAX's
-    devices; asking for them starts JAX), `root` and `environment` stand in for the machine's own in tests.
+    JAX_PLATFORMS, or an empty CUDA_VISIBLE_DEVICES, silences it. `platforms` (of JAX's devices, which initializes JAX),
+    `root` and `environment` replace the machine's own in tests.
     """
     environment = dict(os.environ) if environment is None else environment
     if environment.get("JAX_PLATFORMS"):
@@ -34,27 +34,27 @@ def check_accelerator(
     gpu = None if hidden else find_gpu(root, environment.get("PATH", ""))
     if gpu is not None:
         plugin = next((name for name in ("jax_cuda13_plugin", "jax_cuda12_plugin") if find_spec(name)), None)
-        return _unseen("GPU", gpu, "cuda", plugin, "look at the driver with `nvidia-smi`")
+        return _unseen("GPU", gpu, "cuda", plugin, "check the driver with `nvidia-smi`")
     tpu = find_tpu(root, environment)
     if tpu is not None:
         plugin = "libtpu" if find_spec("libtpu") else None
-        return _unseen("TPU", tpu, "tpu", plugin, "see that no other process holds the TPU")
+        return _unseen("TPU", tpu, "tpu", plugin, "check that no other process uses the TPU")
     return None
 
 
 def _unseen(kind: str, evidence: str, extra: str, plugin: str | None, advice: str) -> str:
     start = f"This machine has a {kind} ({evidence}), but JAX sees only CPUs"
-    silence = "or set JAX_PLATFORMS=cpu to run on CPUs without this note."
+    silence = "or set JAX_PLATFORMS=cpu to run on CPUs without this warning."
     if plugin is None:
         return f"{start}: run `pip install 'jaxcoder[{extra}]'` to use it, {silence}"
     return (
         f"{start} although {plugin} is installed: {advice}, "
-        f"ask JAX for the reason with `JAX_PLATFORMS={extra} python -c 'import jax; jax.devices()'`, {silence}"
+        f"print JAX's error with `JAX_PLATFORMS={extra} python -c 'import jax; jax.devices()'`, {silence}"
     )
 
 
 def find_gpu(root: Path, search_path: str) -> str | None:
-    """What shows that an NVIDIA GPU is present, or None."""
+    """The device file, directory or program that shows an NVIDIA GPU, or None."""
     device = next(iter(sorted(root.glob("dev/nvidia[0-9]*"))), None)
     if device is not None:
         return f"/{device.relative_to(root)}"
@@ -63,7 +63,7 @@ def find_gpu(root: Path, search_path: str) -> str | None:
     nvidia_smi = shutil.which("nvidia-smi", path=search_path)
     if nvidia_smi is None:
         return None
-    try:  # an image may carry the program without a GPU
+    try:  # a container image may have the program without a GPU
         listed = subprocess.run([nvidia_smi, "-L"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -71,7 +71,7 @@ def find_gpu(root: Path, search_path: str) -> str | None:
 
 
 def find_tpu(root: Path, environment: dict[str, str]) -> str | None:
-    """What shows that a TPU is attached, or None."""
+    """The device or variable that shows a TPU, or None."""
     device = next(iter(sorted(root.glob("dev/accel[0-9]*"))), None)
     if device is not None:
         return f"/{device.relative_to(root)}"

@@ -1,4 +1,4 @@
-"""Several processes become one run: they find each other, wait for the last one, and tell JAX."""
+"""Distributed initialization: gathers the roster of processes, then calls `jax.distributed.initialize`."""
 
 import logging
 import os
@@ -11,37 +11,37 @@ from jaxcoder.runtime.roster import gather_roster, report_to_roster
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 900
-"""So long a process waits for the others: hosts of a pod fetch images and start minutes apart."""
+"""For the other processes: hosts of a pod fetch images and start minutes apart."""
 
 HEARTBEAT_SECONDS = 600
-"""A process that says nothing for so long is taken for dead. Compiling has kept processes silent for 327 seconds."""
+"""JAX ends the run if a process sends no heartbeat for so long; compiling has blocked heartbeats for 327 seconds."""
 
 
-def join(
+def initialize_distributed(
     *,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: float = TIMEOUT_SECONDS,
 ) -> int:
-    """Meets the other processes of the run, where there are any, and returns the index of this one (0 if alone).
+    """Connects to the other processes of the run, if any, and returns the index of this one (0 for a single process).
 
-    Who they are is found by `processes.py`. Call it after `initialize` and before JAX sees a device. Process 0 says
-    whom it waits for. After `timeout` seconds LostProcessError names who is missing; ConfigError for flags or variables
-    that cannot be.
+    The processes are those of `find_processes`. Call it after `initialize` and before JAX initializes its devices.
+    LostProcessError names the processes that are missing after `timeout` seconds; ConfigError for invalid flags or
+    variables.
     """
     found = find_processes(os.environ, coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     if isinstance(found, TpuPod):
-        found = _in_tpu_pod(timeout)
+        found = _tpu_pod_processes(timeout)
     if found is None:
         return 0
     import jax
 
     if found.index == 0:
         others = plural(found.count - 1, "other process", "other processes")
-        logger.info(f"Waiting at {found.coordinator} for {others} (as {found.source} says).")
+        logger.info(f"Waiting at {found.coordinator} for {others} (from {found.source}).")
         hosts = gather_roster(found, timeout)
-        logger.info(f"All {found.count} processes are here: {_counted(hosts)}.")
+        logger.info(f"All {found.count} processes are connected: {_counted(hosts)}.")
     else:
         report_to_roster(found, timeout)
     try:
@@ -55,20 +55,20 @@ def join(
         )
     except RuntimeError as error:
         raise LostProcessError(
-            f"process {found.index} of {found.count} could not join the others: {str(error).splitlines()[0]}"
+            f"process {found.index} of {found.count} could not connect to the others: {str(error).splitlines()[0]}"
         ) from error
     return found.index
 
 
-def _in_tpu_pod(timeout: float) -> Processes | None:
-    """Asks the machines' own metadata, through JAX. ConfigError where that does not answer."""
+def _tpu_pod_processes(timeout: float) -> Processes | None:
+    """From the TPU metadata server, through JAX. ConfigError if it does not answer."""
     from jaxcoder.compat import detect_tpu_pod
 
     try:
         coordinator, count, index = detect_tpu_pod(int(timeout))
-    except Exception as error:  # whatever a metadata server does
+    except Exception as error:  # JAX raises errors of many types here
         raise ConfigError(
-            f"this host does not say which one of its TPU pod it is ({error}): give --coordinator, --num-processes and "
+            f"the TPU metadata of this host are not available ({error}): give --coordinator, --num-processes and "
             "--process-id."
         ) from error
     if count == 1:
@@ -84,6 +84,6 @@ def _in_tpu_pod(timeout: float) -> Processes | None:
 
 
 def _counted(hosts: list[str]) -> str:
-    """ "host-a, host-b"; one machine's processes are counted."""
+    """ "host-a, host-b (2)": a host with several processes is counted."""
     names = [f"{host} ({hosts.count(host)})" if hosts.count(host) > 1 else host for host in dict.fromkeys(hosts)]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

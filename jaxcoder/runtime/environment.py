@@ -1,4 +1,4 @@
-"""How a process begins: the environment, JAX's global options, the compilation cache, and the command that it was."""
+"""Initialization of a process: the environment, JAX's global options, the compilation cache; its command line."""
 
 import hashlib
 import logging
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def initialize(
@@ -21,16 +22,15 @@ def initialize(
     leave_accelerators: bool = False,
     debug: bool = False,
 ) -> None:
-    """Sets JAX's process-wide options; call it before the first array is made. Calling it again is harmless.
+    """Sets JAX's global options; call it before the first array is created. It is idempotent.
 
-    compilation_cache_dir: where compiled programs are kept between processes. None: JAX_COMPILATION_CACHE_DIR, else a
-        directory below ~/.cache. JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
-    num_cpu_devices: virtual devices of the CPU backend, to try meshes without accelerators (None: leave as it is).
-    deterministic: only GPU kernels that give the same bits every time; slower. CPUs and TPUs always do.
+    compilation_cache_dir: of compiled programs. None: JAX_COMPILATION_CACHE_DIR, else a directory below ~/.cache.
+        JAX_ENABLE_COMPILATION_CACHE=false disables the cache.
+    num_cpu_devices: virtual devices of the CPU backend, for meshes without accelerators (None: unchanged).
+    deterministic: only deterministic GPU kernels, which are slower. CPUs and TPUs are always deterministic.
     share_accelerator: allocate GPU memory on demand, so that another library can use the GPU too.
-    leave_accelerators: run on CPUs, whatever else is there, as a command does that describes absent chips.
-    debug: leaves the libraries' own logs on. Otherwise what they log is silenced: an error is raised as well, and a
-        logged traceback next to the error message only confuses.
+    leave_accelerators: run on CPUs even if there are accelerators.
+    debug: keep the logs of libraries. By default they are silenced, because their errors are raised too.
     """
     if not debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -49,29 +49,34 @@ def initialize(
         jax.config.update("jax_platforms", "cpu")
     if compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
-    elif jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    elif _jax_option("jax_compilation_cache_dir") is None and _jax_option("jax_enable_compilation_cache"):
         directory = default_cache_dir()
         if directory is not None:
             jax.config.update("jax_compilation_cache_dir", directory)
             jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
-    if num_cpu_devices is not None and jax.config.jax_num_cpu_devices != num_cpu_devices:
+    if num_cpu_devices is not None and _jax_option("jax_num_cpu_devices") != num_cpu_devices:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
+def _jax_option(name: str) -> Any:
+    """An option of `jax.config`, which type checkers do not know."""
+    import jax
+
+    return getattr(jax.config, name)
+
+
 CACHE_BYTES = 4 << 30
-"""Most that the default compilation cache grows to; what was not used for longest goes first."""
+"""Largest size of the default compilation cache; least recently used entries are evicted."""
 
 
 def default_cache_dir() -> str | None:
-    """The user's own cache of compiled programs, made if need be; None where it cannot be made or written.
-
-    One for each kind of processor, since a home may be shared and a CPU's programs use its instructions. An entry that
-    a killed process left incomplete is removed: JAX writes the access time next to complete entries only, and would
-    neither read nor replace this one.
-    """
+    """The user's compilation cache, which is created; None if it cannot be created or written."""
+    # One for each kind of processor: home directories are shared, and CPU programs use the CPU's instruction set.
     directory = user_cache("xla", _processor_key())
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # JAX writes an access time next to complete entries, and neither reads nor replaces an incomplete one, which a
+        # killed process leaves.
         for entry in directory.glob("*-cache"):
             in_use = time.time() - entry.stat().st_mtime < 60
             if not in_use and not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
@@ -82,22 +87,24 @@ def default_cache_dir() -> str | None:
 
 
 def share_cache(directory: str) -> None:
-    """Keeps compiled programs in `directory` from now on, which all hosts of a run see, unless the user has chosen.
+    """Uses `directory`, which all hosts of a run share, as compilation cache, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    A pod's machines come and go with their own disks; without this each start of the run compiles again.
+    A pod is restarted on machines with empty disks; without a shared cache every start compiles again.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not jax.config.jax_enable_compilation_cache:
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR") or not _jax_option("jax_enable_compilation_cache"):
         return
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_compilation_cache_max_size", -1)  # counting takes a lock, which remote storage lacks
+    jax.config.update(
+        "jax_compilation_cache_max_size", -1
+    )  # a limited size needs file locks, which remote storage lacks
     compilation_cache.reset_cache()
 
 
 def user_cache(*parts: str) -> Path:
-    """jaxcoder's directory below the user's cache directory; it need not exist."""
+    """A path in jaxcoder's directory of the user's cache; it need not exist."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root, "jaxcoder", *parts)
 
@@ -112,7 +119,7 @@ def _processor_key() -> str:
 
 
 def process_started() -> float:
-    """When this process was started, in Unix seconds: imports and all."""
+    """The start of this process, before its imports, in Unix seconds."""
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
@@ -130,7 +137,7 @@ def environment_with(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def command_name(program: str | None = None) -> str:
-    """How this program (or `program`) was called, quoted for a shell; its bare name where that finds it."""
+    """The command of this program (or `program`), quoted for a shell; its bare name if it is on PATH."""
     program = sys.argv[0] if program is None else program
     name = os.path.basename(program)
     if name.endswith(".py"):  # python -m jaxcoder.cli.main
@@ -142,6 +149,6 @@ def command_name(program: str | None = None) -> str:
 
 
 def resume_command(argv: Sequence[str] | None = None) -> str:
-    """The command line of this process (or `argv`, program first), quoted for a shell, to be typed again."""
+    """The command line of this process (or `argv`, program first), quoted for a shell."""
     program, *arguments = sys.argv if argv is None else argv
     return " ".join([command_name(program), *map(shlex.quote, arguments)])

@@ -1,7 +1,6 @@
 """Process index, process count and coordinator of a run, from flags, the environment, SLURM or a TPU pod.
 
-One process serves all accelerators of a machine: fewer processes to lose, one loader and one host copy of what all
-cards need, and meshes do not see the difference. Pure functions of an environment; `join.py` acts on the answer.
+One process serves all accelerators of a machine: fewer processes can fail, and data is loaded once per machine.
 """
 
 import re
@@ -13,20 +12,21 @@ from jaxcoder.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """coordinator: HOST:PORT on which process 0 listens; count: how many; index: which one this is; source: who says.
-
-    hosts: names by process, where they are known beforehand.
-    """
+    """The processes of a run."""
 
     coordinator: str
+    """HOST:PORT of process 0."""
     count: int
     index: int
+    """Of this process."""
     source: str
+    """Where the values come from, for messages."""
     hosts: tuple[str, ...] | None = None
+    """Host names by process, if known before they connect."""
 
 
 class TpuPod:
-    """Several hosts of a TPU pod, or several slices: the machines' own metadata say the rest."""
+    """Several hosts of a TPU pod, or several slices: the metadata server has the rest."""
 
 
 _FLAGS = {"coordinator": "--coordinator", "count": "--num-processes", "index": "--process-id"}
@@ -40,9 +40,9 @@ def find_processes(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> Processes | TpuPod | None:
-    """Flags first, then JAXCODER_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID, then a step of SLURM, then a TPU pod.
+    """From the flags, else JAXCODER_COORDINATOR, _NUM_PROCESSES and _PROCESS_ID, else a SLURM step, else a TPU pod.
 
-    None: this process is alone. ConfigError for a part of the three, or values that cannot be.
+    None for a single process. ConfigError if one of the three is missing or invalid.
     """
     flags = {"coordinator": coordinator, "count": num_processes, "index": process_id}
     if any(value is not None for value in flags.values()):
@@ -80,7 +80,7 @@ def _number(name: str, value: int | str) -> int:
 
 
 def _slurm(environment: Mapping[str, str]) -> Processes | None:
-    """A task of an `srun` step. The batch script itself is none, though it sees the job's variables."""
+    """A task of an `srun` step. (A batch script has the job's variables, but not those of a step.)"""
     try:
         count, index = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment["SLURM_PROCID"])
         job, nodes = int(environment["SLURM_JOB_ID"]), environment["SLURM_STEP_NODELIST"]
@@ -88,7 +88,7 @@ def _slurm(environment: Mapping[str, str]) -> Processes | None:
         return None
     if count == 1:
         return None
-    port = 61440 + job % 4096  # above what the system hands out, and another one for every job on a node
+    port = 61440 + job % 4096  # above the ephemeral range, different for every job on a node
     hosts = host_names(nodes)
     return Processes(
         coordinator=f"{hosts[0]}:{port}",
@@ -100,7 +100,7 @@ def _slurm(environment: Mapping[str, str]) -> Processes | None:
 
 
 def host_names(nodes: str) -> tuple[str, ...]:
-    """The hosts of a SLURM node list: "gpu[003-004,12],login" is gpu003, gpu004, gpu12, login. ConfigError for none."""
+    """The hosts of a SLURM node list: "gpu[003-004,12],login" is gpu003, gpu004, gpu12, login. ConfigError if empty."""
     names: list[str] = []
     for group in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodes):
         expanded = [""]
@@ -109,7 +109,9 @@ def host_names(nodes: str) -> tuple[str, ...]:
             expanded = [start + end for start in expanded for end in ends]
         names += expanded
     if not names or not all(names):
-        raise ConfigError(f"SLURM's node list is {nodes!r}, which names no host: give --coordinator and the others.")
+        raise ConfigError(
+            f"SLURM's node list {nodes!r} names no host: give --coordinator, --num-processes and --process-id."
+        )
     return tuple(names)
 
 

@@ -1,11 +1,10 @@
-"""The roster of a run, gathered before `jax.distributed.initialize`: a process that never arrives is named.
+"""The roster of a run, gathered before `jax.distributed.initialize`, so that a missing process is named.
 
-Process 0 listens at the coordinator's address and collects index and host of every process. When all have arrived it
-releases them and leaves the port to JAX. One line of text each way: `jaxcoder INDEX COUNT HOST`, and `go` or an error.
+Process 0 listens at the coordinator's address and collects index and host of every process. When the roster is complete
+it answers all of them and frees the port for JAX. One line each way: `jaxcoder INDEX COUNT HOST`; `go` or an error.
 """
 
 import logging
-import os
 import selectors
 import socket
 import time
@@ -15,26 +14,26 @@ from jaxcoder.runtime.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-_FIRST_WORD, _BETWEEN_WORDS = 5.0, 30.0  # seconds
+FIRST_LOG, LOG_INTERVAL = 5.0, 30.0  # seconds until missing processes are logged, and between logs
 _MOST_NAMED = 8
 _LONGEST_LINE = 400
 
 
 def gather_roster(found: Processes, timeout: float) -> list[str]:
-    """In process 0: returns the hosts' names by process once all are there. They may go on when this returns.
+    """In process 0: waits for all processes and returns their host names.
 
-    Raises ConfigError if the port is taken or two processes have one index, LostProcessError naming who is missing.
+    ConfigError if the port is in use or two processes have the same index, LostProcessError with the missing processes.
     """
     try:
         listening = socket.create_server(("", int(found.coordinator.rpartition(":")[2])), backlog=1024)
     except OSError as error:
         port = found.coordinator.rpartition(":")[2]
         raise ConfigError(
-            f"process 0 cannot listen on port {port} ({os.strerror(error.errno)}): end what uses it (`ss -ltnp` shows "
-            "it), or give another coordinator."
+            f"process 0 cannot listen on port {port} ({error.strerror}): stop the program that uses it "
+            "(`ss -ltnp` lists it), or give another coordinator."
         ) from error
     arrivals = _Arrivals(found)
-    deadline, next_word = time.monotonic() + timeout, time.monotonic() + _FIRST_WORD
+    deadline, next_log = time.monotonic() + timeout, time.monotonic() + FIRST_LOG
     with listening, selectors.DefaultSelector() as ready:
         listening.setblocking(False)
         ready.register(listening, selectors.EVENT_READ)
@@ -44,17 +43,17 @@ def gather_roster(found: Processes, timeout: float) -> list[str]:
                     if key.fileobj is listening:
                         arrivals.accept(listening, ready)
                     else:
-                        arrivals.read(key.fileobj, ready)
+                        arrivals.read(key.data, ready)
                 now = time.monotonic()
                 if now > deadline:
                     raise LostProcessError(
-                        f"{arrivals.words()} did not arrive within {timeout:.0f} seconds: see that "
+                        f"{arrivals.describe_missing()} did not arrive within {timeout:.0f} seconds: check that "
                         f"{'they were' if len(arrivals.missing) > 1 else 'it was'} started with the same coordinator "
                         f"({found.coordinator}) and can reach it."
                     )
-                if now > next_word and arrivals.missing:
-                    logger.info(f"Waiting for {arrivals.words()}.")
-                    next_word = now + _BETWEEN_WORDS
+                if now > next_log and arrivals.missing:
+                    logger.info(f"Waiting for {arrivals.describe_missing()}.")
+                    next_log = now + LOG_INTERVAL
         except JaxcoderError as error:
             arrivals.send_all(str(error))
             raise
@@ -63,13 +62,13 @@ def gather_roster(found: Processes, timeout: float) -> list[str]:
 
 
 class _Arrivals:
-    """The processes that have arrived, and their connections, which wait for the answer."""
+    """The processes that have connected; their connections stay open until the answer."""
 
     def __init__(self, found: Processes):
         self._found = found
         self._names: dict[int, str] = {0: socket.gethostname()}
         self._connections: dict[int, socket.socket] = {}
-        self._heard: dict[socket.socket, bytes] = {}
+        self._received: dict[socket.socket, bytes] = {}
 
     @property
     def missing(self) -> list[int]:
@@ -79,8 +78,8 @@ class _Arrivals:
     def hosts(self) -> list[str]:
         return [self._names[index] for index in range(self._found.count)]
 
-    def words(self) -> str:
-        """ "process 3 of 16 (host-d)"; several, and how many more."""
+    def describe_missing(self) -> str:
+        """ "process 3 (host-d) of 16"."""
         names = self._found.hosts or ("",) * self._found.count
         shown = [f"{index}{f' ({names[index]})' if names[index] else ''}" for index in self.missing[:_MOST_NAMED]]
         more = len(self.missing) - len(shown)
@@ -90,29 +89,29 @@ class _Arrivals:
     def accept(self, listening: socket.socket, ready: selectors.BaseSelector) -> None:
         try:
             connection, _ = listening.accept()
-        except OSError:  # it has left again
+        except OSError:  # it was closed
             return
         connection.setblocking(False)
-        self._heard[connection] = b""
-        ready.register(connection, selectors.EVENT_READ)
+        self._received[connection] = b""
+        ready.register(connection, selectors.EVENT_READ, data=connection)
 
     def read(self, connection: socket.socket, ready: selectors.BaseSelector) -> None:
-        """Some bytes of a hello. What is none, and who leaves before the start, does not count."""
+        """Reads a part of a line. Other lines, and connections that close before the answer, are dropped."""
         try:
             new = connection.recv(_LONGEST_LINE)
         except OSError:
             new = b""
-        heard = self._heard[connection] = self._heard[connection] + new
-        if not new or len(heard) > _LONGEST_LINE:
+        received = self._received[connection] = self._received[connection] + new
+        if not new or len(received) > _LONGEST_LINE:
             self._forget(connection, ready)
-        elif heard.endswith(b"\n"):
-            words = heard.decode(errors="replace").split()
+        elif received.endswith(b"\n"):
+            words = received.decode(errors="replace").split()
             if len(words) != 4 or words[0] != "jaxcoder" or not (words[1] + words[2]).isdigit():
                 self._forget(connection, ready)
                 return
-            self._welcome(int(words[1]), int(words[2]), words[3], connection)
+            self._add(int(words[1]), int(words[2]), words[3], connection)
 
-    def _welcome(self, index: int, count: int, host: str, connection: socket.socket) -> None:
+    def _add(self, index: int, count: int, host: str, connection: socket.socket) -> None:
         if count != self._found.count:
             raise ConfigError(
                 f"process {index} ({host}) was started for {count} processes and process 0 ({self._names[0]}) of "
@@ -120,21 +119,21 @@ class _Arrivals:
             )
         if index in self._names and index < count:
             raise ConfigError(
-                f"two processes are number {index}, on {self._names[index]} and {host}: each needs one of its own, "
-                f"from 0 to {count - 1}."
+                f"two processes have the index {index}, on {self._names[index]} and {host}: give each its own, 0 "
+                f"to {count - 1}."
             )
         self._names[index], self._connections[index] = host, connection
 
     def _forget(self, connection: socket.socket, ready: selectors.BaseSelector) -> None:
         ready.unregister(connection)
         connection.close()
-        del self._heard[connection]
+        del self._received[connection]
         for index in [index for index, its in self._connections.items() if its is connection]:
             del self._connections[index], self._names[index]
 
     def send_all(self, line: str) -> None:
-        """To everybody who is connected; each closes first, so that no half-closed connection holds our port."""
-        for connection in self._heard:
+        """To all connections. The other side closes first, so that no connection in TIME_WAIT blocks the port."""
+        for connection in self._received:
             try:
                 connection.setblocking(True)
                 connection.settimeout(2.0)
@@ -147,27 +146,29 @@ class _Arrivals:
 
 
 def report_to_roster(found: Processes, timeout: float) -> None:
-    """In every other process: returns when process 0 has seen all. LostProcessError where it cannot be reached;
-    JaxcoderError with what it says."""
+    """In every other process: waits until the roster is complete.
+
+    LostProcessError if process 0 cannot be reached, JaxcoderError with the error that it sends.
+    """
     host, _, port = found.coordinator.rpartition(":")
-    hello = f"jaxcoder {found.index} {found.count} {socket.gethostname()}\n".encode()
+    line = f"jaxcoder {found.index} {found.count} {socket.gethostname()}\n".encode()
     deadline, reason = time.monotonic() + timeout, "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as connection:
                 # Without a listener, a port of the range for outgoing connections can be connected to itself.
                 if connection.getsockname() != connection.getpeername():
-                    connection.sendall(hello)
+                    connection.sendall(line)
                     connection.settimeout(left)
                     answer = connection.makefile().readline().strip()
                     if answer == "go":
                         return
                     if answer:
-                        raise JaxcoderError(f"process 0 says: {answer}")
+                        raise JaxcoderError(f"process 0 reports: {answer}")
         except OSError as error:
             reason = error.strerror or str(error)
         time.sleep(0.5)
     raise LostProcessError(
         f"process {found.index} of {found.count} waited {timeout:.0f} seconds for process 0 at {found.coordinator} "
-        f"({reason}): see that it was started and can be reached."
+        f"({reason}): check that it was started and can be reached."
     )

@@ -1,6 +1,6 @@
-"""One run at a time in a directory: by a lock where the file system has them, by a lease on remote storage.
+"""The run lock: one run at a time in a directory, by a file lock, or by a lease on remote storage.
 
-Two runs that write to one directory would delete each other's checkpoints, and each would go on for hours.
+Two runs in one directory would delete each other's checkpoints.
 """
 
 import errno
@@ -15,17 +15,17 @@ from contextlib import contextmanager
 
 from jaxcoder.errors import JaxcoderError
 
-_RENEW_SECONDS = 10.0
-_EXPIRED_SECONDS = 35.0  # a lease that has not been renewed for so long belongs to nobody
+RENEW_SECONDS = 10.0
+EXPIRED_SECONDS = 35.0  # a lease that was not renewed for so long has expired
 
 
 @contextmanager
 def acquire_run_lock(directory: str, *, lock: str = ".lock", timeout: float = 3.0) -> Iterator[None]:
-    """Holds `directory` for this process inside the block; the lock ends with the process, however that ends.
+    """Locks `directory` for this process inside the block; the lock ends with the process.
 
-    Waits `timeout` seconds for a process that is just ending, then raises JaxcoderError. A remote directory (gs://,
-    s3://) is held by a file that is renewed: one that a killed process left is waited out, some 35 seconds. A file
-    system without locks is not held.
+    JaxcoderError if another process still has it after `timeout` seconds. A remote directory (gs://, s3://) is locked
+    by a file that is renewed; the one of a killed process expires after 35 seconds. On a file system without locks
+    nothing is locked.
     """
     if "://" in directory:
         with _leased(directory, lock):
@@ -34,7 +34,7 @@ def acquire_run_lock(directory: str, *, lock: str = ".lock", timeout: float = 3.
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, lock), "a+") as file:
         deadline = time.monotonic() + timeout
-        while not _take(file.fileno()):
+        while not _lock(file.fileno()):
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise _in_use(directory, f"process {file.read().strip() or '(unknown)'}")
@@ -46,11 +46,11 @@ def acquire_run_lock(directory: str, *, lock: str = ".lock", timeout: float = 3.
 
 
 def _in_use(directory: str, who: str) -> JaxcoderError:
-    return JaxcoderError(f"`{directory}` is in use by {who}: wait until that has ended, or give another --output-dir.")
+    return JaxcoderError(f"`{directory}` is in use by {who}: wait until it has ended, or give another --output-dir.")
 
 
-def _take(file: int) -> bool:
-    """Whether this process has the lock of the open file, or the file system knows no locks."""
+def _lock(file: int) -> bool:
+    """Whether this process has the lock of the open file, or the file system has no locks."""
     import fcntl
 
     try:
@@ -64,11 +64,13 @@ def _take(file: int) -> bool:
 def _leased(directory: str, name: str) -> Iterator[None]:
     try:
         lease = _Lease(f"{directory.rstrip('/')}/{name}")
-        lease.take(directory)
+        lease.acquire(directory)
     except JaxcoderError:
         raise
-    except Exception as error:  # every kind of storage has errors of its own
-        raise JaxcoderError(f"cannot write to `{directory}` ({error}): check the address and your rights.") from error
+    except Exception as error:  # storage backends raise errors of many types
+        raise JaxcoderError(
+            f"cannot write to `{directory}` ({error}): check the address and your permissions."
+        ) from error
     stop = threading.Event()
     renewing = threading.Thread(target=lease.renew, args=(stop,), daemon=True)
     renewing.start()
@@ -77,17 +79,17 @@ def _leased(directory: str, name: str) -> Iterator[None]:
     finally:
         stop.set()
         renewing.join()
-        lease.give_back()
+        lease.release()
 
 
 class _Lease:
-    """A small file with who holds it and a number that grows while they live. No clock is compared with another's."""
+    """A small file with its owner and a counter that the owner increases. Clocks of machines are not compared."""
 
     def __init__(self, address: str):
         import fsspec
 
         self._filesystem, self._path = fsspec.core.url_to_fs(address)
-        self._mine = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8)}
+        self._owner = {"host": socket.gethostname(), "process": os.getpid(), "token": secrets.token_hex(8)}
         self._number = 0
 
     def _read(self) -> dict | None:
@@ -99,11 +101,11 @@ class _Lease:
 
     def _write(self) -> None:
         self._number += 1
-        self._filesystem.pipe_file(self._path, json.dumps(self._mine | {"number": self._number}).encode())
+        self._filesystem.pipe_file(self._path, json.dumps(self._owner | {"number": self._number}).encode())
 
-    def take(self, directory: str) -> None:
+    def acquire(self, directory: str) -> None:
         """Acquires the lease; JaxcoderError if another process renews its lease meanwhile."""
-        found, deadline = self._read(), time.monotonic() + _EXPIRED_SECONDS
+        found, deadline = self._read(), time.monotonic() + EXPIRED_SECONDS
         while found is not None and not _is_dead(found) and time.monotonic() < deadline:
             time.sleep(1.0)
             now = self._read()
@@ -111,39 +113,39 @@ class _Lease:
                 raise _in_use(directory, f"process {now.get('process')} of {now.get('host')}")
             found = now
         self._write()
-        time.sleep(0.5)  # of two that came at once, the one that wrote last stays
+        time.sleep(0.5)  # of two concurrent processes, the one that wrote last has the lease
         found = self._read()
-        if found is None or found.get("token") != self._mine["token"]:
+        if found is None or found.get("token") != self._owner["token"]:
             raise _in_use(directory, f"process {(found or {}).get('process')} of {(found or {}).get('host')}")
 
     def renew(self, stop: threading.Event) -> None:
-        """Renews until `stop` is set. A process whose lease another has taken (it was stopped too long) ends at once,
-        so that it writes nothing more."""
-        while not stop.wait(_RENEW_SECONDS):
+        """Renews until `stop` is set. Exits the process at once if another has the lease (after a long SIGSTOP)."""
+        while not stop.wait(RENEW_SECONDS):
             try:
                 found = self._read()
-                if found is not None and found.get("token") != self._mine["token"]:
+                if found is not None and found.get("token") != self._owner["token"]:
                     who = f"process {found.get('process')} of {found.get('host')}"
                     os.write(
-                        2, f"\njaxcoder: error: {who} has taken over this run's directory; this one ends.\n".encode()
+                        2,
+                        f"\njaxcoder: error: {who} has taken over this run's directory; this process exits.\n".encode(),
                     )
                     os._exit(2)
                 self._write()
-            except Exception:  # storage that does not answer: the next time, perhaps
+            except Exception:  # storage may answer the next time
                 continue
 
-    def give_back(self) -> None:
-        """The next one need not wait."""
+    def release(self) -> None:
+        """Removes the file, so that the next process need not wait."""
         try:
             found = self._read()
-            if found is not None and found.get("token") == self._mine["token"]:
+            if found is not None and found.get("token") == self._owner["token"]:
                 self._filesystem.rm_file(self._path)
-        except Exception:  # it expires
+        except Exception:  # otherwise it expires
             pass
 
 
 def _is_dead(found: dict) -> bool:
-    """Whether the holder was a process of this host that is no more."""
+    """Whether the owner was a process of this host that has exited."""
     if found.get("host") != socket.gethostname():
         return False
     try:

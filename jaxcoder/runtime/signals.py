@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a stop after a completed step, the same one in all processes of a run."""
+"""SIGTERM and Ctrl-C: a stop after a complete step, the same in all processes of a run."""
 
 import contextlib
 import os
@@ -7,13 +7,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM
 from jaxcoder.runtime.process_group import ProcessGroup
 
 
 class GracefulStop:
-    """SIGTERM or Ctrl-C asks for a stop that the work polls for; a second Ctrl-C stops at once.
+    """SIGTERM or Ctrl-C requests a stop, for which the loop polls; a second Ctrl-C raises KeyboardInterrupt.
 
         with GracefulStop() as stop:
             for step in ...:
@@ -21,8 +22,8 @@ class GracefulStop:
                 if stop.requested is not None:
                     save(); raise Interrupted(..., exit_code=stop.exit_code)
 
-    Only the main thread can take signals: elsewhere `requested` stays None and nothing is installed. The handlers found
-    are put back at the end.
+    Only the main thread can handle signals: elsewhere no handler is installed and `requested` stays None. The previous
+    handlers are restored at the end.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -30,13 +31,15 @@ class GracefulStop:
     def __init__(self, notice: str = "finishing this step and saving; Ctrl-C again stops at once"):
         self.notice = notice
         self.requested: int | None = None
-        """Number of the first signal that came, or None."""
-        self._previous: dict[int, object] = {}
+        """The first signal, or None."""
+        self._previous: dict[int, Any] = {}
 
     @property
     def exit_code(self) -> int:
         """143 after SIGTERM, 130 after Ctrl-C, 0 without a request."""
-        return {None: 0, signal.SIGTERM: EXIT_SIGTERM, signal.SIGINT: EXIT_CTRL_C}[self.requested]
+        if self.requested is None:
+            return 0
+        return EXIT_SIGTERM if self.requested == signal.SIGTERM else EXIT_CTRL_C
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
@@ -45,7 +48,7 @@ class GracefulStop:
 
     def __exit__(self, *exc_info: object) -> None:
         for number, handler in self._previous.items():
-            # None: the handler was not installed from Python and cannot be restored.
+            # None: the handler is not a Python one and cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
@@ -56,14 +59,14 @@ class GracefulStop:
             return
         self.requested = number
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # os.write and not print: a handler may interrupt a print that holds the stream's lock.
+        # os.write, because the handler may interrupt a print that has the lock of the stream.
         with contextlib.suppress(OSError):
             os.write(2, f"\njaxcoder: {name}: {self.notice}\n".encode())
 
 
 @contextlib.contextmanager
 def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
-    """Inside the block the signal calls `call`, between two instructions of the main thread; elsewhere nothing."""
+    """Inside the block the signal calls `call` in the main thread. Has no effect in other threads."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -75,13 +78,13 @@ def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
 
 
 class CoordinatedStop:
-    """A stop that all processes of a run make after the same step, whichever of them was asked, and when.
+    """A stop of all processes of a run after the same step, whichever of them received the signal.
 
-    The one that is asked tells the others, through JAX's coordination service, a step that none of them can have begun:
-    a process waits for the metrics of a step, which all compute together, before it begins the step after the next.
+    The process with the signal posts a step that none of them can have started: a process waits for the metrics of a
+    step, which all compute together, before it starts the step after the next.
     """
 
-    LEAD = 3
+    LEAD = 3  # steps
     _KEY = "stop/after_step"
 
     def __init__(self, stop: GracefulStop, group: ProcessGroup):
@@ -90,11 +93,11 @@ class CoordinatedStop:
 
     @property
     def exit_code(self) -> int:
-        """Of this process's own signal; 143 where another process was asked."""
+        """Of this process's signal; 143 if another process received it."""
         return self._stop.exit_code or EXIT_SIGTERM
 
     def is_due(self, step: int) -> bool:
-        """Whether to stop after `step`; asked after every step, in every process."""
+        """Whether to stop after `step`. Call it after every step in every process."""
         if self._group.count == 1:
             return self._stop.requested is not None
         if self._after is None and self._stop.requested is not None:
@@ -108,15 +111,15 @@ class CoordinatedStop:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM outside a `GracefulStop`; treated like Ctrl-C by everything that cleans up after Ctrl-C."""
+    """SIGTERM outside a `GracefulStop`, handled like Ctrl-C."""
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
     """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed.
 
-    Neither it nor Ctrl-C is lost: Python drops an exception that a handler raises inside a callback that cannot fail
-    (JAX has one on every garbage collection), and the signal is then sent once more.
+    Python drops an exception that a handler raises inside certain callbacks (JAX has one on every garbage collection):
+    SIGTERM or Ctrl-C is then sent again.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -127,7 +130,7 @@ def sigterm_raises() -> Iterator[None]:
             previous_hook(unraisable)
             return
         number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
-        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # by then the callback is over
+        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # after the callback
         again.daemon = True
         again.start()
 

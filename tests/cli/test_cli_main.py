@@ -278,7 +278,7 @@ def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
             ValueError('RESOURCE_EXHAUSTED: Error writing "/runs/x": No space left on device'),
             "the disk is full at '/runs/x'",
         ),
-        (MemoryError(), "the host's memory does not suffice"),
+        (MemoryError(), "out of memory on the host"),
         (PermissionError(errno.EACCES, "Permission denied", "/etc/x"), "Permission denied: '/etc/x'"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/a"), "No such file or directory: '/a'"),
     ],

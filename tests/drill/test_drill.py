@@ -1,4 +1,4 @@
-"""A real run under fire survives; and a drill over a trainer that is broken says so."""
+"""A run survives injected faults; a drill of a broken trainer fails."""
 
 import json
 import os
@@ -16,10 +16,10 @@ import pytest
 from jaxcoder.checkpoint.manifest import MANIFEST
 from jaxcoder.cli.main import main
 from jaxcoder.drill import report as drill_report
-from jaxcoder.drill.drill import DisturbedRun, FaultSchedule, drill, finish_undisturbed
+from jaxcoder.drill.drill import DisturbedRun, FaultSchedule, check_exits, drill, finish_undisturbed
 from jaxcoder.drill.faults import ANY_FAILURE, InjectedFault, choose_kinds, fault_kinds
 from jaxcoder.drill.processes import RunFiles, Trainer, continued_after, free_port, own_command
-from jaxcoder.drill.report import DrillReport, Outcome, Verdict, compare, judge_bad_batches
+from jaxcoder.drill.report import DrillReport, Outcome, Verdict, check_bad_batches, compare
 from jaxcoder.drill.setup import layout_of, prepare
 from jaxcoder.errors import ConfigError
 
@@ -29,7 +29,7 @@ def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict |
 
 
 def test_two_faults_and_two_bad_batches(tmp_path):
-    """A process that is stuck, a damaged checkpoint; NaN and a spike."""
+    """A stuck process, a damaged checkpoint; NaN and a spike."""
     plan = plan_of(["stop-one", "flip"], num_steps=44, bad={13: "nan", 40: "spike"})
     report = drill(tmp_path, plan, seed=1)
     assert not report.has_failed, report.text()
@@ -46,7 +46,7 @@ def test_every_kind(tmp_path):
     assert not report.has_failed, report.text()
 
 
-# --- a drill that cannot fail is none --------------------------------------------------------------------------------
+# --- broken trainers -------------------------------------------------------------------------------------------------
 
 BROKEN = """
 import sys
@@ -71,7 +71,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """A drill of one process whose undisturbed run is done."""
+    """A drill of one process with a finished undisturbed run."""
     directory = tmp_path_factory.mktemp("drill")
     prepare(directory, 24, {})
     trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
@@ -81,7 +81,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "break_it", "said"),
+    ("name", "break_it", "problem"),
     [
         ("samples", "samples = 0", "samples differs from step"),
         pytest.param(
@@ -92,8 +92,8 @@ def alone(tmp_path_factory):
         ),
     ],
 )
-def test_a_broken_trainer_is_found_out(alone, name, break_it, said):
-    """One that forgets where in the data it was, and one that begins with new weights."""
+def test_a_broken_trainer_fails(alone, name, break_it, problem):
+    """One restores no data position, one restores no weights."""
     directory, trainer, undisturbed = alone
     program = directory / f"{name}.py"
     program.write_text(BROKEN.format(break_it=break_it))
@@ -101,9 +101,9 @@ def test_a_broken_trainer_is_found_out(alone, name, break_it, said):
     broken = Trainer(command=command, port=trainer.port, cache=trainer.cache)
     run, plan = RunFiles(directory / name), plan_of(["term-all"], num_steps=24, processes=1)
     report = DrillReport(seed=1, processes=1, num_steps=24)
-    DisturbedRun(broken, run, plan, random.Random(1), report).play(plan.kinds)
+    DisturbedRun(broken, run, plan, random.Random(1), report).inject_all(plan.kinds)
     report.verdicts[name] = compare(run, undisturbed, is_elastic=False)
-    assert report.has_failed and said in report.text()
+    assert report.has_failed and problem in report.text()
     assert not report.verdicts[name].is_identical
 
 
@@ -115,29 +115,29 @@ def fake_run(path: Path, steps: list[dict]) -> RunFiles:
 
 
 @pytest.mark.parametrize(
-    ("steps", "different", "said"),
+    ("steps", "different", "problem"),
     [
         ([{"step": 1}, {"step": 2}, {"step": 3}], [], None),
-        ([{"step": 1}, {"step": 3}], [], "does not hold every step once"),
-        ([{"step": 1}, {"step": 2}, {"step": 2}, {"step": 3}], [], r"does not hold every step once.*\[2"),
+        ([{"step": 1}, {"step": 3}], [], "does not contain every step once"),
+        ([{"step": 1}, {"step": 2}, {"step": 2}, {"step": 3}], [], r"does not contain every step once.*\[2"),
         ([{"step": 1}, {"step": 2, "batch_hash": 7}, {"step": 3}], [], "batch_hash differs from step 2"),
         ([{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0001}], [], "losses differ by up to 1.00e-04"),
         ([{"step": 1}, {"step": 2, "skipped": 1}, {"step": 3}], [], "skipped differs from step 2"),
         ([{"step": 1}, {"step": 2}, {"step": 3}], ["params/wte"], "1 arrays of the last checkpoint differ"),
     ],
 )
-def test_what_a_run_is_judged_by(tmp_path, monkeypatch, steps, different, said):
-    monkeypatch.setattr(drill_report, "_compare_arrays", lambda *_: {"different": different, "largest": 0.0})
+def test_compare(tmp_path, monkeypatch, steps, different, problem):
+    monkeypatch.setattr(drill_report, "compare_last_checkpoints", lambda *_: {"different": different, "largest": 0.0})
     undisturbed = fake_run(tmp_path / "a", [{"step": 1}, {"step": 2}, {"step": 3}])
     verdict = compare(fake_run(tmp_path / "b", steps), undisturbed, is_elastic=False)
-    if said is None:
+    if problem is None:
         assert not verdict.problems and verdict.is_identical
     else:
-        assert re.search(said, str(verdict)) and str(verdict).startswith("FAILED")
+        assert re.search(problem, str(verdict)) and str(verdict).startswith("FAILED")
 
 
 def test_a_curve_on_another_mesh_may_differ_a_little(tmp_path, monkeypatch):
-    monkeypatch.setattr(drill_report, "_compare_arrays", lambda *_: {"different": ["x"], "largest": 1e-5})
+    monkeypatch.setattr(drill_report, "compare_last_checkpoints", lambda *_: {"different": ["x"], "largest": 1e-5})
     undisturbed = fake_run(tmp_path / "a", [{"step": 1}])
     near = fake_run(tmp_path / "b", [{"step": 1, "loss": 1.001}])
     far = fake_run(tmp_path / "c", [{"step": 1, "loss": 1.1}])
@@ -147,23 +147,17 @@ def test_a_curve_on_another_mesh_may_differ_a_little(tmp_path, monkeypatch):
 
 def test_bad_batches_that_were_not_skipped(tmp_path):
     run = fake_run(tmp_path / "a", [{"step": 1, "grad_norm": 9.0}, {"step": 2, "skipped": 1, "grad_norm": 9.0}])
-    one, other = judge_bad_batches({1: "nan", 2: "spike"}, run, first=5)
+    one, other = check_bad_batches({1: "nan", 2: "spike"}, run, first=5)
     assert "step 1 was not skipped" in one.problems and other.problems == ["step 2 was not logged"]
 
 
-def test_an_outcome_is_judged_by_codes_time_and_words(alone):
-    """With a start that has ended in ways that are not right."""
-    directory, trainer, _ = alone
-    lane = DisturbedRun(trainer, RunFiles(directory / "judged"), plan_of([], num_steps=1), None, DrillReport(
-        seed=1, processes=2, num_steps=1
-    ))  # fmt: skip
-    lane.start = SimpleNamespace(
+def test_exit_codes_timeouts_and_logs_are_checked():
+    start = SimpleNamespace(
         wait=lambda *_: False, running=lambda: [1], codes=lambda: [0, 2], signal=lambda *_: None,
-        missing_words=lambda *_: ["no process has said it"],
+        missing_in_logs=lambda *_: ["no log contains it"],
     )  # fmt: skip
     outcome = Outcome(number=1, kind="stop-one")
-    fault = InjectedFault(detail="", codes={0: ANY_FAILURE, 1: 75}, is_named="it")
-    lane._check_exits(outcome, fault)
+    check_exits(outcome, InjectedFault(detail="", codes={0: ANY_FAILURE, 1: 75}, log_pattern="it"), start)
     assert len(outcome.problems) == 4, outcome.problems
     report = DrillReport(seed=1, processes=2, num_steps=1, outcomes=[outcome], verdicts={"disturbed": Verdict()})
     assert report.has_failed and "0 of 1 faults survived" in report.text()
@@ -172,7 +166,7 @@ def test_an_outcome_is_judged_by_codes_time_and_words(alone):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_all_kinds_come_before_one_comes_again():
+def test_no_kind_is_repeated_before_all_were_drawn():
     chosen = choose_kinds(2 * len(fault_kinds(2)), [], 2, random.Random(0))
     assert sorted(chosen) == sorted(2 * list(fault_kinds(2)))
     plan = FaultSchedule.draw(50, 7)
@@ -180,7 +174,7 @@ def test_all_kinds_come_before_one_comes_again():
     assert plan == FaultSchedule.draw(50, 7) != FaultSchedule.draw(50, 8)
 
 
-def test_what_is_refused(tmp_path, capsys):
+def test_invalid_options(tmp_path, capsys):
     with pytest.raises(ConfigError, match="--only names 'kill'"):
         FaultSchedule.draw(3, 0, only=["kill"])
     with pytest.raises(ConfigError, match="--faults is 0"):
@@ -192,7 +186,7 @@ def test_what_is_refused(tmp_path, capsys):
     assert "SIGSTOP of one" in capsys.readouterr().out
 
 
-def test_the_step_that_it_goes_on_after():
+def test_continued_after():
     assert continued_after("a\nContinuing after step 1,204.\nb") == 1204 and continued_after("Training") == 0
 
 
@@ -201,15 +195,15 @@ def test_ctrl_c_leaves_no_process(tmp_path):
     command = [sys.executable, "-m", "jaxcoder.cli.main", "drill", "--faults", "1", "--output-dir", str(directory)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
-    while len(at_work(directory)) < 3 and time.monotonic() < deadline:  # the drill and two of its own
+    while len(processes_of(directory)) < 3 and time.monotonic() < deadline:  # the drill and its two trainers
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert at_work(directory) == [] and not directory.exists()
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in log, log
+    assert processes_of(directory) == [] and not directory.exists()
 
 
-def at_work(directory: Path) -> list[int]:
+def processes_of(directory: Path) -> list[int]:
     """Processes whose command line names the directory."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -223,8 +217,8 @@ def at_work(directory: Path) -> list[int]:
     return found
 
 
-def test_a_manifest_that_the_drill_itself_has_damaged_is_not_whole(tmp_path):
-    """Its time of writing is the drill's then, not the trainer's."""
+def test_a_manifest_that_the_drill_damaged_is_not_complete(tmp_path):
+    """Its modification time is the drill's, not the trainer's."""
     manifest = tmp_path / "run" / "checkpoints" / "12" / MANIFEST
     manifest.parent.mkdir(parents=True)
     manifest.write_text("{}" * 50)

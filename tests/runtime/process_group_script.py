@@ -1,4 +1,4 @@
-"""One of two processes that try out `ProcessGroup`: prints what it saw, a line each."""
+"""One of two processes that use `ProcessGroup`: prints its results, a line each."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ from jaxcoder.errors import DataError, JaxcoderError
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
+    runtime.initialize_distributed(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
     assert jax.process_count() == 2
     group = runtime.ProcessGroup(timeout=30)
     with group:

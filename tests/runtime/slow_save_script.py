@@ -13,13 +13,13 @@ SECONDS = 12.0  # longer than any grace
 
 def main(coordinator: str, index: int) -> None:
     runtime.initialize()
-    runtime.join(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
+    runtime.initialize_distributed(coordinator=coordinator, num_processes=2, process_id=index, timeout=60)
     limits = WatchdogConfig(step_seconds=60.0, start_seconds=60.0)
     with runtime.ProcessGroup() as group, runtime.Watchdog(group, limits, stacks=str, on_end=print) as watchdog:
         watchdog.enter("save", 7)
         if index == 0:
             time.sleep(SECONDS)
-            print("WHOLE", flush=True)
+            print("COMPLETE", flush=True)
         raise Interrupted("stopped after step 7", exit_code=EXIT_SIGTERM)
 
 

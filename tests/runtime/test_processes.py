@@ -1,4 +1,4 @@
-"""Which process of how many: flags, variables, SLURM, TPU pods; and two real processes that share a run."""
+"""Processes of a run from flags, variables, SLURM and TPU pods; and two processes that share a run."""
 
 import contextlib
 import json
@@ -18,20 +18,20 @@ from jaxcoder.runtime.processes import Processes, TpuPod, find_processes, host_n
 STEP = {
     "SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_NODELIST": "gpu[003-006]",
 }  # fmt: skip
-OURS = {"JAXCODER_COORDINATOR": "a:1", "JAXCODER_NUM_PROCESSES": "2", "JAXCODER_PROCESS_ID": "1"}
+VARIABLES = {"JAXCODER_COORDINATOR": "a:1", "JAXCODER_NUM_PROCESSES": "2", "JAXCODER_PROCESS_ID": "1"}
 
 
-def test_who_says_so():
+def test_order_of_sources():
     assert find_processes({}) is None
-    assert find_processes(OURS) == Processes(coordinator="a:1", count=2, index=1, source="the environment")
-    by_flags = find_processes(OURS | STEP, coordinator="[::1]:9", num_processes=3, process_id=0)
+    assert find_processes(VARIABLES) == Processes(coordinator="a:1", count=2, index=1, source="the environment")
+    by_flags = find_processes(VARIABLES | STEP, coordinator="[::1]:9", num_processes=3, process_id=0)
     assert by_flags == Processes(coordinator="[::1]:9", count=3, index=0, source="the command line")
     nodes = ("gpu003", "gpu004", "gpu005", "gpu006")
     by_slurm = Processes(coordinator="gpu003:61441", count=4, index=2, source="SLURM", hosts=nodes)
     assert find_processes(STEP) == by_slurm
     assert find_processes(STEP | {"SLURM_STEP_NODELIST": "gpu[003-004]"}).hosts is None
-    assert find_processes(STEP | OURS).source == "the environment"
-    assert find_processes(OURS | {"JAXCODER_NUM_PROCESSES": "1", "JAXCODER_PROCESS_ID": "0"}) is None
+    assert find_processes(STEP | VARIABLES).source == "the environment"
+    assert find_processes(VARIABLES | {"JAXCODER_NUM_PROCESSES": "1", "JAXCODER_PROCESS_ID": "0"}) is None
 
 
 def test_a_batch_script_and_a_single_task_are_alone():
@@ -65,8 +65,8 @@ def test_node_lists(nodes, names):
     assert host_names(nodes) == names
 
 
-def test_node_lists_that_name_nobody():
-    with pytest.raises(ConfigError, match="SLURM's node list is ''"):
+def test_node_lists_without_a_host():
+    with pytest.raises(ConfigError, match="SLURM.s node list ''"):
         host_names("")
 
 
@@ -84,11 +84,11 @@ def test_flags_that_cannot_be(flags, said):
         find_processes({}, **flags)
 
 
-def test_variables_that_cannot_be():
+def test_invalid_variables():
     with pytest.raises(ConfigError, match="JAXCODER_PROCESS_ID is 'one': give an integer"):
-        find_processes(OURS | {"JAXCODER_PROCESS_ID": "one"})
+        find_processes(VARIABLES | {"JAXCODER_PROCESS_ID": "one"})
     with pytest.raises(ConfigError, match="JAXCODER_COORDINATOR and JAXCODER_PROCESS_ID came without JAXCODER_NUM"):
-        find_processes(OURS | {"JAXCODER_NUM_PROCESSES": ""})
+        find_processes(VARIABLES | {"JAXCODER_NUM_PROCESSES": ""})
 
 
 # --- real processes --------------------------------------------------------------------------------------------------
@@ -167,11 +167,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def test_a_process_that_never_arrives_is_named(tmp_path):
-    """And a port that is in use: one sentence each."""
+def test_a_missing_process_is_named(tmp_path):
+    """Likewise a port that is in use."""
     code = (
         "import sys; from jaxcoder import runtime; from jaxcoder.errors import JaxcoderError\n"
-        "try: runtime.join(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]), timeout=3)\n"
+        "where = dict(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))\n"
+        "try: runtime.initialize_distributed(**where, timeout=3)\n"
         "except JaxcoderError as error: print('SAID', error)"
     )
     with socket.socket(socket.AF_INET6) as busy:

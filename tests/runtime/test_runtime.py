@@ -1,4 +1,4 @@
-"""The runtime room: accelerators JAX cannot see, signals, out of memory, full disks, the command to resume with."""
+"""Undetected accelerators, signals, the run lock, out-of-memory errors, initialization."""
 
 import dataclasses
 import json
@@ -38,8 +38,8 @@ def check(root, platforms=("cpu",), **environment):
     return runtime.check_accelerator(platforms=set(platforms), root=root, environment=environment)
 
 
-def test_no_accelerator_no_word(tmp_path):
-    put(tmp_path, "dev/accel/accel0")  # another vendor's accelerator lies in a folder
+def test_no_accelerator_no_warning(tmp_path):
+    put(tmp_path, "dev/accel/accel0")  # another vendor's accelerators
     put(tmp_path, "dev/nvidiactl")
     put(tmp_path, "sys/bus/pci/devices/0000:00:03.0/vendor", "0x1ae0\n")
     put(tmp_path, "sys/bus/pci/devices/0000:00:03.0/device", "0x0042\n")  # Google's network card
@@ -50,8 +50,8 @@ def test_no_accelerator_no_word(tmp_path):
 def test_gpu_names_the_extra(tmp_path, path, monkeypatch):
     monkeypatch.setattr(accelerators, "find_spec", lambda name: None)
     put(tmp_path, path)
-    said = check(tmp_path)
-    assert "GPU" in said and "pip install 'jaxcoder[cuda]'" in said
+    text = check(tmp_path)
+    assert "GPU" in text and "pip install 'jaxcoder[cuda]'" in text
 
 
 def test_gpu_by_nvidia_smi(tmp_path):
@@ -66,8 +66,8 @@ def test_gpu_by_nvidia_smi(tmp_path):
 def test_installed_plugin_gets_other_advice(tmp_path, monkeypatch):
     monkeypatch.setattr(accelerators, "find_spec", lambda name: name == "jax_cuda12_plugin")
     put(tmp_path, "dev/nvidia0")
-    said = check(tmp_path)
-    assert "pip install" not in said and "jax_cuda12_plugin is installed" in said and "nvidia-smi" in said
+    text = check(tmp_path)
+    assert "pip install" not in text and "jax_cuda12_plugin is installed" in text and "nvidia-smi" in text
 
 
 def test_tpu_names_the_extra(tmp_path, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_signal_is_a_request(number, code):
         assert stop.requested is None and stop.exit_code == 0
         os.kill(os.getpid(), number)
         assert stop.requested == number and stop.exit_code == code
-        os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat themselves
+        os.kill(os.getpid(), signal.SIGTERM)  # schedulers repeat it
         assert stop.requested == number
     assert signal.getsignal(number) is before
 
@@ -140,8 +140,8 @@ def test_stop_in_a_real_process():
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 143 and b"SIGTERM" in said
+    _, text = process.communicate(timeout=30)
+    assert process.returncode == 143 and b"SIGTERM" in text
 
 
 @pytest.mark.parametrize("number, name", [(signal.SIGTERM, "Terminated"), (signal.SIGINT, "KeyboardInterrupt")])
@@ -160,17 +160,17 @@ def test_a_signal_inside_a_callback_that_cannot_fail_is_not_lost(number, name):
     assert (done.stdout, done.stderr, done.returncode) == (name + "\n", "", 0)
 
 
-# --- one process at a time -------------------------------------------------------------------------------------------
+# --- the run lock ----------------------------------------------------------------------------------------------------
 
 
-def test_a_directory_is_held_by_one_process(tmp_path):
+def test_a_directory_is_locked_by_one_process(tmp_path):
     code = (
         "import sys, time; from jaxcoder.runtime import acquire_run_lock\n"
-        "with acquire_run_lock(sys.argv[1]): print('held', flush=True); time.sleep(60)"
+        "with acquire_run_lock(sys.argv[1]): print('locked', flush=True); time.sleep(60)"
     )
     run = str(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", code, run], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
+    assert process.stdout.readline() == b"locked\n"
     with pytest.raises(JaxcoderError, match=f"`{run}` is in use by process {process.pid} of .*: wait"):
         with runtime.acquire_run_lock(run, timeout=0.2):
             pass
@@ -180,7 +180,7 @@ def test_a_directory_is_held_by_one_process(tmp_path):
         pass
 
 
-# --- the command to type again ---------------------------------------------------------------------------------------
+# --- the command to resume -------------------------------------------------------------------------------------------
 
 
 def test_resume_command_is_quoted(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_resume_command_is_quoted(tmp_path, monkeypatch):
 
 
 class JaxRuntimeError(RuntimeError):
-    """Stands for JAX's, which is told by its name."""
+    """Recognized by its name, as JAX's."""
 
 
 OUT_OF_MEMORY = JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes.")
@@ -213,7 +213,7 @@ DISK_FULL = ValueError(
 )
 
 
-def test_out_of_memory_is_told_from_a_full_disk():
+def test_out_of_memory_is_not_a_full_disk():
     assert runtime.is_out_of_memory(MemoryError()) and runtime.is_out_of_memory(OUT_OF_MEMORY)
     assert not runtime.is_out_of_memory(JaxRuntimeError(str(DISK_FULL)))
     assert not runtime.is_out_of_memory(JaxRuntimeError("INVALID_ARGUMENT: shapes"))
@@ -222,21 +222,21 @@ def test_out_of_memory_is_told_from_a_full_disk():
     assert not runtime.is_out_of_memory(ValueError("out of memory"))
 
 
-def test_a_real_allocation_that_cannot_be():
+def test_an_impossible_allocation():
     import jax.numpy as jnp
 
     with pytest.raises(JaxcoderError, match=r"64\.0 TiB"), runtime.out_of_memory_explained(RUN):
         jnp.ones((1 << 22, 1 << 22)).block_until_ready()
 
 
-def test_out_of_memory_names_the_knobs_with_their_values():
+def test_out_of_memory_names_settings_and_values():
     config = dataclasses.replace(RUN, microbatch_size=4, mesh=MeshConfig(fsdp=2, tensor=3))
-    said = str(runtime.explain_out_of_memory(OUT_OF_MEMORY, config))
-    for knob in (
+    text = str(runtime.explain_out_of_memory(OUT_OF_MEMORY, config))
+    for setting in (
         "microbatch_size (now 4)", 'compute.remat (now "minimal")', "global_batch_size (now 8)",
         "model.max_seq_len (now 64)", "mesh (now data 1 x fsdp 2 x tensor 3)", "64.0 TiB",
     ):  # fmt: skip
-        assert knob in said
+        assert setting in text
     assert "the whole global batch" in str(runtime.explain_out_of_memory(MemoryError(), RUN))
     assert "batch" in str(runtime.explain_out_of_memory(MemoryError(), None))
 
@@ -263,8 +263,8 @@ def test_initialize_sets_jax_options_in_a_fresh_process(tmp_path):
     assert done.stdout.split() == ["3", str(tmp_path), "1"], done.stderr
 
 
-def test_compiled_programs_are_kept_for_the_user(tmp_path):
-    """In ~/.cache/jaxcoder (or XDG_CACHE_HOME), bounded, one for each kind of processor; what a kill cut off goes."""
+def test_compilation_cache_of_the_user(tmp_path):
+    """In XDG_CACHE_HOME or ~/.cache, of limited size, by kind of processor; incomplete entries are removed."""
     code = (
         "from jaxcoder import runtime\n"
         "runtime.initialize()\n"
@@ -285,12 +285,12 @@ def test_compiled_programs_are_kept_for_the_user(tmp_path):
     directory, most = run()
     assert Path(directory).parent == tmp_path / "jaxcoder" / "xla" and int(most) == runtime.CACHE_BYTES
     entry = next(Path(directory).glob("jit__lambda*-cache"))
-    whole = entry.read_bytes()
+    complete = entry.read_bytes()
     entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()
-    entry.write_bytes(whole[:100])
+    entry.write_bytes(complete[:100])
     os.utime(entry, (0, 0))
     run()
-    assert entry.read_bytes() == whole
+    assert entry.read_bytes() == complete
 
     assert run(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[0] == str(tmp_path / "mine")
     assert run(JAX_ENABLE_COMPILATION_CACHE="false")[0] == "None"
@@ -300,45 +300,47 @@ def test_compiled_programs_are_kept_for_the_user(tmp_path):
 
 # --- a lease on remote storage ---------------------------------------------------------------------------------------
 
-HOLD = """
+LOCK = """
 import sys, time
 from jaxcoder.errors import JaxcoderError
-from jaxcoder.runtime import run_lock as held
-held._RENEW_SECONDS, held._EXPIRED_SECONDS = 0.3, 4.0
+from jaxcoder.runtime import run_lock
+run_lock.RENEW_SECONDS, run_lock.EXPIRED_SECONDS = 0.3, 4.0
 try:
-    with held.acquire_run_lock(sys.argv[1]):
-        print("HELD", flush=True)
+    with run_lock.acquire_run_lock(sys.argv[1]):
+        print("LOCKED", flush=True)
         time.sleep(float(sys.argv[2]))
 except JaxcoderError as error:
-    print("SAID", error, flush=True)
+    print("ERROR", error, flush=True)
 """
 
 
-def hold(address: str, seconds: float) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", HOLD, address, str(seconds)], stdout=subprocess.PIPE, text=True)
+def lock(address: str, seconds: float) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", LOCK, address, str(seconds)], stdout=subprocess.PIPE, text=True)
 
 
-def test_a_remote_directory_is_held_by_a_lease_that_expires(tmp_path):
-    """By file://, which goes the same way as gs:// and s3://."""
+def test_a_remote_directory_is_locked_by_a_lease_that_expires(tmp_path):
+    """By file://, which uses the same code as gs:// and s3://."""
     address = f"file://{tmp_path}"
-    first = hold(address, 60)
-    assert first.stdout.readline() == "HELD\n"
-    refused = hold(address, 0)
-    said = refused.communicate(timeout=60)[0]
-    assert said.startswith("SAID") and f"is in use by process {first.pid} of " in said
+    first = lock(address, 60)
+    assert first.stdout.readline() == "LOCKED\n"
+    refused = lock(address, 0)
+    text = refused.communicate(timeout=60)[0]
+    assert text.startswith("ERROR") and f"is in use by process {first.pid} of " in text
     lease = json.loads((tmp_path / ".lock").read_text())
     first.kill()
     first.wait()
-    (tmp_path / ".lock").write_text(json.dumps(lease | {"host": "another"}))  # so that only waiting shows it is dead
+    (tmp_path / ".lock").write_text(
+        json.dumps(lease | {"host": "another"})
+    )  # so that only its expiry shows that it is dead
     began = time.monotonic()
-    second = hold(address, 0)
-    assert second.communicate(timeout=60)[0] == "HELD\n" and time.monotonic() - began > 4
+    second = lock(address, 0)
+    assert second.communicate(timeout=60)[0] == "LOCKED\n" and time.monotonic() - began > 4
     assert not (tmp_path / ".lock").exists()
 
 
-def test_a_process_whose_lease_was_taken_over_ends(tmp_path):
-    process = hold(f"file://{tmp_path}", 60)
-    assert process.stdout.readline() == "HELD\n"
+def test_a_process_exits_if_another_has_its_lease(tmp_path):
+    process = lock(f"file://{tmp_path}", 60)
+    assert process.stdout.readline() == "LOCKED\n"
     lease = json.loads((tmp_path / ".lock").read_text())
     (tmp_path / ".lock").write_text(json.dumps(lease | {"token": "another", "host": "host-b"}))
     assert process.wait(timeout=30) == 2

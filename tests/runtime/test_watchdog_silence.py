@@ -1,4 +1,4 @@
-"""A process that answers nothing is not waited for longer than a step, whatever is going on."""
+"""The limit for a silent process is step_seconds in every phase."""
 
 import json
 import threading
@@ -31,9 +31,9 @@ class ProcessGroup:
 
 
 def ends(phase: str, monkeypatch, seconds: float) -> list[str]:
-    """What the watchdog of process 0 says in a save, if anything."""
-    said, is_over = [], threading.Event()
-    monkeypatch.setattr(Watchdog, "_end", lambda self, sentence, *_, **__: (said.append(sentence), is_over.set()))
+    """Messages of the watchdog of process 0 in a save."""
+    messages, is_over = [], threading.Event()
+    monkeypatch.setattr(Watchdog, "_end", lambda self, message, *_, **__: (messages.append(message), is_over.set()))
     group = ProcessGroup(phase)
     watchdog = Watchdog(group, LIMITS, stacks=str, on_end=lambda *_: None)
     watchdog._interval = 0.1
@@ -41,13 +41,13 @@ def ends(phase: str, monkeypatch, seconds: float) -> list[str]:
         watchdog.enter("save", 5)
         is_over.wait(seconds)
     assert group.posts[-1]["phase"] == "left"
-    return said
+    return messages
 
 
 def test_silence_in_a_save(monkeypatch):
-    (sentence, *_) = ends("save", monkeypatch, 10)
-    said = "the save of step 5 cannot go on (watchdog.step_seconds 1.5): process 1 has not answered for"
-    assert sentence.startswith(said)
+    (message, *_) = ends("save", monkeypatch, 10)
+    expected = "the save of step 5 is blocked (watchdog.step_seconds 1.5): process 1 has not answered for"
+    assert message.startswith(expected)
 
 
 def test_a_process_that_has_left_need_not_answer(monkeypatch):
