@@ -187,6 +187,6 @@ def attempt_events(
         if step % 5 == 0 or step == last:
             events.append(mine | {"time": clock, "event": "spent", "step": step, "seconds": dict(spent)})
     if reason is not None:
-        said = {"message": message} if message else {}
-        events.append(mine | {"time": clock + 1, "event": "end", "step": last, "reason": reason} | said)
+        text = {"message": message} if message else {}
+        events.append(mine | {"time": clock + 1, "event": "end", "step": last, "reason": reason} | text)
     return events

@@ -11,7 +11,7 @@ from jaxcoder.record.run_record import RunRecord
 from jaxcoder.record.series import Series, position_losses
 
 # Thresholds.
-MIN_EVALUATIONS = 3  # two points show a direction, the third that it is no accident
+MIN_EVALUATIONS = 3  # the third confirms a direction
 MIN_BUCKET_TOKENS = 2500  # standard error of a mean loss = MARGIN, where a token's loss scatters as much as its mean
 LEARNED = 0.6  # share of the first loss; measured: at 0.59 the quickstart predicts late positions 3 % better than early
 DEVIATIONS = 5.0  # of a binomial or Poisson count: by chance once in three million
@@ -40,8 +40,8 @@ def languages_behind(record: RunRecord) -> Iterator[Finding]:
                 evidence=tuple(evidence[:12]),
                 try_next=(
                     "give it more weight, or a stage of its own: data.corpora weights and data.stages",
-                    f"see how much of it is read: `jaxcoder data inspect {record.path}`",
-                    "with few held-out tokens, hold out more before acting on it",
+                    f"inspect its share of the data: `jaxcoder data inspect {record.path}`",
+                    "with few held-out tokens, hold out more first",
                 ),
             )
 
@@ -68,7 +68,7 @@ def _behind(series: Series, mean: Series) -> tuple[str, str] | None:
 
 
 def held_out_rises(record: RunRecord) -> Iterator[Finding]:
-    """The held-out loss has left its minimum while the training loss goes on falling."""
+    """The held-out loss has left its minimum while the training loss falls."""
     held_out, losses = record.columns["eval/loss"].finite(), record.columns["loss"].finite()
     if len(held_out) < MIN_EVALUATIONS or not len(losses):
         return
@@ -124,11 +124,11 @@ def context_unused(record: RunRecord) -> Iterator[Finding]:
             + ", ".join(f"{first}-{end} {loss:.4f}" for first, end, loss, _, _ in rows),
         ),
         try_next=(
-            f"see what the windows hold: `jaxcoder data inspect {record.path}` (lengths of documents) and `jaxcoder "
+            f"inspect the windows: `jaxcoder data inspect {record.path}` (lengths of documents) and `jaxcoder "
             f"data show {record.path} --step {max(record.last_step, 1)}`",
             "if documents are shorter than the window: group the files of a repository, or train on shorter windows"
             + (", or set data.document_mask off" if has_mask else ""),
-            "if the weights come from a shorter context, train on until the new positions are learned",
+            "if the weights are from a shorter context, continue until the new positions are learned",
         ),
     )
 
@@ -140,7 +140,7 @@ def _bucket_tokens(record: RunRecord, first: int, last: int) -> float:
 
 
 def _has_learned(record: RunRecord) -> bool:
-    """Whether the loss is so low that context can matter."""
+    """Whether the loss is low enough for context to matter."""
     losses = record.columns["loss"].finite()
     now = losses.recent()
     if now is None or len(losses) < 50:
@@ -177,8 +177,8 @@ def fim_shares(record: RunRecord) -> Iterator[Finding]:
                 "within chance",
             ),
             try_next=(
-                f"see samples as the model does: `jaxcoder data show {record.path} --step {max(record.last_step, 1)}`",
-                "the documents of the store may hold FIM sentinels already, or be a few characters long: `jaxcoder "
+                f"inspect samples: `jaxcoder data show {record.path} --step {max(record.last_step, 1)}`",
+                "the documents of the store may contain FIM sentinels, or be a few characters long: `jaxcoder "
                 f"data inspect {record.path}`",
             ),
         )
@@ -195,8 +195,8 @@ def repeated_batches(record: RunRecord) -> Iterator[Finding]:
     pairs = sorted((int(hashes.steps[order[at]]), int(hashes.steps[order[at + 1]])) for at in same[:200])
     yield Finding(
         "error",
-        f"{len(same):,} batches are those of an earlier step.",
-        evidence=tuple(f"step {second:,} read what step {first:,} had read" for first, second in pairs[:5]),
+        f"{len(same):,} batches are identical to an earlier one.",
+        evidence=tuple(f"step {second:,} read the batch of step {first:,}" for first, second in pairs[:5]),
         try_next=(
             f"compare the two: {trace_command(record, pairs[0][0])} and {trace_command(record, pairs[0][1])}",
             f"a store smaller than a batch repeats itself: `jaxcoder data inspect {record.path}`",

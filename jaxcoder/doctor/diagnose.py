@@ -1,7 +1,7 @@
-"""The doctor: applies every rule to one RunRecord, sorts the findings by severity, formats them for a terminal.
+"""The doctor: applies all rules to a RunRecord, sorts the findings by severity and formats them.
 
 A rule is a function from a record to findings, in learning.py, data.py, throughput.py and lifecycle.py. Its docstring
-states its condition; it finds nothing where its metrics were not recorded.
+is its condition; it has no findings if its metrics were not recorded.
 """
 
 import re
@@ -15,7 +15,7 @@ from jaxcoder.record.run_record import RunRecord
 from jaxcoder.record.status import status
 
 RULES: tuple[tuple[Callable[[RunRecord], Iterable[Finding]], str], ...] = (
-    (lifecycle.not_moving, "whether it moves"),
+    (lifecycle.not_moving, "progress"),
     (lifecycle.failures, "exit reasons"),
     (lifecycle.restarts_loop, "restarts in a loop"),
     (lifecycle.watchdog, "watchdogs"),
@@ -42,7 +42,7 @@ RULES: tuple[tuple[Callable[[RunRecord], Iterable[Finding]], str], ...] = (
     (throughput.throughput_decays, "throughput"),
     (throughput.memory_grows, "memory"),
 )
-"""Every rule, and what it checks."""
+"""All rules, and what they check."""
 
 _MOST_TRACED_LINES = 10
 _NO_BREAK = "\x00"
@@ -52,7 +52,7 @@ Trace = Callable[[int], Sequence[str]]
 
 
 def examine(record: RunRecord, trace: Trace | None = None) -> list[Finding]:
-    """All findings, errors first. trace: when given, the batches of the steps that findings point at are traced."""
+    """All findings, errors first. trace: traces the batches of `Finding.traced`."""
     findings = [replace(finding, rule=rule.__name__) for rule, _ in RULES for finding in rule(record)]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     traced: set[int] = set()
@@ -60,11 +60,11 @@ def examine(record: RunRecord, trace: Trace | None = None) -> list[Finding]:
 
 
 def _traced(finding: Finding, trace: Trace, traced: set[int]) -> Finding:
-    """traced: steps of the findings before it, which are not traced again."""
+    """traced: steps of earlier findings, which are not traced again."""
     lines: list[str] = []
     for step in finding.traced:
         if step in traced:
-            lines.append(f"step {step:,}: its files are above")
+            lines.append(f"step {step:,}: see its files above")
             continue
         traced.add(step)
         own = list(trace(step))
@@ -96,7 +96,7 @@ def _format(finding: Finding, width: int) -> str:
 def _wrapped(text: str, lead: str, width: int) -> list[str]:
     if text.startswith(" "):  # a line of a trace
         return [lead + text]
-    # A command stays on one line, however long, so that it can be copied.
+    # Commands are not wrapped, so that they can be copied.
     text = re.sub("`[^`]*`", lambda command: command[0].replace(" ", _NO_BREAK), text)
     indent = " " * len(lead)
     lines = textwrap.wrap(

@@ -1,4 +1,4 @@
-"""What the rules of the doctor share: the finding, and the commands that findings suggest."""
+"""Findings of the doctor, and the commands that they suggest."""
 
 import re
 import shlex
@@ -18,10 +18,10 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a run, or a fact worth knowing about it."""
+    """A problem of a run, or a note."""
 
     severity: Severity
-    """error: the run does not do what it is for. warning: time or quality is lost. note: worth knowing."""
+    """error: the run fails or does not learn. warning: time or quality is lost. note: information."""
     what: str
     """A sentence."""
     evidence: tuple[str, ...]
@@ -29,7 +29,7 @@ class Finding:
     try_next: tuple[str, ...]
     """What to do, with commands in `backticks`."""
     traced: tuple[int, ...] = ()
-    """Steps whose batches belong to the evidence."""
+    """Steps whose batches are traced to their files."""
     rule: str = ""
     """The name of the rule, set by `examine`."""
 
@@ -65,7 +65,7 @@ def lower_rate(record: RunRecord) -> str:
 
 
 def profile_command(record: RunRecord) -> str:
-    """How to profile steps that are still to come; the next run's when this one is at its end."""
+    """Profiles the next steps, or steps of the next run if this one is at its end."""
     first = record.last_step + 10
     if record.config is None or first + 3 <= record.config.num_steps:
         return train_command(record, f"--profile-steps {first}:{first + 3}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxcoder.doctor.findings import MARGIN, Finding, changed, lower_rate, trace_command
+from jaxcoder.doctor.findings import MARGIN, Finding, Severity, changed, lower_rate, trace_command
 from jaxcoder.formatting import format_ranges, plural
 from jaxcoder.record.alarms import GROWN_NORM, SINGLE_NORM, LossSpike
 from jaxcoder.record.run_record import RunRecord
@@ -14,8 +14,8 @@ from jaxcoder.record.series import block_medians
 
 # Thresholds.
 MIN_STEPS = 50  # two medians of 25 steps, each with a fifth of the scatter of a single step
-FAR_ABOVE = 1.1  # of the loss of an untrained model, which initialization leaves within 1 % of ln(vocabulary)
-STANDS_STILL = 0.005  # fall over the last 3/5 of a run; 3 % for 1B parameters and 300B tokens (source: MARGIN)
+FAR_ABOVE = 1.1  # relative to the initial loss, which is within 1 % of ln(vocabulary)
+PLATEAU = 0.005  # fall over the last 3/5 of a run; 3 % for 1B parameters and 300B tokens (source: MARGIN)
 HALF = 0.5  # of the first loss: below it a slow fall is normal; measured: the quickstart, 1,800 steps, ends at 0.48
 REWIND = 100  # steps around a spike: PaLM restarted about 100 steps before one (Chowdhery et al. 2022, 2204.02311, 5.1)
 MANY_SKIPPED = 0.01  # share of steps: twenty times FEW_SKIPPED
@@ -24,7 +24,7 @@ _MOST_TRACED = 3
 
 
 def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
-    """The loss is where it began, was far above that, has left its minimum, or stands still."""
+    """The loss has not fallen, was far above its initial value, has left its minimum, or has stopped falling."""
     losses = record.columns["loss"].finite()
     if len(losses) < MIN_STEPS:
         return
@@ -32,21 +32,22 @@ def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
     values, steps = levels.values, levels.steps
     now, lowest, highest, middle = levels.last, int(values.argmin()), int(values.argmax()), len(levels) * 2 // 5
     first, low = float(np.median(losses.values[:10])), float(values[lowest])
-    began = min(first, float(losses.values[0]))
-    uniform = math.log(record.config.model.vocab_size) if record.config is not None else began
+    initial = min(first, float(losses.values[0]))
+    uniform = math.log(record.config.model.vocab_size) if record.config is not None else initial
     noise = float(np.median(np.abs(np.diff(losses.values))))
     is_pretrained = record.config is not None and bool(record.config.init_from)
+    severity: Severity
     evidence = [f"median loss {first:.4f} of the first ten steps, {now:.4f} since step {steps[-1]:,}"]
     advice = [lower_rate(record)]
-    if now > (1 - MARGIN) * began and not (is_pretrained and now <= began) and not record.is_synthetic:
+    if now > (1 - MARGIN) * initial and not (is_pretrained and now <= initial) and not record.is_synthetic:
         what, severity = "The loss does not fall.", "error"
         if record.config is not None and abs(now / uniform - 1) < MARGIN:
-            evidence.append(f"guessing evenly among {record.config.model.vocab_size:,} ids gives {uniform:.4f}")
-        advice.append(f"look at what is read: `jaxcoder data show {record.path} --step 1`")
-    elif values[highest] > FAR_ABOVE * max(began, uniform):
-        what, severity = "The loss was far above where it began.", "warning" if now < began else "error"
+            evidence.append(f"a uniform distribution over {record.config.model.vocab_size:,} ids has {uniform:.4f}")
+        advice.append(f"inspect the data: `jaxcoder data show {record.path} --step 1`")
+    elif values[highest] > FAR_ABOVE * max(initial, uniform):
+        what, severity = "The loss was far above its initial value.", "warning" if now < initial else "error"
         evidence.append(
-            f"it began at {losses.values[0]:.4f}, and was {values[highest]:.4f} around step {steps[highest]:,}"
+            f"it was {losses.values[0]:.4f} at first, and {values[highest]:.4f} around step {steps[highest]:,}"
         )
     elif record.is_synthetic:
         return
@@ -54,10 +55,10 @@ def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
         what, severity = "The loss has fallen and risen again.", "error"
         evidence = [f"median loss {low:.4f} around step {steps[lowest]:,}, {now:.4f} since step {steps[-1]:,}"]
         advice.append(f"go back to a checkpoint before step {steps[lowest]:,} if one was kept")
-    elif len(levels) >= 8 and now > (1 - STANDS_STILL) * values[middle] and now > HALF * began:
-        what, severity = f"The loss has stood still since about step {steps[middle]:,}.", "warning"
+    elif len(levels) >= 8 and now > (1 - PLATEAU) * values[middle] and now > HALF * initial:
+        what, severity = f"The loss has not fallen since about step {steps[middle]:,}.", "warning"
         evidence = [
-            f"median loss {values[middle]:.4f} there, {now:.4f} since step {steps[-1]:,}; it began at {began:.4f}"
+            f"median loss {values[middle]:.4f} there, {now:.4f} since step {steps[-1]:,}; {initial:.4f} at first"
         ]
     else:
         return
@@ -65,7 +66,7 @@ def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
 
 
 def loss_spikes(record: RunRecord) -> Iterator[Finding]:
-    """The loss jumps (the alarm `loss_spike`); with a warning where it has not come back after REWIND steps."""
+    """Loss spikes (the alarm `loss_spike`); a warning if the loss is still higher after REWIND steps."""
     losses, alarm = record.columns["loss"].finite(), LossSpike()
     spikes: list[tuple[int, float]] = []  # the first step of each
     for step, loss in zip(losses.steps.tolist(), losses.values.tolist(), strict=True):
@@ -92,8 +93,7 @@ def loss_spikes(record: RunRecord) -> Iterator[Finding]:
         advice.append("go back to a checkpoint before it, with a lower rate or without those files")
     yield Finding(
         "warning" if stayed else "note",
-        f"The loss has {plural(len(spikes), 'spike')}"
-        + (f"; after {stayed:,} it did not come back." if stayed else "."),
+        f"The loss has {plural(len(spikes), 'spike')}" + (f"; after {stayed:,} it stayed higher." if stayed else "."),
         evidence=tuple(evidence[:8]),
         traced=tuple(sorted(step for step, _ in worst)),
         try_next=tuple(advice),
@@ -101,13 +101,13 @@ def loss_spikes(record: RunRecord) -> Iterator[Finding]:
 
 
 def gradients_rise(record: RunRecord) -> Iterator[Finding]:
-    """The gradient norms of the last twentieth of the run are GROWN_NORM times what they once were."""
+    """The gradient norms of the last twentieth of the run are GROWN_NORM times their minimum."""
     norms = record.columns["grad_norm"].finite()
     if len(norms) < MIN_STEPS:
         return
     levels = block_medians(norms, min(20, len(norms) // 8))
     values, steps = levels.values, levels.steps
-    start = max(len(levels) // 10, 1)  # norms begin high and fall
+    start = max(len(levels) // 10, 1)  # the first norms are high
     calm = start + int(values[start:].argmin())
     now, least = levels.last, float(values[calm])
     if not (least > 0 and now > GROWN_NORM * least):
@@ -123,7 +123,7 @@ def gradients_rise(record: RunRecord) -> Iterator[Finding]:
         evidence.append(f"{(last.values > limit).mean():.0%} of the last steps are clipped to {limit:g}")
     yield Finding(
         "warning",
-        f"Gradient norms rise: they are {now / least:.1f} times what they were, since about step {steps[rising]:,}.",
+        f"Gradient norms have grown {now / least:.1f} times since about step {steps[rising]:,}.",
         evidence=tuple(evidence),
         traced=(int(last.steps[highest]),),
         try_next=(lower_rate(record), f"start from a checkpoint before step {steps[rising]:,} if one was kept"),
@@ -155,7 +155,7 @@ def gradient_spikes(record: RunRecord) -> Iterator[Finding]:
         ),
         traced=tuple(sorted(norms.steps[worst[:_MOST_TRACED]].tolist())),
         try_next=(
-            f"look at the files of the worst: {trace_command(record, int(norms.steps[worst[0]]))}",
+            f"inspect the files of the worst: {trace_command(record, int(norms.steps[worst[0]]))}",
             f"skip such steps: {changed(record, f'--optimizer.skip-grad-norm-above {limit:g}')}",
             lower_rate(record),
         ),
@@ -171,6 +171,7 @@ def skipped_steps(record: RunRecord) -> Iterator[Finding]:
     if not steps:
         return
     total = max(len(losses), 1)
+    severity: Severity
     has_ended = record.reason == "error" and "not finite" in record.goodput.attempts[-1].message
     if has_ended or len(steps) > MANY_SKIPPED * total:
         severity = "error"
@@ -180,8 +181,8 @@ def skipped_steps(record: RunRecord) -> Iterator[Finding]:
     rows = (len(list(row)) for _, row in itertools.groupby(enumerate(steps), key=lambda entry: entry[1] - entry[0]))
     yield Finding(
         severity,
-        f"{len(steps):,} of {total:,} steps were not usable and were skipped"
-        + (", and the run ended over it." if has_ended else "."),
+        f"{len(steps):,} of {total:,} steps were not finite or above the limit, and were skipped"
+        + (", which ended the run." if has_ended else "."),
         evidence=(
             f"step {format_ranges(steps)}",
             f"at most {max(rows):,} in a row",
@@ -189,8 +190,8 @@ def skipped_steps(record: RunRecord) -> Iterator[Finding]:
         ),
         traced=tuple(steps[:_MOST_TRACED]),
         try_next=(
-            f"look at the files of the first: {trace_command(record, steps[0])}",
+            f"inspect the files of the first: {trace_command(record, steps[0])}",
             lower_rate(record),
-            "if the same files are in all of them, leave them out of the store",
+            "if all of them contain the same files, leave these out of the store",
         ),
     )

@@ -32,12 +32,12 @@ def not_moving(record: RunRecord) -> Iterator[Finding]:
     where = f" on {hosts[0]}" if isinstance(hosts, list) and hosts else ""
     yield Finding(
         "error",
-        f"The run is not moving: it has written no event for {format_duration(silent)}, and no end.",
+        f"The run makes no progress: its last event is {format_duration(silent)} old, and it has not ended.",
         evidence=(f"last seen after step {record.last_step:,}; a running process writes every ten seconds",),
         try_next=(
-            f"see whether process 0 is running{where}: `pgrep -af jaxcoder`, and the scheduler's log for kills and "
+            f"check whether process 0 is running{where}: `pgrep -af jaxcoder`, and the scheduler's log for kills and "
             "lost machines",
-            "if it is not, the same command continues from the newest checkpoint: " + train_command(record),
+            "if not, the same command continues from the newest checkpoint: " + train_command(record),
         ),
     )
 
@@ -63,14 +63,14 @@ def failures(record: RunRecord) -> Iterator[Finding]:
     yield Finding(
         "error" if is_down else "warning",
         f"{plural(len(failed), 'start')} of {len(attempts)} failed"
-        + (", the last one too." if is_down else ", and the run went on."),
+        + (", including the last." if is_down else ", and the run continued."),
         evidence=tuple(evidence[-9:]),
         try_next=tuple(advice),
     )
 
 
 def restarts_loop(record: RunRecord) -> Iterator[Finding]:
-    """LOOP starts in a row, or more, failed without getting further."""
+    """LOOP or more consecutive starts failed without progress."""
     attempts = record.goodput.attempts
     longest: list[tuple[int, Attempt]] = []
     row: list[tuple[int, Attempt]] = []
@@ -94,12 +94,12 @@ def restarts_loop(record: RunRecord) -> Iterator[Finding]:
     where = f"after step {format_ranges(steps)}" if has_started else "before the first step"
     yield Finding(
         "error" if is_now else "warning",
-        f"{len(longest)} starts in a row failed {where} without getting further.",
+        f"{len(longest)} starts in a row failed {where} without progress.",
         evidence=tuple(f"start {number}: {exit_reason(attempt)}" for number, attempt in longest[-6:]),
         traced=(steps[-1] + 1,) if has_started else (),
         try_next=(
-            "a failure that returns at the same step comes from its batch or from its checkpoint: read the message "
-            "above, look at the batch, or move the newest checkpoint away so that the one before it is used: "
+            "a failure that repeats at the same step is caused by its batch or its checkpoint: read the message "
+            "above, inspect the batch, or move the newest checkpoint away so that the one before it is used: "
             f"`jaxcoder checkpoint inspect {record.path} --verify`",
             "try one start on other machines",
         ),
@@ -107,7 +107,7 @@ def restarts_loop(record: RunRecord) -> Iterator[Finding]:
 
 
 def watchdog(record: RunRecord) -> Iterator[Finding]:
-    """Processes that their watchdogs ended, and the silent one that their messages name."""
+    """Processes ended by their watchdogs, and the silent process in their messages."""
     ends = [
         (number, text(end.get("message")))
         for number, attempt in enumerate(record.goodput.attempts, 1)
@@ -129,9 +129,9 @@ def watchdog(record: RunRecord) -> Iterator[Finding]:
         f"The watchdog ended {plural(len({number for number, _ in ends}) or 1, 'start')}{suspect}.",
         evidence=(*messages[:6], *frames[:8]),
         try_next=(
-            "look at the process that is named, on its host: its log, `dmesg -T`, `nvidia-smi`; where the others "
-            f"waited is in {record.path}/stacks",
-            "if steps, saves or starts are slower than the limit at times, raise it: "
+            "inspect that process on its host: its log, `dmesg -T`, `nvidia-smi`; the stacks of the others are in "
+            f"{record.path}/stacks",
+            "if steps, saves or starts are sometimes slower than the limit, raise it: "
             + train_command(record, f"--watchdog.{limit}-seconds {seconds}"),
         ),
     )
@@ -155,7 +155,7 @@ def main_frame(stack: Stack) -> str:
 
 
 def schedule_ended(record: RunRecord) -> Iterator[Finding]:
-    """The learning rate's schedule does not fit the run, or the logged rates are not the configuration's."""
+    """The schedule does not match num_steps, or the logged rates do not match the configuration."""
     if record.config is None:
         return
     config, optimizer = record.config, record.config.optimizer
@@ -233,7 +233,7 @@ def _not_as_configured(record: RunRecord, config: RunConfig) -> Iterator[Finding
 
 
 def damaged_checkpoints(record: RunRecord) -> Iterator[Finding]:
-    """Checkpoints without a manifest, or with damage that a check of their files has found."""
+    """Checkpoints without a manifest or with damaged files."""
     bad = {step: problem for step, problem in record.checkpoints.items() if problem}
     complete = [step for step in record.checkpoints if step not in bad]
     newest = max(record.checkpoints, default=0)
@@ -274,25 +274,25 @@ def code_changed(record: RunRecord) -> Iterator[Finding]:
 
 
 def cannot_be_read(record: RunRecord) -> Iterator[Finding]:
-    """Files that the doctor reads and that are missing or of another version."""
+    """Files that are missing or of another version."""
     if record.config_problem:
         yield Finding(
             "warning",
             "The configuration of the run cannot be read.",
             evidence=(record.config_problem,),
-            try_next=("rules that compare with the configuration were left out",),
+            try_next=("rules that need the configuration were skipped",),
         )
     if not record.events:
         yield Finding(
             "note",
             f"There is no events.jsonl: {status(record)}.",
             evidence=("starts, ends, and the time between them are not known",),
-            try_next=("judge by the metrics alone",),
+            try_next=("only metrics were checked",),
         )
     elif not record.columns.numbers:
         yield Finding(
             "note",
             "No step has been logged yet.",
             evidence=(status(record),),
-            try_next=("look again after the first steps",),
+            try_next=("run the doctor again after the first steps",),
         )

@@ -101,7 +101,7 @@ def checkpoints_block(record: RunRecord) -> Iterator[Finding]:
         every = 2 * _save_interval(record, exposed)
         yield Finding(
             "warning",
-            f"Saving stops the steps: {share:.1%} of the time that they take themselves.",
+            f"Saves block the steps for {share:.1%} of their time.",
             evidence=(
                 f"{len(exposed)} saves, exposed for {format_duration(float(exposed.values.sum()))} in all, "
                 f"{format_duration(float(exposed.values[longest]))} at most (step {exposed.steps[longest]:,}); a step "
@@ -165,7 +165,7 @@ def checkpoints_rare(record: RunRecord) -> Iterator[Finding]:
             f"start {number}: steps {attempt.last_step - attempt.lost_steps + 1:,} to {attempt.last_step:,}, "
             f"{format_duration(attempt.seconds['lost'])}"
             for number, attempt in enumerate(goodput.attempts, 1)
-            if attempt.lost_steps
+            if attempt.lost_steps and attempt.last_step is not None
         )[:8]
         + (
             f"a failure every {format_duration(between)}, a save costs about {format_duration(cost)}: one every "
@@ -180,16 +180,16 @@ _REMEDIES = {
     "data_wait": "measure the loader: `jaxcoder bench loader`",
     "save": "save less often, or to a faster disk or bucket",
     "evaluate": "evaluate less often or on fewer windows (eval.every_steps, eval.num_windows)",
-    "init": "look in the log at what the start-up waits for: late hosts, slow imports from a network disk",
+    "init": "see in the log what delays the start: late hosts, slow imports from a network disk",
     "restore": "keep checkpoints near the hosts",
-    "compile": "keep the compilation cache where all starts find it (JAX_COMPILATION_CACHE_DIR on shared storage)",
-    "down": "let the scheduler restart at once (launch/ has files that do)",
+    "compile": "keep the compilation cache on shared storage (JAX_COMPILATION_CACHE_DIR)",
+    "down": "let the scheduler restart at once (see launch/)",
     "other": "look at the log around the gaps; a profile shows what the hosts do",
 }
 
 
 def low_goodput(record: RunRecord) -> Iterator[Finding]:
-    """Too little of a long run went into steps that were kept."""
+    """Too little of a long run's time went into steps that were not lost."""
     goodput = record.goodput
     if goodput.share is None or goodput.wall < LONG_RUN or goodput.share >= GOODPUT:
         return
@@ -197,7 +197,7 @@ def low_goodput(record: RunRecord) -> Iterator[Finding]:
     lost = [(seconds, name) for seconds, name in lost if seconds > NAMED_LOSS * goodput.wall][:3] or lost[:1]
     yield Finding(
         "warning",
-        f"Only {goodput.share:.0%} of the run's time went into steps that were kept.",
+        f"Only {goodput.share:.0%} of the run's time went into steps that were not lost.",
         evidence=(
             *(f"{CATEGORY_NAMES[name]}: {format_duration(took)}, {took / goodput.wall:.0%}" for took, name in lost),
             f"{plural(len(goodput.attempts), 'start')} in {format_duration(goodput.wall)}",
@@ -209,7 +209,7 @@ def low_goodput(record: RunRecord) -> Iterator[Finding]:
 def compiles_again(record: RunRecord) -> Iterator[Finding]:
     """Restarts with the same code compile as long as the first start: the compilation cache does not work."""
     attempts = [attempt for attempt in record.goodput.attempts if attempt.seconds["compile"] > 0]
-    if len(attempts) < 2 or (first := attempts[0].seconds["compile"]) < 60:  # a minute is worth a finding
+    if len(attempts) < 2 or (first := attempts[0].seconds["compile"]) < 60:  # shorter compilations do not matter
         return
     code = attempts[0].begin.get("code")
     later = [attempt.seconds["compile"] for attempt in attempts[1:] if attempt.begin.get("code") == code]
@@ -217,10 +217,10 @@ def compiles_again(record: RunRecord) -> Iterator[Finding]:
         return
     yield Finding(
         "warning",
-        "Restarts compile as long as the first start: the compilation cache is not found.",
+        "Restarts compile as long as the first start: the compilation cache is not used.",
         evidence=(f"first step {format_duration(first)} at the first start, {format_duration(median)} later (median)",),
         try_next=(
-            "put the cache where every start of every host finds it: `export "
+            "put the cache on storage that all hosts share: `export "
             "JAX_COMPILATION_CACHE_DIR=gs://BUCKET/cache` (or a shared disk) before the command",
         ),
     )
@@ -253,8 +253,8 @@ def throughput_decays(record: RunRecord) -> Iterator[Finding]:
         f"The run has become slower by {1 - now / first:.0%}.",
         evidence=tuple(evidence),
         try_next=(
-            "compare a profile of now with one of a fresh start: " + profile_command(record),
-            "look for hosts that are throttled or shared, memory that grows, a store that has moved further away",
+            "compare a current profile with one of a fresh start: " + profile_command(record),
+            "look for throttled or shared hosts, growing memory, a more distant store",
         ),
     )
 
@@ -270,17 +270,17 @@ def _same_devices_since(record: RunRecord) -> int:
 
 
 def memory_grows(record: RunRecord) -> Iterator[Finding]:
-    """Memory that grows all through a start."""
+    """Memory grows throughout a start."""
     for key, whose in (("host_memory", "process 0"), ("device_memory", "a device")):
         for number, series in _by_start(record, record.columns[key].finite()):
             if len(series) < 5 * MIN_STEPS:
                 continue
-            # The first sixth holds what is allocated once. A leak goes on in the second half.
+            # The first sixth contains one-time allocations. A leak continues in the second half.
             levels = block_medians(series, 6)
             values = levels.values[1:]
             growth = values[-1] - values[0]
-            goes_on = np.all(np.diff(values) >= 0) and values[-1] - values[2] > growth / 4
-            if growth < MEMORY_GROWTH * values[0] or not goes_on:
+            continues = np.all(np.diff(values) >= 0) and values[-1] - values[2] > growth / 4
+            if growth < MEMORY_GROWTH * values[0] or not continues:
                 continue
             rate = growth / max(int(levels.steps[-1] - levels.steps[1]), 1) * 1000
             yield Finding(
@@ -293,7 +293,7 @@ def memory_grows(record: RunRecord) -> Iterator[Finding]:
                 ),
                 try_next=(
                     "until the cause is known, restart before a host runs out of memory: `kill -TERM` saves first",
-                    "compare with a run on random tokens: if that does not grow, the cause is in reading data: "
+                    "compare with a run on random tokens; if its memory does not grow, the data pipeline leaks: "
                     "`jaxcoder train smoke --data synthetic --steps 2000`",
                 ),
             )
@@ -301,7 +301,7 @@ def memory_grows(record: RunRecord) -> Iterator[Finding]:
 
 
 def _by_start(record: RunRecord, series: Series) -> Iterator[tuple[int, Series]]:
-    """(number, the values that a start wrote and no later one wrote again)."""
+    """(number of a start, its values that no later start wrote again)."""
     attempts = record.goodput.attempts
     if not attempts:
         yield 1, series

@@ -1,1 +1,1 @@
-"""What a run writes about itself: metrics.jsonl (the source of truth), events.jsonl, the console; and its readers."""
+"""The records of a run, metrics.jsonl, events.jsonl and console output, and their readers."""

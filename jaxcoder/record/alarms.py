@@ -1,11 +1,11 @@
-"""Alarms: three rules that run on the metrics of every step, while the run goes on.
+"""Alarms: three rules on the metrics of every step, evaluated during the run.
 
     loss_spike           the loss of a step is far above the steps before it
     unstable_gradients   gradient norms have grown to several times what they were, or jump repeatedly
     language_regression  held-out bits per byte of one language rise while the mean over all falls
 
 A rule is called as rule(step, metrics) with the metrics of every step in order (the keys of metrics.jsonl) and returns
-an Alarm or None. It keeps little state, which `Alarms.catch_up` restores from the last records after a restart.
+an Alarm or None. After a restart `Alarms.catch_up` restores its state from the last records.
 """
 
 import math
@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 # Thresholds. "Measured" is over one healthy run: the quickstart, 1,800 steps on two CPU cores.
 SPIKE_DEVIATIONS = 8.0  # of the loss from its running mean; measured: at most 2.2
-SPIKE_NATS = 0.1  # and at least so much, where the deviation is tiny (a memorized or synthetic corpus)
-SPIKE_MEMORY = 0.98  # of the running mean: about fifty steps
-SPIKE_FIRST_STEPS = 50  # before the mean has that many steps
+SPIKE_NATS = 0.1  # and at least this, for tiny deviations (a memorized or synthetic corpus)
+SPIKE_MEMORY = 0.98  # decay of the running mean: about fifty steps
+SPIKE_FIRST_STEPS = 50  # no spike before the mean has so many steps
 GROWN_NORM = 3.0  # median of RECENT norms relative to that of the BEFORE norms before them; measured: at most 1.1
 SINGLE_NORM = 10.0  # one norm relative to that median; measured: at most 3.0
 MANY_SINGLE = 5  # of the RECENT norms
@@ -40,13 +40,12 @@ class Alarm(NamedTuple):
 class LossSpike:
     """A loss above the running mean by more than SPIKE_DEVIATIONS and SPIKE_NATS (nats per token).
 
-    A spike enters the mean only up to that limit: each step of a long one is a spike, until a loss that stays up has
-    become the mean.
+    A spike enters the mean only up to that limit, so each step of a long one is a spike until the mean has reached it.
     """
 
     name = "loss_spike"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._count, self._mean, self._variance = 0, 0.0, 0.0
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> Alarm | None:
@@ -60,7 +59,7 @@ class LossSpike:
             self._mean += (1 - SPIKE_MEMORY) * limit
             return Alarm(self.name, step, f"the loss jumped to {loss:.4f}, from about {mean:.4f}")
         self._count += 1
-        share = max(1 - SPIKE_MEMORY, 1 / self._count)
+        share = max(1 - SPIKE_MEMORY, 1 / self._count)  # a plain mean of the first steps
         self._mean += share * jump
         self._variance = (1 - share) * (self._variance + share * jump * jump)
         return None
@@ -72,7 +71,7 @@ class UnstableGradients:
 
     name = "unstable_gradients"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._norms: deque[float] = deque(maxlen=RECENT + BEFORE)
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> Alarm | None:
@@ -103,7 +102,7 @@ class LanguageRegression:
 
     name = "language_regression"
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._best: dict[str, tuple[float, float, int]] = {}  # language -> its minimum, the mean and the step there
         self._raised: dict[str, float] = {}
 
@@ -143,12 +142,12 @@ class Alarms:
 
     quiet_steps = 100
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._rules = (LossSpike(), UnstableGradients(), LanguageRegression())
         self._quiet_until: dict[str, int] = {}
 
     def __call__(self, step: int, metrics: Mapping[str, Any]) -> list[Alarm]:
-        """The alarms that the metrics of a step raise; those of an evaluation come separately, after the step's."""
+        """The alarms on the metrics of a step. Metrics of an evaluation are passed separately, after the step's."""
         alarms = [alarm for rule in self._rules if (alarm := rule(step, metrics)) is not None]
         raised = [alarm for alarm in alarms if step >= self._quiet_until.get(alarm.rule, 0)]
         for alarm in raised:
@@ -157,6 +156,6 @@ class Alarms:
         return raised
 
     def catch_up(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Restores the state after a restart from records of `read_metrics`; their alarms are dropped."""
+        """Restores the state after a restart from records of `read_metrics`, without raising alarms."""
         for record in records:
             self(record["step"], record)

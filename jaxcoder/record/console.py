@@ -1,11 +1,10 @@
 """Messages and progress on the console.
 
-The package logs to `logging.getLogger("jaxcoder")` and its children and configures nothing, so that a program that
-imports it shows, redirects or drops the messages as it does those of any library. The command line calls
-`configure_logging`, which prints to stderr; stdout is for results.
+The package logs to `logging.getLogger("jaxcoder")` and its children and configures nothing, like any library. The
+command line calls `configure_logging`, which prints to stderr; stdout is for results.
 
-A record logged with `extra=PROGRESS` replaces the one before it. On a terminal it is drawn in place (rich), below all
-other messages; elsewhere it is printed every few seconds, so that a log file stays readable.
+A record logged with `extra=PROGRESS` replaces the one before it. On a terminal it is drawn in place (rich), below the
+other messages; elsewhere it is printed every few seconds.
 """
 
 import logging
@@ -27,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def configure_logging(level: str = "info", quiet: bool = False) -> None:
-    """Prints what the package logs from `level` on to stderr. quiet: warnings and errors only, and no progress."""
+    """Prints the package's log from `level` on to stderr. quiet: warnings and errors only, and no progress."""
     package = logging.getLogger("jaxcoder")
     clear_live_line()
     for handler in _console_handlers():
@@ -51,7 +50,7 @@ class ConsoleHandler(logging.Handler):
     """Prints messages above one line of progress. Warnings get the prefix "jaxcoder: warning: "."""
 
     def __init__(self, stream: TextIO | None = None, interval: float = PLAIN_INTERVAL):
-        """stream: default the `sys.stderr` of the moment. interval: between lines of progress if it is no terminal."""
+        """stream: default the current `sys.stderr`. interval: seconds between progress lines if it is no terminal."""
         super().__init__()
         self._stream, self._interval = stream, interval
         self._next = 0.0
@@ -94,7 +93,7 @@ class ConsoleHandler(logging.Handler):
             print(text, file=self._stream or sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Ends the line of progress; the next one is shown at once."""
+        """Removes the line of progress; the next one is shown at once."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -127,7 +126,7 @@ class ConsoleProgress:
         logger.info(f"{self._what}: {summary or self._amount()} ({took})")
 
     def close(self) -> None:
-        """Removes an unfinished line from the terminal; for a `finally`."""
+        """Removes an unfinished line from the terminal; call it in `finally`."""
         clear_live_line()
 
     def _amount(self) -> str:
@@ -167,7 +166,7 @@ class TrainingProgress:
         tokens_per_second: float | None = None,
         mfu: float | None = None,
     ) -> None:
-        """Logs the newest metrics; those of the last step are an ordinary message and stay on the screen."""
+        """Logs the newest metrics, those of the last step as an ordinary message that stays on the screen."""
         self._marks.append((time.monotonic(), step))
         parts = [f"step {step:>{len(f'{self._num_steps:,}')},}/{self._num_steps:,}", f"loss {loss:.3f}"]
         if bits_per_byte is not None:
@@ -185,8 +184,8 @@ class TrainingProgress:
         logger.info("  ".join(parts), extra=None if is_last else PROGRESS)
 
     def seconds_left(self) -> float | None:
-        """By the pace of the last updates; None before there are two."""
+        """From the speed of the last updates; None before there are two."""
         if len(self._marks) < 2:
             return None
-        (begin, first), (end, last) = self._marks[0], self._marks[-1]
-        return (end - begin) / (last - first) * (self._num_steps - last) if last > first else None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return (end - start) / (last - first) * (self._num_steps - last) if last > first else None

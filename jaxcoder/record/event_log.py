@@ -1,4 +1,4 @@
-"""Writes events.jsonl (format: `events.py`), and measures the seconds spent by category."""
+"""Writes events.jsonl (format: `events.py`), and measures time by category."""
 
 import json
 import os
@@ -11,24 +11,25 @@ from typing import Any
 
 import fsspec
 
-_SPENT_EVERY = 10.0  # seconds between two `spent` events
+_TIMES_EVERY = 10.0  # seconds between two `spent` events
 _UPLOAD_EVERY = 60.0  # seconds between two uploads of a remote file
 
 
 class EventLog:
-    """Appends one event a line and never removes one; other processes of the run may append too.
+    """Appends one event a line; other processes of the run may append too.
 
     A remote file (gs://, s3://) cannot be appended to: it is rewritten at most once a minute, and by `close`.
     """
 
     def __init__(self, path: str, *, attempt: str | None = None, is_writing: bool = True):
-        """attempt: hex id of this start of the run's processes. is_writing: whether this process writes the log;
-        otherwise only the end that its watchdog brings is written."""
+        """attempt: hex id of this start of the run's processes. is_writing: whether this process writes events;
+        otherwise it writes only an end by its watchdog."""
         self.path = path
         self.attempt = attempt or new_attempt()
         self._is_writing, self._is_remote = is_writing, "://" in path
         self._lock = threading.Lock()
-        self._before, self._lines = None, []
+        self._before: bytes | None = None  # the remote file at the start
+        self._lines: list[str] = []
         self._next_upload = 0.0
 
     def write(self, event: str, **fields: Any) -> None:
@@ -36,8 +37,8 @@ class EventLog:
         if self._is_writing:
             self._append(event, fields)
 
-    def say_end(self, step: int, reason: str, message: str = "", *, process: int = 0) -> None:
-        """Writes the end of the run. A process that its watchdog ends writes it whatever `is_writing` is."""
+    def write_end(self, step: int, reason: str, message: str = "", *, process: int = 0) -> None:
+        """Writes the end of the run. reason "watchdog" is written by every process."""
         fields = {"step": step, "reason": reason} | ({"message": message} if message else {})
         if self._is_writing or reason == "watchdog":
             self._append("end", fields | ({"process": process} if process else {}))
@@ -53,23 +54,23 @@ class EventLog:
                 return
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
             with open(self.path, "ab", buffering=0) as file:
-                torn = file.tell() > 0 and not _ends_with_newline(self.path)
-                file.write(b"\n" * torn + line.encode())
+                is_torn = file.tell() > 0 and not _ends_with_newline(self.path)
+                file.write(b"\n" * is_torn + line.encode())
 
     def _upload(self) -> None:
         if self._before is None:
             try:
                 with fsspec.open(self.path, "rb") as file:
-                    self._before = file.read()
+                    before: bytes = file.read()
             except FileNotFoundError:
-                self._before = b""
-            self._before += b"\n" * (self._before[-1:] not in (b"", b"\n"))
+                before = b""
+            self._before = before + b"\n" * (before[-1:] not in (b"", b"\n"))
         with fsspec.open(self.path, "wb") as file:
             file.write(self._before + "".join(self._lines).encode())
         self._next_upload = time.monotonic() + _UPLOAD_EVERY
 
     def close(self) -> None:
-        """Uploads what is pending; closing twice is harmless."""
+        """Uploads pending events; it may be called twice."""
         with self._lock:
             if self._is_remote and self._lines:
                 self._upload()
@@ -86,8 +87,8 @@ def new_attempt() -> str:
     return secrets.token_hex(6)
 
 
-class Spent:
-    """Seconds since the process was started, by category; time in no category is not counted.
+class CategoryTimer:
+    """Seconds since the process was started, by category; other time is not counted.
 
     Categories may nest: the outer one does not count the time of the inner one.
     """
@@ -100,8 +101,8 @@ class Spent:
         self._next = 0.0
 
     @contextmanager
-    def on(self, category: str) -> Iterator[None]:
-        """Counts the block as `category`, also when it raises."""
+    def measure(self, category: str) -> Iterator[None]:
+        """Counts the block as `category`, also if it raises."""
         started = time.monotonic()
         self._inside.append(0.0)
         try:
@@ -115,5 +116,5 @@ class Spent:
     def write(self, step: int, *, now: bool = False) -> None:
         """Writes a `spent` event after `step`: every ten seconds, or `now`."""
         if now or time.monotonic() >= self._next:
-            self._next = time.monotonic() + _SPENT_EVERY
+            self._next = time.monotonic() + _TIMES_EVERY
             self._log.write("spent", step=step, seconds={name: round(took, 3) for name, took in self.seconds.items()})

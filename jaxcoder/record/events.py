@@ -1,15 +1,15 @@
-"""events.jsonl: what happened to a run, one JSON object a line, appended by every start of it.
+"""events.jsonl: the events of a run, one JSON object a line, appended by every start.
 
     begin     processes are connected: process_started, processes, devices, device_kind, hosts, mesh, version, code,
               jax, command
-    ready     step (that it continues after), samples
+    ready     step (after which it continues), samples
     spent     step (last one known), seconds: since process_started, by category, cumulative
     saved     step, blocked (seconds exposed to a step), seconds (until committed), bytes
     profile   first, last, directory
     end       step, reason (finished, SIGTERM, Ctrl-C, watchdog, error), message, process
 
-Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Reading is lenient: a line that was torn by
-a kill, or that is no event, is left out, and events of later versions are passed on unchanged.
+Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Readers skip torn lines and lines that are
+no events, and return events of later versions unchanged.
 """
 
 import json

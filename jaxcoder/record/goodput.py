@@ -1,12 +1,12 @@
-"""Goodput: where the time of a run went, over all its starts, from events.jsonl.
+"""Goodput: the time of a run by category over all its starts, from events.jsonl.
 
-Goodput is the time in optimizer steps whose result was kept, divided by the wall time from the first start of the run's
-processes to its last event. A step is lost when a later start continued from before it.
+Goodput is the time in optimizer steps that were not lost, divided by the wall time from the first start of the run's
+processes to its last event. A step is lost if a later start continued from before it.
 
-The time of an attempt is what it recorded by category (init, restore, compile, data_wait, step, save, evaluate). Lost
+An attempt (one start) records its time by category (init, restore, compile, data_wait, step, save, evaluate). Lost
 steps count as `lost`; time without a record is `other`, or `init` in an attempt that never became ready; time between
-attempts is `down`. All categories add up to the wall time whatever the clocks of the machines did: attempts are put on
-one time line in the order they were written, each at least as long as the time it recorded.
+attempts is `down`. All categories add up to the wall time even if clocks are wrong: attempts are placed on one time
+line in the order they were written, each at least as long as the time it recorded.
 """
 
 import bisect
@@ -32,7 +32,7 @@ CATEGORY_NAMES = {
     "other": "other (hangs, not measured)",
     "down": "down between starts",
 }
-_LONGEST_START = 86400.0  # seconds; a process_started further from its `begin` comes from a clock that was reset
+_LONGEST_START = 86400.0  # seconds; a larger difference of process_started and `begin` means that the clock was reset
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Attempt:
     last_seen: float
     """Unix seconds of its latest event."""
     offset: float
-    """Seconds on the run's own time line, which starts at 0 and never runs backwards."""
+    """Seconds on the run's time line, which starts at 0."""
     duration: float
     ready: int | None
-    """The step it continued after (0: new); None when it never got so far."""
+    """The step after which it continued (0: a new run); None if it ended before."""
     last_step: int | None
     """The last step that is known to be complete."""
     lost_steps: int
@@ -73,7 +73,7 @@ class Attempt:
 
     @property
     def reason(self) -> str:
-        """As in its `end`; "died" when another start followed without one; "open" for the last start without one."""
+        """As in its `end`; without one "died" if another start followed, "open" if not."""
         if self.ends:
             return text(self.ends[0].get("reason")) or "ended"
         return "open" if self.is_last else "died"
@@ -127,7 +127,7 @@ def account(events: Sequence[Mapping[str, Any]]) -> Goodput:
             offset += max(own.started - parsed[index - 1].started, attempts[-1].duration)
         duration = own.longest
         if index + 1 < len(parsed):
-            # A process that outlives its attempt must not take time of the next one.
+            # A process may outlive its attempt: that time belongs to the next one.
             until_next = parsed[index + 1].started - own.started
             duration = min(duration, max(until_next, own.accounted)) if until_next > 0 else duration
         restarts = [other.ready for other in parsed[index + 1 :] if other.ready is not None]
@@ -147,8 +147,9 @@ class _AttemptEvents:
         self.begin = next((event for event in events if event["event"] == "begin"), {})
         times = [number(event["time"]) or 0.0 for event in events]
         process_started = number(self.begin.get("process_started"))
-        is_sound = process_started is not None and 0 <= times[0] - process_started <= _LONGEST_START
-        self.started = process_started if is_sound else times[0]
+        self.started = times[0]
+        if process_started is not None and 0 <= times[0] - process_started <= _LONGEST_START:
+            self.started = process_started
         self.last_seen = max(times)
         readies = [count(event.get("step")) for event in events if event["event"] == "ready"]
         self.ready = next((step for step in readies if step is not None), None)
@@ -158,9 +159,10 @@ class _AttemptEvents:
         self.longest = max(self.last_seen - self.started, self.accounted)
 
     def _samples(self) -> list[TimeSample]:
-        """In order. Cumulative values never fall, also where a damaged line does."""
+        """In order. Cumulative values never decrease, even if a line is damaged."""
         samples: list[TimeSample] = []
-        by, step, elapsed = dict.fromkeys(SPENT, 0.0), None, 0.0
+        by, elapsed = dict.fromkeys(SPENT, 0.0), 0.0
+        step: int | None = None
         for event in self.events:
             seconds = event.get("seconds")
             if event["event"] != "spent" or not isinstance(seconds, Mapping):
@@ -192,7 +194,7 @@ class _AttemptEvents:
         )  # fmt: skip
 
     def _step_seconds_at(self, restart: int | None) -> float:
-        """Seconds of `step` that had been spent when step `restart` was complete; all of them without a restart."""
+        """Seconds of `step` until step `restart` was complete; all of them without a restart."""
         total, first = self.spent["step"], self.ready or 0
         marks = [(first, 0.0)]
         marks += [(max(sample.step, first), sample.by["step"]) for sample in self.samples if sample.step is not None]

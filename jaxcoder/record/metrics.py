@@ -23,7 +23,7 @@ NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class JsonlWriter:
-    """Appends one line per step and flushes it, so that a killed process loses at most the line it was writing.
+    """Appends one line per step and flushes it, so that a killed process loses at most one line.
 
     An existing file is continued: a torn last line is dropped, and with `resume_from_step` also the lines of later
     steps, which the resumed run writes again. A remote file (gs://, s3://) cannot be appended to: it is rewritten every
@@ -67,7 +67,7 @@ class JsonlWriter:
             file.write(b"".join(self._lines))
 
     def close(self) -> None:
-        """Flushes and closes; closing twice is harmless."""
+        """Flushes and closes; it may be called twice."""
         if self._is_remote:
             self._upload()
         elif self._file is not None:
@@ -76,7 +76,7 @@ class JsonlWriter:
 
 
 def read_records(path: str | Path, *, missing_ok: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line, record) of every complete line, read as a stream; a line that a kill has torn is left out.
+    """(line, record) of every complete line, read as a stream; torn lines are left out.
 
     DataError when there is no file, unless `missing_ok`. Values that are not finite are still strings.
     """

@@ -1,9 +1,9 @@
-"""Everything that a run has written about itself, read once: the input of `report` and `doctor`.
+"""The records of a run, read once: the input of `report` and `doctor`.
 
 RUN/config.json         the configuration
 RUN/metrics.jsonl       a line for each step, evaluation, save and alarm
 RUN/events.jsonl        starts, time by category, checkpoints, ends
-RUN/stacks/             stacks of processes that their watchdogs ended
+RUN/stacks/             stacks of processes ended by their watchdogs
 RUN/checkpoints/STEP/   committed once it has a manifest.json
 """
 
@@ -31,7 +31,7 @@ _MOST_STACKS = 64
 
 @dataclass(frozen=True)
 class Stack:
-    """The stacks of one process that its watchdog ended. reason: the first line of the file."""
+    """The stacks of one process ended by its watchdog. reason: the first line of the file."""
 
     name: str
     step: int
@@ -42,18 +42,18 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run as its directory records it. Files that are missing leave their fields empty."""
+    """The records in a run's directory. Fields of missing files are empty."""
 
     path: str
     config: RunConfig | None = None
-    """None when there is none that this version can read; `config_problem` then gives the reason."""
+    """None if it is missing or cannot be read; `config_problem` is then the reason."""
     config_problem: str = ""
     columns: Columns = field(default_factory=Columns)
     events: Sequence[Mapping[str, Any]] = ()
     goodput: Goodput = field(default_factory=lambda: account(()))
     stacks: Sequence[Stack] = ()
     checkpoints: Mapping[int, str] = field(default_factory=dict)
-    """Steps with a directory, ascending -> what is damaged in it; "" for a complete one."""
+    """Step -> its damage, "" for a complete checkpoint; ascending."""
     now: float = 0.0
     """Unix seconds at which it was read."""
 
@@ -69,7 +69,7 @@ class RunRecord:
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether it read random tokens, of which nothing can be learned."""
+        """Whether it read random tokens."""
         return self.config is not None and self.config.data.store == "synthetic"
 
     @property
@@ -102,11 +102,11 @@ class RunRecord:
 
 
 def read_run(path: str, *, damage: Mapping[int, str] | None = None, now: float | None = None) -> RunRecord:
-    """The record of a run's directory, local or gs://, s3://, while the run goes on or after it.
+    """Reads a run's directory, local or gs://, s3://, during the run or after it.
 
-    damage: step -> what is damaged in its checkpoint, "" for nothing, from a caller that has checked the files. Without
-    it a checkpoint counts as complete when it has a manifest. now: Unix seconds (default: the clock).
-    Raises DataError when the directory is no run.
+    damage: step -> the damage to its checkpoint, "" for none, of a caller that has checked the files. By default a
+    checkpoint with a manifest counts as complete. now: Unix seconds (default: the clock).
+    DataError if the directory is no run.
     """
     path = path.rstrip("/")
     config_text = _read_text(f"{path}/{CONFIG}")

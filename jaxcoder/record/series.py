@@ -1,4 +1,4 @@
-"""Columns of metrics.jsonl: (step, value) of every key as arrays, and the statistics that reports take of them.
+"""Columns of metrics.jsonl: (step, value) of every key as arrays, and statistics for reports.
 
 The file is read in one pass: the records of 250,000 steps as dictionaries would take gigabytes.
 """
@@ -16,7 +16,7 @@ from jaxcoder.record.metrics import NOT_FINITE, read_records
 
 @dataclass(frozen=True)
 class Series:
-    """steps: int64 [N], strictly ascending. values: float64 [N]. Of a step written twice the later line counts."""
+    """steps: int64 [N], strictly ascending. values: float64 [N]. If a step was written twice, the later line counts."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -124,9 +124,9 @@ def position_losses(columns: Columns) -> dict[tuple[int, int], Series]:
 
 
 def thinned(series: Series, most: int = 600) -> Series:
-    """At most about twice `most` finite points that look the same in a chart.
+    """About 2 x `most` finite points that look the same in a chart.
 
-    The least and the greatest value of each of `most` blocks of steps stay, and so do the first and the last point.
+    They are the minimum and the maximum of each of `most` blocks of steps, and the first and the last point.
     """
     series = series.finite()
     if len(series) <= 2 * most:

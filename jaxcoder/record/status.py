@@ -1,4 +1,4 @@
-"""Where a run stands: one sentence for its status and for each exit, whether it is silent, its slowest hosts."""
+"""The status of a run: running, silent, finished or stopped; exit reasons; slowest hosts."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,9 @@ _REASONS = {"died": "died without an end event", "open": "not ended"}
 
 
 def silent_for(record: RunRecord) -> float | None:
-    """Seconds since the last event of a run that has not ended, if its own watchdog would have ended it by then.
+    """Seconds since the last event of a run that has not ended, if they exceed the limits of its watchdog; else None.
 
-    None for every other run. A run without a watchdog is measured by the default limits.
+    The default limits are used for a run without a watchdog.
     """
     if record.reason != "open":
         return None
@@ -28,14 +28,14 @@ def silent_for(record: RunRecord) -> float | None:
     else:
         limit = watchdog.start_seconds or default.start_seconds
     silent = record.now - attempt.last_seen
-    # Time for the watchdog to write its stacks, and for a remote events.jsonl, which is uploaded once a minute.
-    return silent if silent > limit + 300 else None
+    # Plus the time to write stacks and to upload a remote events.jsonl.
+    return silent if limit is not None and silent > limit + 300 else None
 
 
 def status(record: RunRecord) -> str:
-    """Where the run stands, as a phrase."""
+    """The status as a phrase."""
     if not record.goodput.attempts:
-        return "only metrics: it was written by a version without events.jsonl"
+        return "only metrics, from a version without events.jsonl"
     attempt = record.goodput.attempts[-1]
     if attempt.reason == "open":
         if (silent := silent_for(record)) is not None:
@@ -55,12 +55,15 @@ def exit_reason(attempt: Attempt) -> str:
 
 @dataclass(frozen=True)
 class SlowHost:
-    """A process that was measured as the slowest: its host, how often, mean seconds a step behind the median."""
+    """A process that was the slowest in some measurements."""
 
     name: str
+    """Of its host."""
     process: int
     count: int
+    """Measurements in which it was the slowest."""
     behind: float
+    """Mean seconds per step behind the median."""
 
     def __str__(self) -> str:
         return f"{self.name} (process {self.process})"

@@ -1,6 +1,6 @@
-"""The report of a run as one HTML page: charts and tables of everything that the run recorded.
+"""The report of a run as one HTML page of charts and tables.
 
-Series are thinned to a few hundred points, extremes kept, so the page of 250,000 steps is no larger than a short run's.
+Series are thinned to a few hundred points with their extremes, so the size of the page does not depend on the run's.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ _SPEED = (
 
 
 def run_page(record: RunRecord, *, num_parameters: int | None = None, findings: Sequence[tuple[str, str]] = ()) -> str:
-    """The page. num_parameters: of the model, where known. findings: (severity, sentence) of the doctor."""
+    """The page. num_parameters: of the model, if known. findings: (severity, sentence) of the doctor."""
     written = datetime.fromtimestamp(record.now, UTC).strftime("%Y-%m-%d %H:%M UTC")
     sections = (
         Section(numbers=summary.headline(record), facts=summary.configuration(record, num_parameters)),
@@ -117,9 +117,8 @@ def _fim(record: RunRecord) -> Chart:
         "FIM": block_means(record.columns["fim_share"]),
         "SPM of it": block_means(record.columns["fim_spm_share"]),
     }
-    rates = (None, None)
-    if record.config is not None:
-        rates = (record.config.data.fim_rate, record.config.data.fim_spm_rate)
+    data = record.config.data if record.config is not None else None
+    rates = (data.fim_rate, data.fim_spm_rate) if data is not None else (None, None)
     drawn = [Line(name, series, color) for color, (name, series) in enumerate(shares.items())]
     for line, rate in list(zip(drawn, rates, strict=True)):
         if rate is not None and len(line.series):
@@ -154,7 +153,7 @@ def _memory(record: RunRecord) -> Chart:
 def _time(record: RunRecord) -> Section:
     goodput = record.goodput
     if goodput.share is None:
-        text = "" if goodput.attempts else "There is no events.jsonl: only the metrics of the run are known."
+        text = "" if goodput.attempts else "There is no events.jsonl: times are not known."
         return Section(title="Time", text=text)
     amounts = over_time(goodput, _BINS)
     rows = summary.goodput_rows(record)
@@ -166,7 +165,7 @@ def _time(record: RunRecord) -> Section:
     )
     return Section(
         title="Time",
-        text=f"Goodput {goodput.share:.1%}: the share of {format_duration(goodput.wall)} in steps that were kept.",
+        text=f"Goodput {goodput.share:.1%}: the share of {format_duration(goodput.wall)} in steps that were not lost.",
         shares=[
             (name, goodput.seconds[key] / goodput.wall, _CATEGORY_COLORS[key])
             for key, name in CATEGORY_NAMES.items()

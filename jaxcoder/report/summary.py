@@ -1,4 +1,4 @@
-"""The summary of a run in numbers and tables: for a terminal (`describe`), and for the head of its page."""
+"""The summary of a run as text (`describe`), and the numbers and tables of its page."""
 
 from datetime import UTC, datetime
 
@@ -11,13 +11,13 @@ from jaxcoder.record.run_record import RunRecord
 from jaxcoder.record.status import exit_reason, slowest_hosts, status
 
 MIN_SECONDS = 0.05
-"""Categories of time with less are left out."""
+"""Shorter categories of time are left out."""
 ATTEMPT_COLUMNS = ("start", "started (UTC)", "steps", "duration", "lost steps", "down before", "exit reason")
 _MOST_REASON_CHARS = 90
 
 
 def configuration(record: RunRecord, num_parameters: int | None = None) -> list[tuple[str, str]]:
-    """(name, value) of the model, data, devices and software. num_parameters: of the model, where known."""
+    """(name, value) of the model, data, devices and software. num_parameters: of the model, if known."""
     rows = []
     if (config := record.config) is None:
         rows.append(("configuration", record.config_problem))
@@ -29,9 +29,10 @@ def configuration(record: RunRecord, num_parameters: int | None = None) -> list[
         batch, length = config.global_batch_size, model.max_seq_len
         rows.append(("batch", f"{batch:,} windows of {length:,}: {batch * length:,} tokens"))
         stores = ", ".join(corpus.store for corpus in data.corpora) or data.store or "none"
-        rows.append(("data", f"{stores}; FIM {data.fim_rate:.0%}, of it SPM {data.fim_spm_rate:.0%}"))
+        rows.append(("data", f"{stores}; FIM {data.fim_rate:.0%}, SPM {data.fim_spm_rate:.0%} of it"))
     if begin := record.goodput.attempts[-1].begin if record.goodput.attempts else {}:
-        mesh = begin.get("mesh") if isinstance(begin.get("mesh"), dict) else {}
+        mesh = begin.get("mesh")
+        mesh = mesh if isinstance(mesh, dict) else {}
         axes = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size != 1) or "one device"
         devices, processes = (begin[key] if isinstance(begin.get(key), int) else 0 for key in ("devices", "processes"))
         kind = text(begin.get("device_kind"))
@@ -41,7 +42,7 @@ def configuration(record: RunRecord, num_parameters: int | None = None) -> list[
 
 
 def headline(record: RunRecord) -> list[tuple[str, str]]:
-    """(name, value) of the numbers that a reader asks for first."""
+    """(name, value) of the most important numbers."""
     config, columns, goodput = record.config, record.columns, record.goodput
     steps = f"{record.last_step:,}"
     if config is not None:
@@ -70,7 +71,7 @@ def headline(record: RunRecord) -> list[tuple[str, str]]:
 
 def attempt_rows(record: RunRecord) -> list[tuple[str, ...]]:
     """Rows of ATTEMPT_COLUMNS, one for each start."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for index, attempt in enumerate(record.goodput.attempts):
         started = datetime.fromtimestamp(min(max(attempt.started, 0), 2**33), UTC)
         if attempt.ready is None:
@@ -117,22 +118,22 @@ def describe(record: RunRecord, num_parameters: int | None = None) -> str:
     rows = [*configuration(record, num_parameters), *headline(record)]
     width = max(len(name) for name, _ in rows)
     parts = [f"{record.name}: {status(record)}", "\n".join(f"{name:<{width}}  {value}" for name, value in rows)]
-    if rows := goodput_rows(record):
-        parts.append(format_table(("category of time", "time", "share"), rows))
+    if times := goodput_rows(record):
+        parts.append(format_table(("category of time", "time", "share"), times))
     if len(record.goodput.attempts) > 1 or any(attempt.failed for attempt in record.goodput.attempts):
-        rows = [(*row[:-1], _shortened(row[-1])) for row in attempt_rows(record)[-20:]]
-        parts.append(format_table(ATTEMPT_COLUMNS, rows))
+        attempts = [(*row[:-1], _shortened(row[-1])) for row in attempt_rows(record)[-20:]]
+        parts.append(format_table(ATTEMPT_COLUMNS, attempts))
     for kind, title in (("corpus", "corpus"), ("lang", "language")):
-        if rows := held_out_rows(record, kind)[:12]:
-            rows = [(row[0], f"{row[1]:.4f}", f"{row[2]:.4f} at {row[3]:,}", f"{row[4]:.4f}") for row in rows]
-            parts.append(format_table((f"bits per byte of a {title}", "first", "best", "last"), rows))
+        if held_out := held_out_rows(record, kind)[:12]:
+            cells = [(row[0], f"{row[1]:.4f}", f"{row[2]:.4f} at {row[3]:,}", f"{row[4]:.4f}") for row in held_out]
+            parts.append(format_table((f"bits per byte of a {title}", "first", "best", "last"), cells))
     if sizes := record.saved("bytes"):
-        times = [
+        durations = [
             f"{name} {format_duration(np.median(series.values))}"
             for name, key in (("committed after", "seconds"), ("exposed", "blocked"))
             if len(series := record.saved(key))
         ]
-        parts.append(f"checkpoints: {', '.join([f'{len(sizes)} of {format_bytes(sizes.last)}', *times])} (medians)")
+        parts.append(f"checkpoints: {', '.join([f'{len(sizes)} of {format_bytes(sizes.last)}', *durations])} (medians)")
     if (hosts := slowest_hosts(record)) and hosts[0].count > 1:
         total = sum(host.count for host in hosts)
         parts.append(
@@ -142,7 +143,9 @@ def describe(record: RunRecord, num_parameters: int | None = None) -> str:
     if skipped := record.skipped_steps:
         parts.append(f"skipped steps: {format_ranges(skipped)}")
     if alarms := record.alarms:
-        parts.append("\n".join(["alarms:", *(f"  step {step:,}: {rule}: {said}" for step, rule, said in alarms[-8:])]))
+        parts.append(
+            "\n".join(["alarms:", *(f"  step {step:,}: {rule}: {message}" for step, rule, message in alarms[-8:])])
+        )
     return "\n\n".join(parts)
 
 

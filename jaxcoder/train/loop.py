@@ -118,7 +118,7 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
     blocked = log.blocked
     session.profiler.before(step)
     session.watchdog.enter(DATA, step)
-    with session.spent.on("data_wait"):
+    with session.timer.measure("data_wait"):
         batch, device_batch = next(session.batches)
     data_wait = time.monotonic() - started
     batch_size = len(device_batch.inputs)
@@ -128,7 +128,7 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
     if is_first:
         sized = dataclasses.replace(session.config, global_batch_size=batch_size)
         train_steps[batch_size] = make_train_step(sized)
-    with session.spent.on("compile" if is_first else "step"):
+    with session.timer.measure("compile" if is_first else "step"):
         # The other processes' rows come from the same mixture: their bytes are estimated by this process's.
         num_bytes = text_bytes(batch, session.token_bytes)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -163,14 +163,14 @@ def evaluate(session: TrainSession, evaluations: Sequence[Evaluation]) -> dict[s
     logger.info(f"step {session.step:,}: {summarize(metrics)}")
     session.alarm_hooks(session.step, metrics)
     session.log.pause()
-    session.spent.write(session.step, now=True)
+    session.timer.write(session.step, now=True)
     return metrics
 
 
 def measure(session: TrainSession, evaluations: Sequence[Evaluation]) -> dict[str, float]:
     """The held-out loss and all further evaluations of the present weights, without dropout."""
     session.watchdog.enter("evaluate", session.step)
-    with session.spent.on("evaluate"):
+    with session.timer.measure("evaluate"):
         metrics = {} if session.held_out is None else session.held_out(session.state.model)
         for evaluation in evaluations:
             metrics |= evaluation(session.state.model)
@@ -182,20 +182,20 @@ def save(session: TrainSession) -> None:
     session.log.flush()
     session.watchdog.enter("save", session.step)
     started = time.monotonic()
-    with session.spent.on("save"):
+    with session.timer.measure("save"):
         is_saving = session.checkpointer.save(
             session.step, flatten_state(session.state), {"samples": session.samples}, force=True
         )
     if is_saving:
         session.writer.write(session.step, {"checkpoint_seconds": time.monotonic() - started})
     session.log.pause()
-    session.spent.write(session.step, now=True)
+    session.timer.write(session.step, now=True)
 
 
 def wait_for_save(session: TrainSession) -> None:
     """Returns when the last save is committed."""
     session.watchdog.enter("save", session.step)
-    with session.spent.on("save"):
+    with session.timer.measure("save"):
         session.checkpointer.wait()
     session.record_progress()
 

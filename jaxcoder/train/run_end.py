@@ -16,7 +16,7 @@ from jaxcoder.errors import (
     LostProcessError,
 )
 from jaxcoder.io.os_errors import is_disk_full
-from jaxcoder.record.event_log import EventLog, Spent
+from jaxcoder.record.event_log import CategoryTimer, EventLog
 from jaxcoder.runtime import ProcessGroup, Terminated, Watchdog, is_out_of_memory
 
 _SILENCE_SECONDS = 12.0  # until a process that has ended has missed its heartbeats
@@ -24,7 +24,7 @@ _SILENCE_SECONDS = 12.0  # until a process that has ended has missed its heartbe
 
 @contextlib.contextmanager
 def record_run_end(
-    events: EventLog, spent: Spent, group: ProcessGroup, watchdog: Watchdog, step: Callable[[], int]
+    events: EventLog, timer: CategoryTimer, group: ProcessGroup, watchdog: Watchdog, step: Callable[[], int]
 ) -> Iterator[None]:
     """Records the exit reason and the account of time in events.jsonl, however the block ends. step: the last one.
 
@@ -43,8 +43,8 @@ def record_run_end(
         reason, message = exit_reason(error), str(error)
         raise
     finally:
-        spent.write(step(), now=True)
-        events.say_end(step(), reason, message)
+        timer.write(step(), now=True)
+        events.write_end(step(), reason, message)
 
 
 def exit_reason(error: BaseException) -> str:

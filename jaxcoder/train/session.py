@@ -27,7 +27,7 @@ from jaxcoder.formatting import plural
 from jaxcoder.models.flops import num_parameters
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.record.console import TrainingProgress, clear_live_line
-from jaxcoder.record.event_log import EventLog, Spent, new_attempt
+from jaxcoder.record.event_log import CategoryTimer, EventLog, new_attempt
 from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
 from jaxcoder.runtime import (
     CoordinatedStop,
@@ -145,7 +145,7 @@ class TrainSession:
         attempt = group.agree("attempt", new_attempt(), lambda ids: ids[0])
         events = EventLog(directory.events_file, attempt=attempt, is_writing=group.index == 0)
         self.events = enter(contextlib.closing(events))
-        self.spent = Spent(events, process_started())
+        self.timer = CategoryTimer(events, process_started())
         self._record_begin()
         self.stop_signal = enter(GracefulStop())
         self.stop = CoordinatedStop(self.stop_signal, group)
@@ -154,11 +154,11 @@ class TrainSession:
                 group,
                 self.config.watchdog,
                 stacks=lambda step: directory.stacks_file(step, group.index),
-                on_end=lambda message, step: events.say_end(step, "watchdog", message, process=group.index),
+                on_end=lambda message, step: events.write_end(step, "watchdog", message, process=group.index),
             )
         )
         self.step = 0
-        enter(record_run_end(events, self.spent, group, self.watchdog, lambda: self.step))
+        enter(record_run_end(events, self.timer, group, self.watchdog, lambda: self.step))
         enter(out_of_memory_explained(self.config))
         enter(jax.set_mesh(self.mesh))
         host_check.check_clocks(group)
@@ -189,7 +189,7 @@ class TrainSession:
             )
         )
         logger.info(describe(self.config, self.mesh))
-        with self.spent.on("restore"):
+        with self.timer.measure("restore"):
             self.state, self.step, self.samples = restore_or_initialize(
                 self.config, self.mesh, self.checkpointer, self._weights, self.tokenizer
             )
@@ -250,7 +250,7 @@ class TrainSession:
             self.events.write(
                 "saved", step=saved.step, blocked=saved.blocked, seconds=saved.seconds, bytes=saved.num_bytes
             )
-        self.spent.write(self.step)
+        self.timer.write(self.step)
         if time.monotonic() > self._next_hosts and (work := self.watchdog.host_work()) is not None:
             self._next_hosts = time.monotonic() + _HOSTS_EVERY
             self.writer.write(

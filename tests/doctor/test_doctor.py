@@ -50,7 +50,7 @@ def test_a_healthy_run_has_no_findings(tmp_path, seed):
     assert "Nothing found." in text and all(what in " ".join(text.split()) for _, what in RULES)
 
 
-def test_a_short_run_and_one_that_has_just_started_have_no_findings(tmp_path):
+def test_short_runs_have_no_findings(tmp_path):
     short = healthy(40)
     for event in short.of("saved"):
         event["seconds"] = 1.0
@@ -61,7 +61,7 @@ def test_a_short_run_and_one_that_has_just_started_have_no_findings(tmp_path):
     assert [finding.severity for finding in findings_of(begun, tmp_path / "begun")] == ["note"]
 
 
-def test_a_run_under_way_has_no_findings(tmp_path):
+def test_an_unfinished_run_has_no_findings(tmp_path):
     run = healthy()
     run.metrics = [record for record in run.metrics if record["step"] <= 640]
     run.events = [event for event in run.events if event.get("step", 0) <= 640]
@@ -110,7 +110,7 @@ def too_fast(run):
         record["loss"] += 30 * math.exp(-((record["step"] - 150) ** 2) / 5000)
 
 
-def standing_still(run):
+def plateau(run):
     for record in run.steps():
         record["loss"] = max(record["loss"], 5.0 + 0.01 * (record["step"] % 3))
 
@@ -275,10 +275,10 @@ FAULTS = {
     spiking_gradients: ("gradient_spikes", "warning", "310"),
     spiking_loss: ("loss_spikes", "note", "step 500"),
     not_finite: ("skipped_steps", "error", "700 to 712"),
-    no_learning: ("loss_does_not_fall", "error", "guessing evenly among 4,096"),
+    no_learning: ("loss_does_not_fall", "error", "a uniform distribution over 4,096"),
     diverged: ("loss_does_not_fall", "error", "risen again"),
-    too_fast: ("loss_does_not_fall", "warning", "far above where it began"),
-    standing_still: ("loss_does_not_fall", "warning", "stood still since about step"),
+    too_fast: ("loss_does_not_fall", "warning", "far above its initial value"),
+    plateau: ("loss_does_not_fall", "warning", "not fallen since about step"),
     language_rises: ("languages_behind", "warning", "haskell"),
     corpus_stuck: ("languages_behind", "warning", "issues"),
     memorized: ("held_out_rises", "warning", "memorized"),
@@ -286,7 +286,7 @@ FAULTS = {
     end_of_context: ("context_unused", "warning", "far end is not learned"),
     no_fim: ("fim_shares", "error", "data.fim_rate asks for 50.0%"),
     all_spm: ("fim_shares", "error", "data.fim_spm_rate"),
-    same_batches: ("repeated_batches", "error", "step 101 read what step 1 had read"),
+    same_batches: ("repeated_batches", "error", "step 101 read the batch of step 1"),
     waiting: ("data_wait", "warning", "25%"),
     slow_host: ("slow_hosts", "warning", "Host host-2 (process 2)"),
     blocking_saves: ("checkpoints_block", "warning", "1:30"),
@@ -320,20 +320,20 @@ ALSO_FOUND = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_is_found(tmp_path, fault):
-    rule, severity, words = FAULTS[fault]
+    rule, severity, text = FAULTS[fault]
     run = healthy()
     fault(run)
     record = run.read(tmp_path / "run")
     found = examine(record)
-    mine = [finding for finding in found if finding.rule == rule and finding.severity == severity]
-    assert mine, [finding.what for finding in found]
-    assert words in " ".join(" ".join((finding.what, *finding.evidence)) for finding in mine)
+    own = [finding for finding in found if finding.rule == rule and finding.severity == severity]
+    assert own, [finding.what for finding in found]
+    assert text in " ".join(" ".join((finding.what, *finding.evidence)) for finding in own)
     others = {finding.rule for finding in found} - {rule} - ALSO_FOUND.get(fault, set())
     assert not others, [finding.what for finding in found]
     for finding in found:
         assert finding.severity in SEVERITIES and finding.evidence and finding.try_next
         assert finding.what.endswith(".") and finding.what in " ".join(describe(record, found, width=10_000).split())
-    assert any("`" in advice for advice in mine[0].try_next) or rule in (
+    assert any("`" in advice for advice in own[0].try_next) or rule in (
         "code_changed",
         "languages_behind",
         "held_out_rises",
@@ -345,7 +345,7 @@ def test_every_rule_has_a_fault():
     assert fired == {rule.__name__ for rule, _ in RULES}
 
 
-def test_the_silent_process_and_where_the_others_waited(tmp_path):
+def test_the_silent_process_and_stacks_of_the_others(tmp_path):
     run = healthy()
     stuck_process(run)
     (finding,) = findings_of(run, tmp_path, "watchdog")
@@ -385,7 +385,7 @@ def test_fim_shares_within_chance_are_fine(tmp_path):
         assert findings_of(run, tmp_path / str(trial), "fim_shares") == []
 
 
-def test_random_tokens_need_not_be_learned(tmp_path):
+def test_random_tokens_are_not_learned(tmp_path):
     run = healthy()
     no_learning(run)
     with_config(run, data={"store": "synthetic"})
@@ -402,7 +402,7 @@ def test_old_runs_and_configurations_of_other_versions(tmp_path):
     assert "warp is unknown" in " ".join(line for finding in found for line in finding.evidence)
 
 
-def test_values_that_are_no_numbers(tmp_path):
+def test_invalid_values(tmp_path):
     draw = np.random.default_rng(0)
     run = healthy(200)
     for record in run.metrics:

@@ -95,10 +95,10 @@ def test_links(name, slices, mesh, expected):
 
 def test_an_axis_over_a_closed_3d_torus_sends_twice_the_bytes():
     topology, work = parse_topology("v5p:4x4x4"), work_of(DecoderShape.of(starcoderbase().model), _layout(1, 64, 1))
-    whole = step_time(work, topology, MeshConfig(data=1, fsdp=64, tensor=1), "flash_tpu")
+    ring = step_time(work, topology, MeshConfig(data=1, fsdp=64, tensor=1), "flash_tpu")
     sent = work.transfers["fsdp"] / axis_bandwidths(topology, MeshConfig(data=1, fsdp=64, tensor=1))["fsdp"]
-    assert whole.interconnect["fsdp"] == pytest.approx(2 * sent)
-    assert whole.expected == pytest.approx(whole.compute + 2 * sent)
+    assert ring.interconnect["fsdp"] == pytest.approx(2 * sent)
+    assert ring.expected == pytest.approx(ring.compute + 2 * sent)
 
 
 def _layout(data: int, fsdp: int, tensor: int) -> Layout:

@@ -40,7 +40,7 @@ def test_a_loss_spike():
     assert 1 <= len(raised) <= 10 and raised[0] == ("loss_spike", 1001)
 
 
-def test_a_loss_that_is_not_finite_is_no_spike_and_spoils_nothing():
+def test_a_loss_that_is_not_finite_is_ignored():
     series = healthy(1500)
     series[700]["loss"] = math.nan
     series[900]["loss"] = math.inf
@@ -56,7 +56,7 @@ def test_gradients_that_grow():
     assert rule == "unstable_gradients" and 420 < step < 470
 
 
-def test_gradients_that_jump_again_and_again():
+def test_gradients_that_jump_repeatedly():
     series = healthy(600)
     for metrics in series[400::3]:
         metrics["grad_norm"] *= 40
@@ -77,7 +77,7 @@ def evaluation(python: float, cobol: float, mean: float) -> dict[str, float]:
     }
 
 
-def test_a_language_that_is_forgotten():
+def test_a_language_that_regresses():
     rule = LanguageRegression()
     assert rule(100, evaluation(2.0, 2.0, 2.0)) is None
     assert rule(200, evaluation(1.8, 1.9, 1.85)) is None
@@ -90,15 +90,15 @@ def test_a_language_that_is_forgotten():
     assert rule(500, evaluation(1.4, 1.96, 1.6)) is None  # raised already
     assert rule(600, evaluation(1.4, 2.1, 1.6)) is not None  # worse still
     assert rule(700, evaluation(1.3, 1.7, 1.4)) is None
-    assert rule(800, evaluation(1.5, 1.9, 1.6)) is None  # everything is worse: not one language
+    assert rule(800, evaluation(1.5, 1.9, 1.6)) is None  # the mean rises too
 
 
-def test_a_rule_is_quiet_for_a_while_and_remembers_after_a_restart():
+def test_quiet_steps_and_restored_state():
     series = healthy(1000)
-    for place in (500, 510, 700):
-        series[place]["loss"] += 2.0
+    for index in (500, 510, 700):
+        series[index]["loss"] += 2.0
     assert rules_of(Alarms(), series) == [("loss_spike", 501), ("loss_spike", 701)]
     fresh, caught_up = Alarms(), Alarms()
     caught_up.catch_up({"step": step, **metrics} for step, metrics in enumerate(series[:499], 1))
-    assert rules_of(fresh, series[499:510], 500) == []  # it knows too little
+    assert rules_of(fresh, series[499:510], 500) == []  # it has too few steps
     assert rules_of(caught_up, series[499:510], 500) == [("loss_spike", 501)]

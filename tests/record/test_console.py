@@ -1,4 +1,4 @@
-"""Progress in a log file and on a terminal, and messages beside it."""
+"""Progress in a log file and on a terminal, and messages."""
 
 import io
 import logging
@@ -12,7 +12,7 @@ logger = logging.getLogger("jaxcoder.test")
 
 
 class Clock:
-    """Stands for `time.monotonic`."""
+    """A fake `time.monotonic`."""
 
     def __init__(self, monkeypatch):
         self.now = 1000.0
@@ -30,14 +30,14 @@ def clock(monkeypatch):
 
 
 def logged_to(stream, level="INFO"):
-    """Sends what the package logs to `stream`; the fixture of conftest.py undoes it."""
+    """Sends the package's log to `stream`; a fixture of conftest.py undoes it."""
     package = logging.getLogger("jaxcoder")
     package.addHandler(ConsoleHandler(stream))
     package.setLevel(level)
     return stream
 
 
-def test_a_log_gets_a_line_now_and_then(clock):
+def test_progress_in_a_log_file(clock):
     log, progress = logged_to(io.StringIO()), ConsoleProgress()
     progress.start("Encoding", 400, "files")
     for _ in range(40):
@@ -60,7 +60,7 @@ def test_unknown_totals_and_bytes(clock):
     progress.advance(3 << 20)
     progress.finish()
     progress.start("Writing", 2048, "bytes")
-    progress.advance(4096)  # more than announced is not more than all
+    progress.advance(4096)  # more than the total
     progress.finish()
     progress.start("Nothing", 0, "files")
     progress.finish()
@@ -102,7 +102,7 @@ def test_on_a_terminal_one_line_is_redrawn():
     logger.info("compiling", extra=PROGRESS)
     for step in (1, 2, 3):
         line.update(step=step, loss=2.0, bits_per_byte=1.0, tokens_per_second=10)
-    logger.info("saved [bold]step[/bold] 3")  # no markup: text is text
+    logger.info("saved [bold]step[/bold] 3")  # no markup
     shown = terminal.getvalue()
     assert "\x1b[" in shown and "step 3/3" in shown and "saved [bold]step[/bold] 3\n" in shown
 
@@ -117,7 +117,7 @@ def test_progress_on_a_terminal_leaves_its_summary():
     assert "Encoding: done (" in terminal.getvalue()
 
 
-def test_the_command_line_s_levels(capsys):
+def test_levels_of_configure_logging(capsys):
     def printed(**options) -> str:
         configure_logging(**options)
         logger.debug("detail")
@@ -130,7 +130,7 @@ def test_the_command_line_s_levels(capsys):
     assert printed(quiet=True) == "jaxcoder: warning: trouble\n"
 
 
-def test_a_program_that_configures_nothing_sees_nothing(capfd):
+def test_nothing_is_printed_without_configure_logging(capfd):
     logger.warning("trouble")
     TrainingProgress(3).update(step=1, loss=2.0)
     assert capfd.readouterr() == ("", "")

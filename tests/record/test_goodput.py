@@ -1,4 +1,4 @@
-"""goodput: what a run's events say about its time; nothing is lost, negative or invented, whatever the file holds."""
+"""Goodput from events: categories add up and are not negative, whatever the file contains."""
 
 import json
 
@@ -32,12 +32,14 @@ def test_a_run_without_a_failure():
     check_sound(goodput)
     assert goodput.seconds["step"] == pytest.approx(999 * 2 * 0.999)
     assert goodput.seconds["compile"] == 30 and goodput.seconds["lost"] == 0 and goodput.seconds["down"] == 0
-    assert goodput.wall == pytest.approx(9 + 30 + 999 * 2 + 10 * 3.4 + 9)  # to the last event: the last save is whole
+    assert goodput.wall == pytest.approx(
+        9 + 30 + 999 * 2 + 10 * 3.4 + 9
+    )  # to the last event: the last save is complete
     assert goodput.attempts[0].reason == "finished" and not goodput.attempts[0].failed
 
 
-def test_steps_that_a_later_start_did_again_are_lost():
-    events = attempt_events("a", STARTED, 0, 250)  # dies at 250, 100 seconds pass, goes on after 200
+def test_steps_that_a_later_start_repeats_are_lost():
+    events = attempt_events("a", STARTED, 0, 250)  # dies at 250, is down for 100 seconds, continues after 200
     died = events[-1]["time"]
     events += attempt_events("b", died + 100, 200, 400, reason="finished")
     goodput = account(events)
@@ -60,7 +62,7 @@ def test_a_restart_from_far_back_loses_steps_of_several_attempts():
     assert goodput.attempts[1].seconds["step"] == 0 and goodput.attempts[2].reason == "open"
 
 
-def test_an_attempt_that_never_got_ready_was_starting():
+def test_an_attempt_that_was_never_ready_is_init():
     events = attempt_events("a", STARTED, 0, 0)[:1]
     events.append(
         {"time": STARTED + 50, "attempt": "a", "event": "end", "step": 0, "reason": "error", "message": "No."}
@@ -100,24 +102,24 @@ def test_no_events(tmp_path):
     assert read_events(tmp_path / "events.jsonl") == []
 
 
-def test_torn_and_strange_lines_are_left_out(tmp_path):
+def test_torn_and_invalid_lines_are_left_out(tmp_path):
     path = tmp_path / "events.jsonl"
     good = attempt_events("a", STARTED, 0, 20, reason="finished")
     lines = [json.dumps(event) for event in good]
-    strange = ["", "nonsense", "[1]", "3", "{}", '{"time": "x"}', '{"time": 1e999, "attempt": "a", "event": "end"}']
-    strange += [
+    invalid = ["", "nonsense", "[1]", "3", "{}", '{"time": "x"}', '{"time": 1e999, "attempt": "a", "event": "end"}']
+    invalid += [
         json.dumps({"time": STARTED, "attempt": 7, "event": "end"}),
         '{"time": NaN, "attempt": "a", "event": "end"}',
     ]
-    path.write_text("\n".join([*strange, *lines, lines[-1][:20]]))
+    path.write_text("\n".join([*invalid, *lines, lines[-1][:20]]))
     assert read_events(path) == good
     path.write_bytes(b"\xff\xfe{" + b"[" * 100_000)
     assert read_events(path) == []
 
 
-def test_unknown_events_count_as_signs_of_life():
+def test_unknown_events_extend_an_attempt():
     events = attempt_events("a", STARTED, 0, 20)
-    later = {"time": events[-1]["time"] + 100, "attempt": "a", "event": "teleported", "step": 3}
+    later = {"time": events[-1]["time"] + 100, "attempt": "a", "event": "new", "step": 3}
     assert account([*events, later]).wall == pytest.approx(account(events).wall + 100, abs=10)
 
 
@@ -153,7 +155,7 @@ def test_a_real_history_with_lines_lost_and_moved(data):
     keep = data.draw(st.lists(st.booleans(), min_size=len(events), max_size=len(events)))
     shift = data.draw(st.floats(-1e4, 1e4))
     events = [event | {"time": event["time"] + shift * (event["attempt"] == "b")} for event in events]
-    check_sound(goodput := account([event for event, kept in zip(events, keep, strict=True) if kept]))
+    check_sound(goodput := account([event for event, is_kept in zip(events, keep, strict=True) if is_kept]))
     assert goodput.seconds["step"] + goodput.seconds["lost"] <= 2 * 170
 
 

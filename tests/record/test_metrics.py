@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a line is, what survives a kill and a resume; TensorBoard and several writers."""
+"""metrics.jsonl: its format, kills and resumes; TensorBoard; several writers."""
 
 import json
 import math
@@ -60,10 +60,10 @@ def test_not_a_number_stays_json(tmp_path):
 def test_continuing_drops_the_torn_line_only(tmp_path):
     path = tmp_path / "m.jsonl"
     write_steps(path, range(1, 4))
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"step": 4, "lo')
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"step": 4, "lo')
     write_steps(path, [4])
-    assert path.read_bytes() == whole + b'{"step": 4, "loss": 1.0}\n'
+    assert path.read_bytes() == complete + b'{"step": 4, "loss": 1.0}\n'
 
 
 def test_resuming_drops_the_steps_that_come_again(tmp_path):

@@ -66,12 +66,12 @@ def test_node_lists(nodes, names):
 
 
 def test_node_lists_without_a_host():
-    with pytest.raises(ConfigError, match="SLURM.s node list ''"):
+    with pytest.raises(ConfigError, match="SLURM's node list ''"):
         host_names("")
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"coordinator": "a:1"}, "--coordinator came without --num-processes and --process-id: give all three"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id is 2 of 2 processes: .* 0 to 1"),
@@ -79,8 +79,8 @@ def test_node_lists_without_a_host():
         ({"coordinator": "a:99999", "num_processes": 2, "process_id": 0}, "--coordinator is 'a:99999'"),
     ],
 )
-def test_flags_that_cannot_be(flags, said):
-    with pytest.raises(ConfigError, match=said):
+def test_invalid_flags(flags, message):
+    with pytest.raises(ConfigError, match=message):
         find_processes({}, **flags)
 
 
@@ -173,16 +173,16 @@ def test_a_missing_process_is_named(tmp_path):
         "import sys; from jaxcoder import runtime; from jaxcoder.errors import JaxcoderError\n"
         "where = dict(coordinator=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))\n"
         "try: runtime.initialize_distributed(**where, timeout=3)\n"
-        "except JaxcoderError as error: print('SAID', error)"
+        "except JaxcoderError as error: print('ERROR', error)"
     )
     with socket.socket(socket.AF_INET6) as busy:
         busy.bind(("::", 0))
         busy.listen()
-        for address, index, said in (
+        for address, index, message in (
             (f"127.0.0.1:{free_port()}", 1, "process 1 of 2 waited 3 seconds for process 0 at 127.0.0.1"),
             (f"127.0.0.1:{busy.getsockname()[1]}", 0, "cannot listen on port"),
         ):
             done = subprocess.run(
                 [sys.executable, "-c", code, address, str(index)], capture_output=True, text=True, timeout=120
             )
-            assert "SAID" in done.stdout and said in done.stdout, done.stdout + done.stderr
+            assert "ERROR" in done.stdout and message in done.stdout, done.stdout + done.stderr
