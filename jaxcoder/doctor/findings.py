@@ -12,7 +12,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 MARGIN = 0.02
-"""Relative difference of two losses below which they count as equal: what a model of 1B parameters gains from doubling
+"""Relative difference of two losses below which they count as equal: the gain of a model of 1B parameters from doubling
 300B tokens (1.9 %, equation 10 of Hoffmann et al. 2022, arXiv 2203.15556)."""
 
 
@@ -51,7 +51,7 @@ def train_command(record: RunRecord, *options: str) -> str:
 
 
 def changed(record: RunRecord, *options: str) -> str:
-    """`train_command` with options that change what is computed."""
+    """`train_command` with options that change the computation."""
     return train_command(record, *options, "--accept-config-change")
 
 

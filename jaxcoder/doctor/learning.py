@@ -54,7 +54,7 @@ def loss_does_not_fall(record: RunRecord) -> Iterator[Finding]:
     elif now - low > max(MARGIN * low, noise) and lowest < len(levels) - 2:
         what, severity = "The loss has fallen and risen again.", "error"
         evidence = [f"median loss {low:.4f} around step {steps[lowest]:,}, {now:.4f} since step {steps[-1]:,}"]
-        advice.append(f"go back to a checkpoint before step {steps[lowest]:,} if one was kept")
+        advice.append(f"restart from a checkpoint before step {steps[lowest]:,} if there is one")
     elif len(levels) >= 8 and now > (1 - PLATEAU) * values[middle] and now > HALF * initial:
         what, severity = f"The loss has not fallen since about step {steps[middle]:,}.", "warning"
         evidence = [
@@ -90,7 +90,7 @@ def loss_spikes(record: RunRecord) -> Iterator[Finding]:
     advice = [f"see whether the files of the batch are the cause: {trace_command(record, spikes[0][0])}"]
     advice.append(lower_rate(record))
     if stayed:
-        advice.append("go back to a checkpoint before it, with a lower rate or without those files")
+        advice.append("restart from a checkpoint before it, with a lower rate or without those files")
     yield Finding(
         "warning" if stayed else "note",
         f"The loss has {plural(len(spikes), 'spike')}" + (f"; after {stayed:,} it stayed higher." if stayed else "."),
@@ -126,7 +126,7 @@ def gradients_rise(record: RunRecord) -> Iterator[Finding]:
         f"Gradient norms have grown {now / least:.1f} times since about step {steps[rising]:,}.",
         evidence=tuple(evidence),
         traced=(int(last.steps[highest]),),
-        try_next=(lower_rate(record), f"start from a checkpoint before step {steps[rising]:,} if one was kept"),
+        try_next=(lower_rate(record), f"start from a checkpoint before step {steps[rising]:,} if there is one"),
     )
 
 

@@ -18,7 +18,7 @@ MIN_STEPS = 20  # for a median of step times
 LONG_RUN = 1800.0  # seconds; in a shorter run three minutes of start-up are more than a tenth
 DATA_WAIT = 0.05  # share of step time: "input bound" for XProf's input pipeline analyzer and PyTorch's profiler plugin
 HOST_BEHIND = DATA_WAIT  # share of step time: all hosts wait for the slowest as they would for data
-CHANCE = 1e-3  # probability below which equal hosts do not explain who was the slowest
+CHANCE = 1e-3  # probability below which chance does not explain the slowest host
 SAVE_COST = 0.035  # share of step time: the bound that CheckFreq keeps (Mohan et al., FAST 2021)
 GOODPUT = 0.9  # "higher than 90% effective training time": Llama 3 (2407.21783, 3.3.4)
 NAMED_LOSS = 0.02  # share of the run's time from which a category is named; five such explain GOODPUT's tenth
@@ -47,7 +47,7 @@ def data_wait(record: RunRecord) -> Iterator[Finding]:
             f"{waits.steps[longest]:,})",
         ),
         try_next=(
-            "measure the loader alone: `jaxcoder bench loader`",
+            "measure the loader: `jaxcoder bench loader`",
             "keep the store near the hosts (a bucket in their region, or a local disk), and leave them CPU cores",
         ),
     )
@@ -74,8 +74,7 @@ def slow_hosts(record: RunRecord) -> Iterator[Finding]:
         ),
         try_next=(
             f"look at it: `ssh {worst.name} top -b -n 1` (other programs?), its disk and network, its clock rate",
-            "replace it, or leave it out; a profile shows what it does: `kill -USR1` of its process, or "
-            + profile_command(record),
+            "replace it, or leave it out; profile it: `kill -USR1` of its process, or " + profile_command(record),
         ),
     )
 
@@ -184,7 +183,7 @@ _REMEDIES = {
     "restore": "keep checkpoints near the hosts",
     "compile": "keep the compilation cache on shared storage (JAX_COMPILATION_CACHE_DIR)",
     "down": "let the scheduler restart at once (see launch/)",
-    "other": "look at the log around the gaps; a profile shows what the hosts do",
+    "other": "see the log around the gaps; profile the hosts",
 }
 
 

@@ -20,20 +20,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxcoder.config import MeshConfig
 from jaxcoder.drill.faults import TIMEOUT_SECONDS, InjectedFault, Scenario, choose_kinds, fault_kinds, is_required
 from jaxcoder.drill.processes import (
     DrillError,
-    ProcessLayout,
     RunFiles,
     Start,
     Trainer,
     continued_after,
     free_port,
-    own_command,
     wait_until,
 )
 from jaxcoder.drill.report import DrillReport, Outcome, Verdict, check_bad_batches, compare
-from jaxcoder.drill.setup import SAVE_EVERY_STEPS, layout_of, prepare
+from jaxcoder.drill.setup import SAVE_EVERY_STEPS, prepare
 from jaxcoder.errors import ConfigError
 from jaxcoder.formatting import format_duration
 
@@ -52,7 +51,7 @@ class FaultSchedule:
     processes: int
     num_steps: int
     bad_batches: dict[int, str]
-    """Step -> what is wrong with its batch."""
+    """Step -> kind."""
 
     @classmethod
     def draw(cls, count: int, seed: int, *, only: Sequence[str] = (), processes: int = 2) -> "FaultSchedule":
@@ -79,9 +78,9 @@ def drill(directory: Path, schedule: FaultSchedule, *, seed: int) -> DrillReport
     num_steps = schedule.num_steps
     logger.info(f"Drill: {len(schedule.kinds)} faults in a run of {num_steps} steps, seed {seed}, in {directory}")
     prepare(directory, num_steps, schedule.bad_batches)
-    trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
+    trainer = Trainer(directory=directory, port=free_port())
     undisturbed = RunFiles(directory / "undisturbed")
-    seconds = finish_undisturbed(trainer, undisturbed, layout_of(schedule.processes))
+    seconds = finish_undisturbed(trainer, undisturbed, schedule.processes)
     logger.info(f"Undisturbed: {num_steps} steps in {format_duration(seconds)}")
     known = fault_kinds(schedule.processes)
     report = DrillReport(seed=seed, processes=schedule.processes, num_steps=num_steps)
@@ -113,9 +112,9 @@ def clean_up(directory: Path) -> None:
             entry.unlink()
 
 
-def finish_undisturbed(trainer: Trainer, run: RunFiles, layout: ProcessLayout) -> float:
+def finish_undisturbed(trainer: Trainer, run: RunFiles, processes: int) -> float:
     """Runs to the end and returns the seconds."""
-    with trainer.start(run, layout) as start:
+    with trainer.start(run, MeshConfig(fsdp=processes)) as start:
         _wait_for_run_end(start, run)
         return time.monotonic() - start.started
 
@@ -138,13 +137,13 @@ class DisturbedRun:
         self, trainer: Trainer, run: RunFiles, schedule: FaultSchedule, draw: random.Random, report: DrillReport
     ):
         self.trainer, self.run, self.schedule, self.draw, self.report = trainer, run, schedule, draw, report
-        self.layout = layout_of(schedule.processes)
+        self.mesh = MeshConfig(fsdp=schedule.processes)
         self.start: Start
 
     def inject_all(self, kinds: Sequence[str]) -> None:
         """Problems are added to the report; a run that does not continue is abandoned."""
         outcome = None
-        self.start = self.trainer.start(self.run, self.layout)
+        self.start = self.trainer.start(self.run, self.mesh)
         try:
             self._wait_for_training(0)
             for turn, kind in enumerate(kinds):
@@ -165,16 +164,16 @@ class DisturbedRun:
         inject = fault_kinds(self.schedule.processes)[outcome.kind].inject
         if inject is None:
             raise ValueError(f"{outcome.kind} is a bad batch, which the trainer itself injects")
-        target = turn % self.layout.processes
-        fault = inject(Scenario(start=self.start, run=self.run, layout=self.layout, draw=self.draw, target=target))
+        target = turn % self.mesh.num_devices
+        fault = inject(Scenario(start=self.start, run=self.run, mesh=self.mesh, draw=self.draw, target=target))
         outcome.detail = fault.detail
         check_exits(outcome, fault, self.start)
         outcome.step = self.run.last_step()
         if fault.damage:
             outcome.detail += f"; {self.run.damage_newest(fault.damage, self.draw)}"
-        self.layout = fault.layout or self.layout
+        self.mesh = fault.mesh or self.mesh
         if fault.start_is_killed_after is not None:
-            with self.trainer.start(self.run, self.layout):
+            with self.trainer.start(self.run, self.mesh):
                 time.sleep(fault.start_is_killed_after)
         expected = max(self.run.complete_steps(), default=0)
         if fault.saves and expected != outcome.step:
@@ -187,7 +186,7 @@ class DisturbedRun:
     def _restart(self, outcome: Outcome, expected: int) -> None:
         """The first start must succeed. Others are tried, as a scheduler does, to continue the drill."""
         for _ in range(STARTS):
-            self.start = self.trainer.start(self.run, self.layout)
+            self.start = self.trainer.start(self.run, self.mesh)
             try:
                 outcome.again = self._wait_for_training(expected)
                 break

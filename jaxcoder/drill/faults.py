@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from jaxcoder.drill.processes import DrillError, ProcessLayout, RunFiles, Start, wait_until
+from jaxcoder.config import MeshConfig
+from jaxcoder.drill.processes import DrillError, RunFiles, Start, wait_until
 from jaxcoder.drill.setup import SAVE_EVERY_STEPS, START_SECONDS, STEP_SECONDS
 from jaxcoder.errors import EXIT_SIGTERM, EXIT_USER_ERROR, EXIT_WATCHDOG, ConfigError
 from jaxcoder.formatting import did_you_mean, plural
@@ -33,10 +34,18 @@ class Scenario:
 
     start: Start
     run: RunFiles
-    layout: ProcessLayout
+    mesh: MeshConfig
     draw: random.Random
     target: int
     """The process that is hit; processes take turns."""
+
+    @property
+    def processes(self) -> range:
+        return range(self.mesh.num_devices)
+
+    @property
+    def others(self) -> list[int]:
+        return [index for index in self.processes if index != self.target]
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
         """DrillError if `condition` does not become true in time, or a process exits before."""
@@ -53,9 +62,6 @@ class Scenario:
         """Until a checkpoint is complete, and at most two save intervals."""
         wanted = self.run.last_step() + self.draw.randint(1, 2 * SAVE_EVERY_STEPS)
         self.wait_for(lambda: self.run.last_step() >= wanted and bool(self.run.complete_steps()), f"step {wanted}")
-
-    def wait_for_save(self) -> None:
-        self.wait_for(self.run.is_saving, "a save")
 
 
 def is_required(code: int | None, required: int | str) -> bool:
@@ -88,28 +94,31 @@ class InjectedFault:
     """The damage to the newest checkpoint before the next start (`RunFiles.damage_newest`)."""
     start_is_killed_after: float | None = None
     """Seconds after which the next start is killed too."""
-    layout: ProcessLayout | None = None
-    """The layout of the next start; None: the same."""
+    mesh: MeshConfig | None = None
+    """Of the next start; None: the same."""
+
+
+Inject = Callable[[Scenario], InjectedFault]
 
 
 def kill_one(scenario: Scenario) -> InjectedFault:
     scenario.wait_some_steps()
-    return _killed(scenario, [scenario.target], f"process {scenario.target}")
+    return _kill(scenario, [scenario.target], f"process {scenario.target}")
 
 
 def kill_all(scenario: Scenario) -> InjectedFault:
     scenario.wait_some_steps()
     time.sleep(scenario.draw.uniform(0, 0.3))
-    return _killed(scenario, range(scenario.layout.processes), "all")
+    return _kill(scenario, scenario.processes, "all")
 
 
 def kill_saving(scenario: Scenario) -> InjectedFault:
     scenario.wait_some_steps()
-    scenario.wait_for_save()
+    scenario.wait_for(scenario.run.is_saving, "a save")
     time.sleep(scenario.draw.uniform(0, 0.05))
-    if scenario.layout.processes > 1 and scenario.draw.random() < 0.5:
-        return _killed(scenario, [scenario.target], f"process {scenario.target} in a save")
-    return _killed(scenario, range(scenario.layout.processes), "all in a save")
+    if scenario.others and scenario.draw.random() < 0.5:
+        return _kill(scenario, [scenario.target], f"process {scenario.target} in a save")
+    return _kill(scenario, scenario.processes, "all in a save")
 
 
 def kill_starting(scenario: Scenario) -> InjectedFault:
@@ -118,12 +127,19 @@ def kill_starting(scenario: Scenario) -> InjectedFault:
     return replace(fault, detail=f"all, again {seconds:.1f} s into the next start", start_is_killed_after=seconds)
 
 
+def _kill(scenario: Scenario, indices: Sequence[int], detail: str) -> InjectedFault:
+    scenario.start.signal(signal.SIGKILL, indices)
+    others = [index for index in scenario.processes if index not in indices]
+    limit = (STEP_SECONDS if others else 0) + SLACK_SECONDS
+    return InjectedFault(detail=detail, codes=dict.fromkeys(others, ANY_FAILURE), limit=limit)
+
+
 def stop_one(scenario: Scenario) -> InjectedFault:
     scenario.wait_some_steps()
     scenario.start.signal(signal.SIGSTOP, [scenario.target])
     return InjectedFault(
         detail=f"process {scenario.target}",
-        codes={index: EXIT_WATCHDOG for index in range(scenario.layout.processes) if index != scenario.target},
+        codes=dict.fromkeys(scenario.others, EXIT_WATCHDOG),
         limit=START_SECONDS + SLACK_SECONDS,
         prompt=STEP_SECONDS + SLACK_SECONDS,
         stopped=[scenario.target],
@@ -132,15 +148,18 @@ def stop_one(scenario: Scenario) -> InjectedFault:
 
 
 def terminate_all(scenario: Scenario) -> InjectedFault:
-    scenario.wait_some_steps()
-    scenario.start.signal(signal.SIGTERM)
-    return _saved(scenario, "all")
+    return _terminate(scenario, None, "all")
 
 
 def terminate_one(scenario: Scenario) -> InjectedFault:
+    return _terminate(scenario, [scenario.target], f"process {scenario.target}")
+
+
+def _terminate(scenario: Scenario, indices: Sequence[int] | None, detail: str) -> InjectedFault:
     scenario.wait_some_steps()
-    scenario.start.signal(signal.SIGTERM, [scenario.target])
-    return _saved(scenario, f"process {scenario.target}")
+    scenario.start.signal(signal.SIGTERM, indices)
+    codes = dict.fromkeys(scenario.processes, EXIT_SIGTERM)
+    return InjectedFault(detail=detail, codes=codes, limit=STEP_SECONDS + SLACK_SECONDS, saves=True)
 
 
 def fill_disk(scenario: Scenario) -> InjectedFault:
@@ -149,61 +168,46 @@ def fill_disk(scenario: Scenario) -> InjectedFault:
     limit = scenario.run.largest_file() // 2
     if scenario.run.metrics.stat().st_size * 2 > limit:
         raise DrillError("metrics.jsonl is as large as a checkpoint: give fewer --faults.")
-    process = scenario.start.processes[scenario.target]
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    others = [index for index in range(scenario.layout.processes) if index != scenario.target]
+    resource.prlimit(scenario.start.processes[scenario.target].pid, resource.RLIMIT_FSIZE, (limit, limit))
     return InjectedFault(
         detail=f"process {scenario.target}",
-        codes={scenario.target: EXIT_USER_ERROR} | dict.fromkeys(others, ANY_ERROR),
+        codes={scenario.target: EXIT_USER_ERROR} | dict.fromkeys(scenario.others, ANY_ERROR),
         limit=STEP_SECONDS + SLACK_SECONDS,
         log_pattern="disk is full",
     )
 
 
-def damaging(how: str) -> Callable[[Scenario], InjectedFault]:
+def damage(how: str) -> Inject:
     """Kills all processes and damages the newest checkpoint."""
 
-    def fault(scenario: Scenario) -> InjectedFault:
+    def inject(scenario: Scenario) -> InjectedFault:
         newest = max(scenario.run.complete_steps(), default=0)
         # A new checkpoint first: otherwise repeated damage would set the run back to step 0.
         scenario.wait_for(lambda: max(scenario.run.complete_steps(), default=0) > newest, "a new checkpoint")
         return replace(kill_all(scenario), damage=how)
 
-    return fault
+    return inject
 
 
-NextLayout = Callable[[ProcessLayout, random.Random], ProcessLayout]
+def resize(*meshes: MeshConfig) -> Inject:
+    """Kills or terminates all processes; the run continues on one of these meshes, but not on the same."""
 
-
-def resizing(layout_of: NextLayout) -> Callable[[Scenario], InjectedFault]:
-    """Kills or terminates all processes; the run continues with another layout."""
-
-    def fault(scenario: Scenario) -> InjectedFault:
-        layout = layout_of(scenario.layout, scenario.draw)
+    def inject(scenario: Scenario) -> InjectedFault:
+        mesh = scenario.draw.choice([mesh for mesh in meshes if mesh != scenario.mesh] or meshes)
         fault = (kill_all if scenario.draw.random() < 0.5 else terminate_all)(scenario)
-        return replace(fault, detail=f"{'SIGTERM' if fault.saves else 'kill'}, then {layout}", layout=layout)
+        how = "SIGTERM" if fault.saves else "kill"
+        processes = plural(mesh.num_devices, "process", "processes")
+        return replace(fault, detail=f"{how}, then {processes}, {mesh}", mesh=mesh)
 
-    return fault
-
-
-def _killed(scenario: Scenario, indices: Sequence[int], detail: str) -> InjectedFault:
-    scenario.start.signal(signal.SIGKILL, indices)
-    others = [index for index in range(scenario.layout.processes) if index not in indices]
-    limit = (STEP_SECONDS if others else 0) + SLACK_SECONDS
-    return InjectedFault(detail=detail, codes=dict.fromkeys(others, ANY_FAILURE), limit=limit)
+    return inject
 
 
-def _saved(scenario: Scenario, detail: str) -> InjectedFault:
-    codes = dict.fromkeys(range(scenario.layout.processes), EXIT_SIGTERM)
-    return InjectedFault(detail=detail, codes=codes, limit=STEP_SECONDS + SLACK_SECONDS, saves=True)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FaultKind:
     """One kind of fault."""
 
     what: str
-    inject: Callable[[Scenario], InjectedFault] | None
+    inject: Inject | None = None
     """None for a bad batch, which the run must survive without a restart."""
     min_processes: int = 1
     is_elastic: bool = False
@@ -212,37 +216,29 @@ class FaultKind:
 
 def fault_kinds(processes: int) -> dict[str, FaultKind]:
     """The kinds of faults for a run of `processes` processes, by name."""
-    half = ProcessLayout.of(fsdp=max(1, processes // 2))
-    twice = ProcessLayout.of(fsdp=2 * processes)
-    meshes = [ProcessLayout.of(tensor=processes), ProcessLayout.of(data=processes)]
-
-    def other_mesh(layout: ProcessLayout, draw: random.Random) -> ProcessLayout:
-        return draw.choice([mesh for mesh in meshes if mesh != layout])
-
-    def elastic(what: str, layout_of: NextLayout, min_processes: int = 1) -> FaultKind:
-        return FaultKind(what=what, inject=resizing(layout_of), min_processes=min_processes, is_elastic=True)
-
-    found = {
-        "kill-one": FaultKind(what="kill -9 of one process", inject=kill_one, min_processes=2),
-        "kill-all": FaultKind(what="kill -9 of all", inject=kill_all),
-        "kill-saving": FaultKind(what="kill -9 of one or all during a save", inject=kill_saving),
-        "kill-starting": FaultKind(what="kill -9 of all, and again during the next start", inject=kill_starting),
-        "stop-one": FaultKind(what="SIGSTOP of one: alive but stuck", inject=stop_one, min_processes=2),
-        "term-all": FaultKind(what="SIGTERM to all, as a scheduler sends it", inject=terminate_all),
-        "term-one": FaultKind(what="SIGTERM to one", inject=terminate_one, min_processes=2),
-        "disk-full": FaultKind(what="the disk is full during a save", inject=fill_disk),
-        "lose": FaultKind(what="the newest checkpoint is lost", inject=damaging("lose")),
-        "truncate": FaultKind(what="one of its files is truncated", inject=damaging("truncate")),
-        "flip": FaultKind(what="one of its bits is flipped", inject=damaging("flip")),
-        "no-manifest": FaultKind(what="its manifest is missing", inject=damaging("manifest")),
-        "no-commit": FaultKind(what="its arrays' commit marker is missing", inject=damaging("commit")),
-        "nan": FaultKind(what="a batch with NaN", inject=None),
-        "spike": FaultKind(what="a batch with a spike of loss and gradients", inject=None),
-        "half": elastic("continues with half the processes", lambda *_: half, min_processes=2),
-        "twice": elastic("continues with twice the processes", lambda *_: twice),
-        "mesh": elastic("continues on another mesh", other_mesh, min_processes=2),
+    half, twice = resize(MeshConfig(fsdp=max(1, processes // 2))), resize(MeshConfig(fsdp=2 * processes))
+    other_mesh = resize(MeshConfig(fsdp=1, tensor=processes), MeshConfig(fsdp=1, data=processes))
+    kinds = {
+        "kill-one": FaultKind("kill -9 of one process", kill_one, min_processes=2),
+        "kill-all": FaultKind("kill -9 of all", kill_all),
+        "kill-saving": FaultKind("kill -9 of one or all during a save", kill_saving),
+        "kill-starting": FaultKind("kill -9 of all, and again during the next start", kill_starting),
+        "stop-one": FaultKind("SIGSTOP of one: alive but stuck", stop_one, min_processes=2),
+        "term-all": FaultKind("SIGTERM to all, as a scheduler sends it", terminate_all),
+        "term-one": FaultKind("SIGTERM to one", terminate_one, min_processes=2),
+        "disk-full": FaultKind("the disk is full during a save", fill_disk),
+        "lose": FaultKind("the newest checkpoint is lost", damage("lose")),
+        "truncate": FaultKind("one of its files is truncated", damage("truncate")),
+        "flip": FaultKind("one of its bits is flipped", damage("flip")),
+        "no-manifest": FaultKind("its manifest is missing", damage("manifest")),
+        "no-commit": FaultKind("its arrays' commit marker is missing", damage("commit")),
+        "nan": FaultKind("a batch with NaN"),
+        "spike": FaultKind("a batch with a spike of loss and gradients"),
+        "half": FaultKind("continues with half the processes", half, min_processes=2, is_elastic=True),
+        "twice": FaultKind("continues with twice the processes", twice, is_elastic=True),
+        "mesh": FaultKind("continues on another mesh", other_mesh, min_processes=2, is_elastic=True),
     }
-    return {name: kind for name, kind in found.items() if processes >= kind.min_processes}
+    return {name: kind for name, kind in kinds.items() if processes >= kind.min_processes}
 
 
 def choose_kinds(count: int, only: Sequence[str], processes: int, draw: random.Random) -> list[str]:
@@ -250,10 +246,9 @@ def choose_kinds(count: int, only: Sequence[str], processes: int, draw: random.R
     known = fault_kinds(processes)
     for name in only:
         if name not in known:
+            group = plural(processes, "process", "processes")
             raise ConfigError(
-                f"--only names {name!r}{did_you_mean(name, known)}: "
-                f"with {plural(processes, 'process', 'processes')} there are "
-                f"{', '.join(known)}."
+                f"--only names {name!r}{did_you_mean(name, known)}: with {group} there are {', '.join(known)}."
             )
     names = list(only) or list(known)
     chosen: list[str] = []

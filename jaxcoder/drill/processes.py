@@ -19,9 +19,8 @@ from pathlib import Path
 
 from jaxcoder import runtime
 from jaxcoder.checkpoint.manifest import COMMIT_MARKER, MANIFEST
-from jaxcoder.config.mesh import MESH_AXES, MeshConfig
+from jaxcoder.config import MeshConfig
 from jaxcoder.errors import JaxcoderError
-from jaxcoder.formatting import plural
 from jaxcoder.record.metrics import last_metrics, read_metrics
 
 POLL_SECONDS = 0.003
@@ -35,52 +34,26 @@ class DrillError(JaxcoderError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessLayout:
-    """The processes of a run, one device each, and the mesh over them."""
-
-    mesh: MeshConfig
-
-    @classmethod
-    def of(cls, **sizes: int) -> "ProcessLayout":
-        """A mesh with these axis sizes, 1 for the other axes."""
-        return cls(mesh=MeshConfig(**dict.fromkeys(MESH_AXES, 1) | sizes))
-
-    @property
-    def processes(self) -> int:
-        return self.mesh.num_devices
-
-    def __str__(self) -> str:
-        axes = [f"{name} {size}" for name, size in self.mesh.sizes.items() if size > 1]
-        return f"{plural(self.processes, 'process', 'processes')}, {' x '.join(axes) or 'one device'}"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """Starts the processes of a run: a command, to which the options of the run are added."""
+    """Starts the processes of the runs of the drill in `directory`. program: a broken trainer in tests."""
 
-    command: Sequence[str]
+    directory: Path
     port: int
-    cache: Path
+    program: Sequence[str] = (sys.executable, "-m", "jaxcoder.cli.main")
 
-    def start(self, run: "RunFiles", layout: ProcessLayout) -> "Start":
-        options = ["--output-dir", str(run.path), "--mesh", ",".join(map(str, layout.mesh.sizes.values()))]
+    def start(self, run: "RunFiles", mesh: MeshConfig) -> "Start":
+        """One process for each device of the mesh."""
+        command = [*self.program, "drill", "--process-of", str(self.directory), "--output-dir", str(run.path)]
         variables = {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+            "JAX_COMPILATION_CACHE_DIR": str(self.directory / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAXCODER_COORDINATOR": f"127.0.0.1:{self.port}",
-            "JAXCODER_NUM_PROCESSES": str(layout.processes),
+            "JAXCODER_NUM_PROCESSES": str(mesh.num_devices),
         }
-        return Start([*self.command, *options], variables, layout.processes, run.new_logs())
-
-
-PROGRAM = (sys.executable, "-m", "jaxcoder.cli.main")
-
-
-def own_command(directory: Path, program: Sequence[str] = PROGRAM) -> list[str]:
-    """The command of one process of the drill in `directory`. program: a broken trainer in tests."""
-    return [*program, "drill", "--process-of", str(directory)]
+        sizes = ",".join(map(str, mesh.sizes.values()))
+        return Start([*command, "--mesh", sizes], variables, mesh.num_devices, run.new_logs())
 
 
 def free_port() -> int:

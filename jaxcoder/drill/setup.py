@@ -27,7 +27,6 @@ from jaxcoder.config.mesh import MESH_AXES
 from jaxcoder.config.serialize import from_json, to_json
 from jaxcoder.data.build import build_store
 from jaxcoder.data.loader import Batch
-from jaxcoder.drill.processes import ProcessLayout
 from jaxcoder.io.document import Document, Part
 from jaxcoder.io.document_files import write_documents
 from jaxcoder.tokenizer.train import train_tokenizer
@@ -85,11 +84,6 @@ def read(directory: Path, output_dir: str, mesh: Sequence[int]) -> tuple[RunConf
     steps = json.loads((directory / BAD_BATCHES).read_text(encoding="utf-8"))
     config = replace(config, output_dir=output_dir, mesh=MeshConfig(**dict(zip(MESH_AXES, mesh, strict=True))))
     return config, BadBatches({int(step): kind for step, kind in steps.items()})
-
-
-def layout_of(processes: int) -> ProcessLayout:
-    """All devices along `fsdp`."""
-    return ProcessLayout.of(fsdp=processes)
 
 
 @dataclass(frozen=True)

@@ -270,8 +270,8 @@ def _axes_of(groups: Sequence[Sequence[int]], mesh: dict[str, int]) -> tuple[str
     coordinates = np.stack(np.unravel_index(np.arange(math.prod(mesh.values())), tuple(mesh.values())))
     differs = np.zeros(len(mesh), bool)
     for group in groups:
-        places = coordinates[:, np.asarray(group)]
-        differs |= (places != places[:, :1]).any(axis=1)
+        members = coordinates[:, np.asarray(group)]
+        differs |= (members != members[:, :1]).any(axis=1)
     return tuple(axis for axis, is_used in zip(mesh, differs, strict=True) if is_used)
 
 

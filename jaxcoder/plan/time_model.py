@@ -54,7 +54,7 @@ ALL_REDUCE_ON_3D = ("TPU v4", "TPU v5p")
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Seconds of one step. matmul, attention, memory, interconnect (by axis): each alone, at its usual efficiency."""
+    """Seconds of one step. matmul, attention, memory, interconnect (by axis) are not overlapped yet."""
 
     matmul: float
     attention: float
@@ -95,7 +95,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What dominates the expected time; overlapped transfers count only if they take longer than computation."""
+        """The dominant term of the expected time; overlapped transfers count only if longer than computation."""
         transfers = {"transfers between chips": self.overlapped_transfers, "transfers to the host": self.host}
         if max(transfers.values()) > self.compute:
             terms = transfers

@@ -1,7 +1,7 @@
 """Alarms: three rules on the metrics of every step, evaluated during the run.
 
     loss_spike           the loss of a step is far above the steps before it
-    unstable_gradients   gradient norms have grown to several times what they were, or jump repeatedly
+    unstable_gradients   gradient norms have grown several times, or jump repeatedly
     language_regression  held-out bits per byte of one language rise while the mean over all falls
 
 A rule is called as rule(step, metrics) with the metrics of every step in order (the keys of metrics.jsonl) and returns
@@ -30,7 +30,7 @@ MEAN = "eval/bits_per_byte"
 
 
 class Alarm(NamedTuple):
-    """rule: its name. step: where it was raised. message: what is wrong, as a sentence."""
+    """rule: its name. step: where it was raised. message: a sentence."""
 
     rule: str
     step: int

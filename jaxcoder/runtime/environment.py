@@ -59,7 +59,7 @@ def initialize(
 
 
 def _jax_option(name: str) -> Any:
-    """An option of `jax.config`, which type checkers do not know."""
+    """An option of `jax.config`, whose type has no such attributes."""
     import jax
 
     return getattr(jax.config, name)

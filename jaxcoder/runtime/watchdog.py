@@ -31,6 +31,7 @@ limit for silence of another process is step_seconds in every phase."""
 _LEFT = "left"  # the phase of a process that has ended
 
 # Seconds.
+HEARTBEAT_INTERVAL = 2.0
 _TICK = 0.5  # between two checks
 _ASLEEP = 5.0  # without a check: the process or the machine was stopped
 _GRACE = 5.0  # for the main thread to detect by itself that another process has ended
@@ -68,7 +69,7 @@ class Watchdog:
         on_end: Callable[[str, int], object],
     ):
         self._group, self._limits, self._stacks, self._on_end = group, limits, stacks, on_end
-        self._interval = max(2.0, group.count / 32)  # process 0 answers all processes
+        self._interval = max(HEARTBEAT_INTERVAL, group.count / 32)  # process 0 answers all processes
         self._phase: tuple[str, int, float] = ("start", 0, time.monotonic())
         self._host_seconds = math.nan
         self._beats: dict[int, dict[str, Any]] = {}

@@ -18,9 +18,9 @@ from jaxcoder.cli.main import main
 from jaxcoder.drill import report as drill_report
 from jaxcoder.drill.drill import DisturbedRun, FaultSchedule, check_exits, drill, finish_undisturbed
 from jaxcoder.drill.faults import ANY_FAILURE, InjectedFault, choose_kinds, fault_kinds
-from jaxcoder.drill.processes import RunFiles, Trainer, continued_after, free_port, own_command
+from jaxcoder.drill.processes import RunFiles, Trainer, continued_after, free_port
 from jaxcoder.drill.report import DrillReport, Outcome, Verdict, check_bad_batches, compare
-from jaxcoder.drill.setup import layout_of, prepare
+from jaxcoder.drill.setup import prepare
 from jaxcoder.errors import ConfigError
 
 
@@ -74,9 +74,9 @@ def alone(tmp_path_factory):
     """A drill of one process with a finished undisturbed run."""
     directory = tmp_path_factory.mktemp("drill")
     prepare(directory, 24, {})
-    trainer = Trainer(command=own_command(directory), port=free_port(), cache=directory / "cache")
+    trainer = Trainer(directory=directory, port=free_port())
     undisturbed = RunFiles(directory / "undisturbed")
-    finish_undisturbed(trainer, undisturbed, layout_of(1))
+    finish_undisturbed(trainer, undisturbed, 1)
     return directory, trainer, undisturbed
 
 
@@ -97,8 +97,7 @@ def test_a_broken_trainer_fails(alone, name, break_it, problem):
     directory, trainer, undisturbed = alone
     program = directory / f"{name}.py"
     program.write_text(BROKEN.format(break_it=break_it))
-    command = own_command(directory, program=(sys.executable, str(program)))
-    broken = Trainer(command=command, port=trainer.port, cache=trainer.cache)
+    broken = Trainer(directory=directory, port=trainer.port, program=(sys.executable, str(program)))
     run, plan = RunFiles(directory / name), plan_of(["term-all"], num_steps=24, processes=1)
     report = DrillReport(seed=1, processes=1, num_steps=24)
     DisturbedRun(broken, run, plan, random.Random(1), report).inject_all(plan.kinds)
