@@ -100,10 +100,6 @@ class DrillReport:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def survived(self) -> int:
-        return sum(not outcome.problems for outcome in self.outcomes)
-
-    @property
     def has_failed(self) -> bool:
         problems = [outcome.problems for outcome in self.outcomes]
         problems += [self.problems, *(verdict.problems for verdict in self.verdicts.values())]
@@ -111,16 +107,16 @@ class DrillReport:
 
     def text(self) -> str:
         """The table of outcomes, the verdicts and all problems."""
-        rows = [outcome.row() for outcome in self.outcomes]
+        survived = sum(not outcome.problems for outcome in self.outcomes)
         problems = [f"fault {o.number} ({o.kind}): {problem}" for o in self.outcomes for problem in o.problems]
         return "\n".join(
             [
-                format_table(COLUMNS, rows),
+                format_table(COLUMNS, [outcome.row() for outcome in self.outcomes]),
                 "",
                 *(f"{name}: {verdict}" for name, verdict in self.verdicts.items()),
                 *problems,
                 *self.problems,
-                f"{self.survived} of {len(self.outcomes)} faults survived, in {format_duration(self.seconds)} "
+                f"{survived} of {len(self.outcomes)} faults survived, in {format_duration(self.seconds)} "
                 f"({self.num_steps} steps, {self.processes} processes, seed {self.seed}).",
             ]
         )

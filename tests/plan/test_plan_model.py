@@ -227,8 +227,8 @@ def test_search_that_compiles_everything():
     assert "rank correlation of modelled and compiled times -1.00" in text
     assert "do not contain the compiler's best" in text and "predicted to fit, but does not: 1" in text
     everything = words(lines_of_ranking(found.compiled))
-    judged_wrong = sum(not plan.fits for plan in search(run, topology, None, minutes=1).ranked)
-    unlikely = found.candidates - len(first) + judged_wrong
+    wrong = sum(not plan.fits for plan in search(run, topology, None, minutes=1).ranked)
+    unlikely = found.candidates - len(first) + wrong
     assert f"predicted not to fit, but does: {unlikely}" in everything
 
 
