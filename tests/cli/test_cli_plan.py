@@ -17,9 +17,9 @@ def here(tmp_path, monkeypatch):
 
 def refused(capsys, command: str) -> str:
     assert main(["plan", *command.split()]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said and said.strip().count("\n") == 0
-    return said
+    text = capsys.readouterr().err
+    assert "Traceback" not in text and text.strip().count("\n") == 0
+    return text
 
 
 @pytest.mark.parametrize(
@@ -65,18 +65,18 @@ def test_where_libtpu_has_no_wheels(capsys, monkeypatch):
     monkeypatch.setattr(plan_compile, "find_spec", lambda name: None)
     monkeypatch.setattr(plan_compile.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(plan_compile.platform, "machine", lambda: "arm64")
-    said = refused(capsys, "smoke --topology v5e:1x1")
-    assert "wheels for Linux on x86_64 only, and this is Darwin on arm64" in said and "--no-compile" in said
+    text = refused(capsys, "smoke --topology v5e:1x1")
+    assert "wheels for Linux on x86_64 only, and this is Darwin on arm64" in text and "--no-compile" in text
     assert "wheels for Linux on x86_64 and aarch64 only" in refused(capsys, "smoke --topology h100:1x8")
 
 
 def test_the_model_alone(capsys, tmp_path):
     command = "plan starcoderbase --topology v5p:8x8x8 --no-compile --json plan.json"
     assert main(command.split()) == 0
-    said = capsys.readouterr().out
-    assert "(compiled" not in said.split("by formula.")[1] and "(modelled)" in said
+    text = capsys.readouterr().out
+    assert "(compiled" not in text.split("by formula.")[1] and "(modelled)" in text
     for expected in ("15,517,456,384", "1.049e+11 a token", "512 x TPU v5p", "XLA options", "chip hours", "verdict"):
-        assert expected in said
+        assert expected in text
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["compiled"] is None and plan["fits"] and plan["topology"]["chips"] == 512
     assert plan["seconds"]["fast"] <= plan["seconds"]["expected"] <= plan["seconds"]["slow"]
@@ -86,9 +86,9 @@ def test_the_model_alone(capsys, tmp_path):
 
 def test_what_does_not_fit_gets_a_way_that_does(capsys):
     assert main(["plan", "starcoderbase", "--topology", "v5e:16x16", "--no-compile"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "does not fit" in said
-    assert "with --microbatch-size 256 --compute.remat block it does, and should take" in said
+    text = " ".join(capsys.readouterr().out.split())
+    assert "does not fit" in text
+    assert "with --microbatch-size 256 --compute.remat block it does, and should take" in text
 
 
 def test_what_cannot_fit(capsys):
@@ -99,14 +99,14 @@ def test_what_cannot_fit(capsys):
 
 def test_search_without_compiling(capsys):
     assert main(["plan", "starcoderbase", "--topology", "v6e:8x8", "--search", "--no-compile"]) == 0
-    said = capsys.readouterr().out
-    assert "should fit" in said and "best" in said and "--compute.remat" in said
+    text = capsys.readouterr().out
+    assert "should fit" in text and "best" in text and "--compute.remat" in text
 
 
 def test_calibration(capsys):
     assert main(["plan", "--calibration"]) == 0
-    said = capsys.readouterr().out
-    assert "Llama 2 7B, 8 x H100" in said and "what is missing" in said
+    text = capsys.readouterr().out
+    assert "Llama 2 7B, 8 x H100" in text and "what is missing" in text
 
 
 class TestCompilerProcess:
@@ -123,12 +123,12 @@ class TestCompilerProcess:
 
     def test_that_aborts(self, monkeypatch):
         program = "import os, sys; print('F1121 12:00:00 check failed', file=sys.stderr, flush=True); os.abort()"
-        said = self.run(monkeypatch, program)
-        assert "compiling for v5e:1x1 failed (exit code -6)" in said and "check failed" in said
+        text = self.run(monkeypatch, program)
+        assert "compiling for v5e:1x1 failed (exit code -6)" in text and "check failed" in text
 
     def test_that_is_killed(self, monkeypatch):
         assert "probably out of host memory" in self.run(monkeypatch, "import os; os.kill(os.getpid(), 9)")
 
     def test_that_takes_too_long(self, monkeypatch):
-        said = self.run(monkeypatch, "import time; time.sleep(60)", time_limit=0.5)
-        assert "exceeded 0 seconds" in said and "--minutes" in said
+        text = self.run(monkeypatch, "import time; time.sleep(60)", time_limit=0.5)
+        assert "exceeded 0 seconds" in text and "--minutes" in text
