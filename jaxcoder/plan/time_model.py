@@ -119,7 +119,7 @@ def step_time(
     if WEIGHT_AXIS in seconds:
         scatters = work.scattered / links[WEIGHT_AXIS]
         is_closed = all(map(topology.wraps, range(len(topology.shape))))
-        is_3d = chip.name in ALL_REDUCE_ON_3D and _torus_dims(topology, mesh)[WEIGHT_AXIS] > 2
+        is_3d = chip.name in ALL_REDUCE_ON_3D and _links(topology, mesh)[WEIGHT_AXIS][1] > 2
         if is_3d and is_closed:
             seconds[WEIGHT_AXIS], overlapped_seconds = 2 * seconds[WEIGHT_AXIS], 0.0
         elif is_jaxcoder and topology.platform == "tpu":
@@ -144,36 +144,28 @@ def step_time(
 
 def axis_bandwidths(topology: Topology, mesh: MeshConfig) -> dict[str, float]:
     """Bytes/s that one device can send along each mesh axis of more than one device, if each is used alone."""
-    if topology.platform == "cuda":
-        found = _in_nodes(topology, _sizes(mesh))
-    else:
-        found = {axis: bandwidth for axis, (bandwidth, _) in _in_torus(topology, _sizes(mesh)).items()}
-    return {axis: bandwidth * LINK[topology.platform] for axis, bandwidth in found.items()}
+    return {axis: bandwidth * LINK[topology.platform] for axis, (bandwidth, _) in _links(topology, mesh).items()}
 
 
-def _sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Axes of more than one device, those of neighbouring devices first."""
-    return {axis: size for axis, size in reversed(mesh.sizes.items()) if size > 1}
+def _links(topology: Topology, mesh: MeshConfig) -> dict[str, tuple[float, int]]:
+    """Axis -> (bytes/s of the data sheet, torus dims used; 0 for GPUs)."""
+    # Neighbouring devices differ in the last axis.
+    sizes = {axis: size for axis, size in reversed(mesh.sizes.items()) if size > 1}
+    return _in_nodes(topology, sizes) if topology.platform == "cuda" else _in_torus(topology, sizes)
 
 
-def _torus_dims(topology: Topology, mesh: MeshConfig) -> dict[str, int]:
-    """Axis -> the number of dims of the torus that it uses."""
-    return {axis: dims for axis, (_, dims) in _in_torus(topology, _sizes(mesh)).items()}
-
-
-def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
-    """Axis -> bytes/s. Neighbours in the mesh share a node; an axis that crosses nodes uses the network cards of all
-    its members in the node."""
+def _in_nodes(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
+    """An axis that crosses nodes uses the network cards of all its members in a node."""
     link, free, found = topology.chip.link_bandwidth, topology.shape[1], {}
     for axis, size in sizes.items():
         inside = math.gcd(size, free)
-        found[axis] = link if size == inside else min(link, inside * topology.network)
+        found[axis] = (link if size == inside else min(link, inside * topology.network)), 0
         free //= inside
     return found
 
 
 def _in_torus(topology: Topology, sizes: dict[str, int]) -> dict[str, tuple[float, int]]:
-    """Axis -> (bytes/s, torus dims used). The axis between slices is limited by the network."""
+    """The axis between slices is limited by the network."""
     chip, found = topology.chip, {}
     # (devices, is a ring) of each torus dim. The devices of one chip extend the first.
     lengths = (topology.shape[0] * chip.devices_per_chip, *topology.shape[1:])
