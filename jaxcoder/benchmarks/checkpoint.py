@@ -194,6 +194,8 @@ def seconds_to_first_step(
 ) -> float:
     """Starts `jaxcoder train` on synthetic data in `output`; seconds to the metrics of the first step beyond `after`.
 
+    The batch has one window, so of several GPUs it uses one.
+
     The run is killed then, or once a checkpoint is committed. Raises JaxcoderError if it ends or times out first.
     """  # fmt: skip
     from jaxcoder import runtime
@@ -221,7 +223,7 @@ def seconds_to_first_step(
 
     start = time.perf_counter()
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=runtime.environment_with(variables))
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=runtime.environment_with({"CUDA_VISIBLE_DEVICES": "0"} | variables))
         try:
             seconds = wait(has_step)
             if until_saved:

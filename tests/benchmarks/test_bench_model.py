@@ -66,7 +66,8 @@ def test_compile(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_start(tmp_path, capsys):
+def test_start(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     command = ["compile", "--config", "smoke", "--devices", "1", "--start", "smoke", "--start-seq-len", "32"]
     found, _ = figures(command, tmp_path, capsys)
     names = [row["name"] for row in found[1]["rows"]]
