@@ -50,6 +50,12 @@ class LostProcessError(JaxcoderError):
     exit_code = EXIT_WATCHDOG
 
 
+class TransientError(JaxcoderError):
+    """A file system or object store failed during the work and may recover, so a scheduler may start it again."""
+
+    exit_code = EXIT_WATCHDOG
+
+
 class Interrupted(JaxcoderError):
     """The run stopped on a signal after saving. `resume_command` continues it."""
 

@@ -223,7 +223,9 @@ def seconds_to_first_step(
 
     start = time.perf_counter()
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=runtime.environment_with({"CUDA_VISIBLE_DEVICES": "0"} | variables))
+        process = subprocess.Popen(
+            command, stdout=file, stderr=file, env=runtime.environment_with({"CUDA_VISIBLE_DEVICES": "0"} | variables)
+        )
         try:
             seconds = wait(has_step)
             if until_saved:

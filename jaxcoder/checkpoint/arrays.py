@@ -15,6 +15,7 @@ from jaxcoder.checkpoint.manifest import STATE, ArrayInfo
 from jaxcoder.checkpoint.names import concrete
 
 CHUNK_BYTES = 256 * 2**20
+TIMEOUT_SECONDS = 7 * 24 * 3600
 
 
 def save_async(directory: epath.Path, arrays: Mapping[str, jax.Array]) -> Any:
@@ -73,6 +74,9 @@ def _state(directory: epath.PathLike) -> epath.Path:
 
 def _context() -> ocp.Context:
     context = ocp.Context()
+    # Orbax compares wall-clock times with its timeout, so a clock that is set forward would fail the save. Hangs are
+    # left to the run's watchdog.
+    context.asynchronous.timeout_secs = TIMEOUT_SECONDS
     # Trained weights do not compress.
     context.array.saving.use_compression = False
     # Callers have compared the names with the manifest; inference leaves out the optimizer.

@@ -237,11 +237,15 @@ class Checkpointer:
                 path.rmtree()
 
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
-        if jax.process_index() == 0:
-            path = self.directory / str(step)
-            if not has_manifest(path):
-                _remove(path)  # frees space on a full disk
-        complete = self.steps()
+        complete: list[int] = []
+        try:
+            if jax.process_index() == 0:
+                path = self.directory / str(step)
+                if not has_manifest(path):
+                    _remove(path)  # frees space on a full disk
+            complete = self.steps()
+        except OSError as again:  # Orbax may still write there, or the directory is not accessible any more
+            logger.warning(f"the incomplete checkpoint of step {step} could not be removed: {again}")
         latest = f"the latest complete one is of step {complete[-1]}" if complete else "there is no complete one yet"
         reason = "the disk is full" if is_disk_full(error) else f"{type(error).__name__}: {error}"
         return CheckpointError(

@@ -18,7 +18,12 @@ def steps_in(directory: epath.PathLike) -> list[int]:
     directory = epath.Path(directory)
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in directory.iterdir() if _is_step(path.name) and path.is_dir())
+
+
+def _is_step(name: str) -> bool:
+    """Whether `name` is a step as the checkpointer writes it: "4", not "0004" or "٤"."""
+    return name.isdecimal() and name == str(int(name))
 
 
 def is_checkpoint(path: epath.PathLike) -> bool:

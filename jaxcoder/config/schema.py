@@ -180,6 +180,8 @@ class EvalConfig:
     """Windows of max_seq_len tokens read from each held-out store, the same ones every time."""
     infill_gaps: int = non_negative(0)
     """Held-out lines for the model to infill, the same ones every time; 0 turns this off."""
+    stop_on_error: bool = False
+    """An evaluation that fails ends the run, after saving. False logs the error, and the run continues."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxcoder.data.directory import Directory
 from jaxcoder.errors import DataError
+from jaxcoder.io.os_errors import is_access_error
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "jaxcoder token store"
@@ -177,6 +178,8 @@ class TokenStore:
         bad = [shard for shard in shards if not self._is_readable(shard, start, stop)] or list(shards)
         names = " and ".join(f"tokens/c/{shard}" for shard in bad)
         reason = str(error).split("[", 1)[0].strip()
+        if is_access_error(error):
+            return f"The token store {self.path} cannot be read ({names}: {reason}): check that it is still there."
         return f"The token store {self.path} is damaged: {names} cannot be read ({reason}); {_ANEW}."
 
     def _is_readable(self, shard: int, start: int, stop: int) -> bool:

@@ -12,7 +12,7 @@ Levenshtein's (insertions, deletions, substitutions of characters) after the sam
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from jaxcoder.io.document import Document
 from jaxcoder.protocols import Generator
 
 SHORTEST_LINE, LONGEST_LINE = 8, 100
+GAPS_AT_ONCE = 32
 COMMENT_STARTS = ("#", "//", "/*", "*", "--", ";", "%", '"""', "'''")
 
 
@@ -56,9 +57,22 @@ def single_line_gaps(
     return gaps[:count]
 
 
-def infill_scores(generator: Generator, gaps: Sequence[Gap], *, max_new_tokens: int = 64) -> InfillScores:
-    """Asks for every gap's line, greedily, up to the end of the line, and scores the answers. No gaps score 0."""
-    answers = generator.infill([(gap.prefix, gap.suffix) for gap in gaps], max_new_tokens=max_new_tokens, stop=("\n",))
+def infill_scores(
+    generator: Generator,
+    gaps: Sequence[Gap],
+    *,
+    max_new_tokens: int = 64,
+    poll: Callable[[], object] = lambda: None,
+) -> InfillScores:
+    """Infills the line of every gap greedily, up to the end of the line, and scores the answers. No gaps score 0.
+
+    poll: called before every group of gaps; it may raise to end the work.
+    """
+    answers: list[str] = []
+    for first in range(0, len(gaps), GAPS_AT_ONCE):
+        poll()
+        group = [(gap.prefix, gap.suffix) for gap in gaps[first : first + GAPS_AT_ONCE]]
+        answers += generator.infill(group, max_new_tokens=max_new_tokens, stop=("\n",))
     lines = [gap.line.strip() for gap in gaps]
     stripped = [answer.strip() for answer in answers]
     count = max(len(gaps), 1)

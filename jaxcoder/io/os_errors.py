@@ -10,6 +10,8 @@ from jaxcoder.errors import DataError, JaxcoderError
 
 # Top-level packages whose exceptions mean that an object store refused the access or could not be reached.
 _CLIENTS = {"aiobotocore", "aiohttp", "asyncio", "botocore", "gcsfs", "google", "requests", "s3fs", "urllib3"}
+# The statuses with which tensorstore's errors begin when the storage, and not the data, is the cause.
+_STORAGE_STATUS = re.compile("NOT_FOUND|UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|DEADLINE_EXCEEDED|ABORTED")
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_SPACE_WORDS = re.compile("No space left on device|Disk quota exceeded|File too large")
 
@@ -26,6 +28,19 @@ def is_disk_full(error: BaseException) -> bool:
     tensorstore, pyarrow and Orbax raise other types than OSError, but quote the operating system's words.
     """
     return getattr(error, "errno", None) in _NO_SPACE or _NO_SPACE_WORDS.search(str(error)) is not None
+
+
+def is_access_error(error: BaseException) -> bool:
+    """Whether an error, or one that caused it, came from the operating system, tensorstore's storage or a client of
+    object stores."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) or type(cause).__module__.split(".")[0] in _CLIENTS:
+            return True
+        if isinstance(cause, ValueError) and _STORAGE_STATUS.match(str(cause)):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def explain_os_error(error: BaseException, resume_command: str = "") -> str | None:
@@ -59,7 +74,7 @@ def access_errors(
     except JaxcoderError:
         raise
     except Exception as error:
-        if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS):
+        if not is_access_error(error):
             raise
         raise kind(describe_os_error(error, path, action)) from error
 

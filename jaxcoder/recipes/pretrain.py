@@ -4,7 +4,7 @@ The loop itself generates nothing (`jaxcoder/train` knows no inference); what it
 is handed from here. Further tasks join `evaluations`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.store import TokenStore
@@ -70,10 +70,11 @@ class HeldOutInfilling:
         ]
         self._gaps = single_line_gaps(documents, count=count, seed=_SEED)
 
-    def __call__(self, model: Decoder) -> Mapping[str, float]:
-        """eval/infill/{exact_match, edit_similarity, count}; call with the model's mesh in scope."""
+    def __call__(self, model: Decoder, poll: Callable[[], object] = lambda: None) -> Mapping[str, float]:
+        """eval/infill/{exact_match, edit_similarity, count}. Call with the model's mesh in scope; poll: called between
+        batches."""
         generator = TextGenerator(model, self._tokenizer, spm=True, truncate=True)
-        scores = infill_scores(generator, self._gaps)
+        scores = infill_scores(generator, self._gaps, poll=poll)
         return {
             "eval/infill/exact_match": scores.exact_match,
             "eval/infill/edit_similarity": scores.edit_similarity,

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: a stop after a complete step, the same in all processes of a run."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -77,6 +78,13 @@ def on_signal(number: int, call: Callable[[], object]) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL if previous is None else previous)
 
 
+Poll = Callable[[], None]
+
+
+class StopRequested(Exception):
+    """Ends work between two steps after a stop was requested."""
+
+
 class CoordinatedStop:
     """A stop of all processes of a run after the same step, whichever of them received the signal.
 
@@ -90,11 +98,35 @@ class CoordinatedStop:
     def __init__(self, stop: GracefulStop, group: ProcessGroup):
         self._stop, self._group = stop, group
         self._after: int | None = None
+        self.interrupted_work = False
+        """Whether a function of `during` has raised StopRequested."""
 
     @property
     def exit_code(self) -> int:
         """Of this process's signal; 143 if another process received it."""
         return self._stop.exit_code or EXIT_SIGTERM
+
+    def during(self, work: str) -> "Poll":
+        """For long work between two steps: a function to call between its batches, equally often in every process.
+
+        Once a stop was requested it raises StopRequested, in all processes at the same call; `is_due` is then true.
+        """
+        calls = itertools.count(1)
+
+        def poll() -> None:
+            number = next(calls)
+            if self._group.count == 1:
+                is_requested = self._stop.requested is not None
+            else:
+                if self._stop.requested is not None:
+                    self._group.post_first(f"stop/{work}", str(number + self.LEAD))
+                after = self._group.read(f"stop/{work}")
+                is_requested = after is not None and number >= int(after)
+            if is_requested:
+                self._after, self.interrupted_work = 0, True
+                raise StopRequested
+
+        return poll
 
     def is_due(self, step: int) -> bool:
         """Whether to stop after `step`. Call it after every step in every process."""

@@ -5,7 +5,7 @@ uses its context: it should fall with the position.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,16 +49,16 @@ class HeldOut:
         self._languages = [_Languages(held_out.stream) for held_out in streams]
         self._step = make_eval_step()
 
-    def __call__(self, model: Model) -> dict[str, float]:
+    def __call__(self, model: Model, poll: Callable[[], object] = lambda: None) -> dict[str, float]:
         """eval/{loss, bits_per_byte, tokens}, and the same under eval/lang/NAME, eval/position/FIRST-LAST and, with
-        several held-out stores, eval/corpus/NAME. Call with the mesh in scope."""
+        several held-out stores, eval/corpus/NAME. Call with the mesh in scope. poll: called before every batch."""
         everything = Sums()
         by_language: dict[str, Sums] = {}
         by_corpus: dict[str, Sums] = {}
         by_position = [Sums() for _ in position_ranges(self._config.model.max_seq_len)]
         for held_out, languages in zip(self._streams, self._languages, strict=True):
             corpus_sums = by_corpus.setdefault(held_out.name, Sums())
-            for name, nats, tokens, text_bytes in self._evaluate(model, held_out.stream, languages, by_position):
+            for name, nats, tokens, text_bytes in self._evaluate(model, held_out.stream, languages, by_position, poll):
                 for total in (everything, corpus_sums, by_language.setdefault(name, Sums())):
                     total.add(nats, tokens, text_bytes)
         metrics = everything.metrics("eval")
@@ -73,13 +73,19 @@ class HeldOut:
         return metrics
 
     def _evaluate(
-        self, model: Model, stream: SampleStream, languages: "_Languages", by_position: list[Sums]
+        self,
+        model: Model,
+        stream: SampleStream,
+        languages: "_Languages",
+        by_position: list[Sums],
+        poll: Callable[[], object],
     ) -> Iterator[tuple[str, float, int, int]]:
         """(language, nats, tokens, bytes of text) per batch and language; adds to `by_position`."""
         lasts = [last for _, last in position_ranges(self._config.model.max_seq_len)]
         batch_size = self._config.microbatch_size or self._config.global_batch_size
         num_windows = self._config.eval.num_windows
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
+            poll()
             counts = batch.loss_mask > 0
             nats = np.asarray(self._step(model, shard_batch(own_share(batch, self._mesh), self._mesh)), np.float64)[
                 counts

@@ -1,22 +1,29 @@
 """The training loop.
 
 One step: take the next batch, already on the devices -> dispatch the jitted step -> write the metrics of the step
-before -> evaluate and save when due -> stop when a signal came. `step` counts completed optimizer steps, `samples` the
+before -> save and evaluate when due -> stop after a signal. `step` counts completed optimizer steps, `samples` the
 windows that they consumed, which is the complete position in the data.
+
+Saving comes before evaluating, so that an evaluation that fails loses nothing. A run that was stopped between the two
+evaluates that step again when it continues.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import jax
 
 from jaxcoder.config import RunConfig
-from jaxcoder.errors import Interrupted
+from jaxcoder.errors import CheckpointError, Interrupted, LostProcessError, TransientError
+from jaxcoder.io.os_errors import is_access_error, is_disk_full
 from jaxcoder.models.protocol import Model
 from jaxcoder.runtime import resume_command
+from jaxcoder.runtime.signals import Poll, StopRequested
 from jaxcoder.runtime.watchdog import DATA, STEP
 from jaxcoder.train.batch_statistics import fim_shares, text_bytes
 from jaxcoder.train.profile import ProfileSteps
@@ -26,9 +33,9 @@ from jaxcoder.train.session import AlterBatch, TrainSession
 from jaxcoder.train.state import flatten_state
 from jaxcoder.train.step import make_train_step
 
-Evaluation = Callable[[Model], Mapping[str, float]]
-"""A further evaluation at the cadence of the held-out loss, such as infilling: weights -> metrics ("eval/...").
-Called in every process, with the mesh in scope."""
+Evaluation = Callable[[Model, Poll], Mapping[str, float]]
+"""A further evaluation at the cadence of the held-out loss, such as infilling: (weights, poll) -> metrics ("eval/...").
+Called in every process, with the mesh in scope; it calls `poll` between its batches."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +77,8 @@ def train(
     open_weights: opens `config.init_from`.
     alter_batch: changes batches before they are used, for drills.
     Raises ConfigError and DataError before anything is computed; Interrupted, after saving, on SIGTERM or Ctrl-C;
-    TrainingError when too many steps in a row are not finite; LostProcessError when another process has ended.
+    TransientError, after saving, if a file system or object store fails during the run; TrainingError when too many
+    steps in a row are not finite; LostProcessError when another process has ended.
     """
     session = TrainSession(
         config,
@@ -80,26 +88,21 @@ def train(
         profile_steps=profile_steps,
         alter_batch=alter_batch,
     )
-    with session:
+    with session, save_on_failure(session):
         train_steps: dict[int, Callable] = {}
         eval_metrics: dict[str, float] = {}
+        if session.step and is_evaluation_due(session) and not (eval_metrics := session.saved_evaluation()):
+            eval_metrics = evaluate(session, evaluations)
         while session.step < config.num_steps:
             if session.stop.is_due(session.step):
-                save(session)
-                wait_for_save(session)
-                raise Interrupted(
-                    f"stopped after step {session.step:,}, which is saved in `{session.directory.checkpoints}`.",
-                    exit_code=session.stop.exit_code,
-                    resume_command=resume_command(),
-                )
+                stop(session)
             take_step(session, train_steps)
-            is_last = session.step == config.num_steps
-            if is_last or session.step % config.eval.every_steps == 0:
-                eval_metrics = evaluate(session, evaluations)
-            if is_last or session.checkpointer.is_due(session.step):
+            if session.step == config.num_steps or session.checkpointer.is_due(session.step):
                 save(session)
-        if not eval_metrics:  # the restored run was complete
-            eval_metrics = measure(session, evaluations)
+            if is_evaluation_due(session):
+                eval_metrics = evaluate(session, evaluations)
+        if session.stop.interrupted_work:
+            stop(session)
         wait_for_save(session)
         return TrainResult(
             directory=session.directory,
@@ -107,6 +110,44 @@ def train(
             eval_metrics=eval_metrics,
             late_stop=session.stop_signal.exit_code,
         )
+
+
+def stop(session: TrainSession) -> NoReturn:
+    """Saves and raises Interrupted."""
+    save(session)
+    wait_for_save(session)
+    raise Interrupted(
+        f"stopped after step {session.step:,}, which is saved in `{session.directory.checkpoints}`.",
+        exit_code=session.stop.exit_code,
+        resume_command=resume_command(),
+    )
+
+
+@contextlib.contextmanager
+def save_on_failure(session: TrainSession) -> Iterator[None]:
+    """Saves the last completed step if a file system or object store fails inside the block, and raises TransientError
+    for failures that may pass.
+
+    With several processes nothing is saved: the others are already computing the next step, whose input is donated.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (is_access_error(error) or isinstance(error, CheckpointError)):
+            raise
+        saved = ""
+        if session.group.count == 1 and not isinstance(error, CheckpointError):
+            save(session)
+            wait_for_save(session)
+            saved = f" Step {session.step:,} is saved."
+        if is_disk_full(error):
+            raise
+        raise TransientError(f"{str(error).rstrip('.')}.{saved} The same command continues the run.") from error
+
+
+def is_evaluation_due(session: TrainSession) -> bool:
+    """Whether the present step is evaluated: at the cadence of the config, and at the end."""
+    return session.step == session.config.num_steps or session.step % session.config.eval.every_steps == 0
 
 
 def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
@@ -133,10 +174,11 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
         num_bytes = text_bytes(batch, session.token_bytes)
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             session.state, metrics = train_steps[batch_size](session.state, device_batch)
+        session.step, session.samples = step, session.samples + batch_size
         log.record(
             step,
             metrics,
-            samples=session.samples + batch_size,
+            samples=session.samples,
             batch_size=batch_size,
             text_bytes=None if num_bytes is None else num_bytes * (batch_size // len(batch.inputs)),
             data_wait=data_wait,
@@ -145,7 +187,6 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
         if is_first:
             log.flush()  # the time of compilation must not be recorded as a step's
         session.profiler.after(step, log.flush)
-    session.step, session.samples = step, session.samples + batch_size
     if not is_first:
         session.watchdog.record_host_work(time.monotonic() - started - (log.blocked - blocked))
     session.checkpointer.poll()
@@ -153,27 +194,45 @@ def take_step(session: TrainSession, train_steps: dict[int, Callable]) -> None:
 
 
 def evaluate(session: TrainSession, evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """`measure`, with its metrics written, logged and given to the alarm hooks."""
+    """The held-out loss and all further evaluations of the present weights, without dropout, written, logged and given
+    to the alarm hooks.
+
+    {} without evaluations, and after a stop was requested or an evaluation has failed. The failure is logged, or, if
+    the config says so, raised after saving.
+    """
     if session.held_out is None and not evaluations:
         return {}
     session.log.flush()
-    started = time.monotonic()
-    metrics = measure(session, evaluations)
+    session.watchdog.enter("evaluate", session.step)
+    started, poll = time.monotonic(), session.stop.during(f"evaluate/{session.step}")
+    metrics: dict[str, float] = {}
+    try:
+        with session.timer.measure("evaluate"):
+            if session.held_out is not None:
+                metrics |= session.held_out(session.state.model, poll)
+            for evaluation in evaluations:
+                metrics |= evaluation(session.state.model, poll)
+    except StopRequested:
+        logger.info(f"step {session.step:,}: the evaluation was interrupted; it is repeated when the run continues.")
+        return {}
+    except LostProcessError:
+        raise
+    except Exception as error:
+        if not session.all_failed(f"evaluate/{session.step}"):
+            raise
+        if session.config.eval.stop_on_error:
+            save(session)
+            wait_for_save(session)
+            raise
+        message = f"{type(error).__name__}: {error}"
+        session.events.write("evaluation_failed", step=session.step, message=message)
+        logger.warning(f"step {session.step:,}: the evaluation failed, and the run continues: {message}")
+        return {}
     session.writer.write(session.step, metrics | {"eval_seconds": time.monotonic() - started})
     logger.info(f"step {session.step:,}: {summarize(metrics)}")
     session.alarm_hooks(session.step, metrics)
     session.log.pause()
     session.timer.write(session.step, now=True)
-    return metrics
-
-
-def measure(session: TrainSession, evaluations: Sequence[Evaluation]) -> dict[str, float]:
-    """The held-out loss and all further evaluations of the present weights, without dropout."""
-    session.watchdog.enter("evaluate", session.step)
-    with session.timer.measure("evaluate"):
-        metrics = {} if session.held_out is None else session.held_out(session.state.model)
-        for evaluation in evaluations:
-            metrics |= evaluation(session.state.model)
     return metrics
 
 

@@ -14,6 +14,7 @@ from jaxcoder.errors import (
     Interrupted,
     JaxcoderError,
     LostProcessError,
+    TransientError,
 )
 from jaxcoder.io.os_errors import is_disk_full
 from jaxcoder.record.event_log import CategoryTimer, EventLog
@@ -58,7 +59,7 @@ def exit_reason(error: BaseException) -> str:
 
 def find_lost(error: Exception, group: ProcessGroup, watchdog: Watchdog) -> JaxcoderError | None:
     """The error that names the process whose end explains `error`; None if the cause is another one."""
-    if isinstance(error, CheckpointError) and isinstance(error.__cause__, Exception):
+    while isinstance(error, TransientError | CheckpointError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # all processes save together
     is_explained = isinstance(error, JaxcoderError) or is_out_of_memory(error) or is_disk_full(error)
     if (

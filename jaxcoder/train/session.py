@@ -28,7 +28,7 @@ from jaxcoder.models.flops import num_parameters
 from jaxcoder.protocols import MetricWriter
 from jaxcoder.record.console import TrainingProgress, clear_live_line
 from jaxcoder.record.event_log import CategoryTimer, EventLog, new_attempt
-from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter
+from jaxcoder.record.metrics import JsonlWriter, MultiWriter, TensorBoardWriter, last_metrics
 from jaxcoder.runtime import (
     CoordinatedStop,
     GracefulStop,
@@ -58,6 +58,8 @@ AlterBatch = Callable[[int, Batch], Batch]
 """(step, this process's share of its batch) -> what is trained on instead."""
 
 _HOSTS_EVERY = 30.0  # seconds between two records of the slowest host
+_FAILURE_SECONDS = 20.0  # in which all processes report the failure of an evaluation
+_RECENT_RECORDS = 50  # of metrics.jsonl, among which is the evaluation of the restored step
 
 logger = logging.getLogger(__name__)
 
@@ -193,7 +195,14 @@ class TrainSession:
             self.state, self.step, self.samples = restore_or_initialize(
                 self.config, self.mesh, self.checkpointer, self._weights, self.tokenizer
             )
-        if self.step:
+        if self.step > self.config.num_steps:
+            raise ConfigError(
+                f"num_steps is {self.config.num_steps:,}, but `{self.directory.path}` has reached step {self.step:,}: "
+                "give at least that, or another --output-dir."
+            )
+        if self.step == self.config.num_steps:
+            logger.info(f"This run was complete before: step {self.step:,} of {self.config.num_steps:,}.")
+        elif self.step:
             logger.info(f"Continuing after step {self.step:,}.")
 
     def _open_input_and_output(self, stack: contextlib.ExitStack) -> None:
@@ -243,6 +252,29 @@ class TrainSession:
                 remaining = map(self._alter_batch, itertools.count(self.step + 1), remaining)
             with prefetch_to_devices(remaining, self.mesh) as prefetched:
                 yield prefetched
+
+    def saved_evaluation(self) -> dict[str, float]:
+        """The evaluation metrics of the restored step in metrics.jsonl; {} if that step was not evaluated."""
+
+        def read(_: object) -> dict[str, float]:
+            records = last_metrics(self.directory.metrics_file, _RECENT_RECORDS)
+            evaluated = [record for record in records if record["step"] == self.step and "eval_seconds" in record]
+            return {name: value for name, value in evaluated[-1].items() if "eval/" in name} if evaluated else {}
+
+        return self.group.agree("evaluated", None, read)
+
+    def all_failed(self, work: str) -> bool:
+        """Called after `work` between two steps has failed: whether it fails in every process, within a few seconds.
+
+        A process without the failure would hang in a collective, so then the run has to end.
+        """
+        self.group.post(f"failed/{work}/{self.group.index}", "")
+        deadline = time.monotonic() + _FAILURE_SECONDS
+        while len(self.group.posted(f"failed/{work}")) < self.group.count:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
 
     def record_progress(self) -> None:
         """Writes finished saves, goodput and the slowest host, when they are due."""
