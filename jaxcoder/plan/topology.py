@@ -94,12 +94,6 @@ class Topology:
         """JAX devices, of which a mesh is made."""
         return self.chips * self.chip.devices_per_chip
 
-    @property
-    def slice_devices(self) -> int:
-        """Devices connected by the fast links: a slice of TPUs, a node of GPUs."""
-        inside = self.shape[1] if self.platform == "cuda" else math.prod(self.shape)
-        return inside * self.chip.devices_per_chip
-
     def wraps(self, side: int) -> bool:
         """Whether a dim of the torus is closed to a ring: multiples of 4 in 3-D, 16 in 2-D."""
         length = self.shape[side]

@@ -19,7 +19,6 @@ def initialize(
     num_cpu_devices: int | None = None,
     deterministic: bool = False,
     share_accelerator: bool = False,
-    leave_accelerators: bool = False,
     debug: bool = False,
 ) -> None:
     """Sets JAX's global options; call it before the first array is created. It is idempotent.
@@ -29,7 +28,6 @@ def initialize(
     num_cpu_devices: virtual devices of the CPU backend, for meshes without accelerators (None: unchanged).
     deterministic: only deterministic GPU kernels, which are slower. CPUs and TPUs are always deterministic.
     share_accelerator: allocate GPU memory on demand, so that another library can use the GPU too.
-    leave_accelerators: run on CPUs even if there are accelerators.
     debug: keep the logs of libraries. By default they are silenced, because their errors are raised too.
     """
     if not debug:
@@ -45,8 +43,6 @@ def initialize(
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    if leave_accelerators:
-        jax.config.update("jax_platforms", "cpu")
     if compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
     elif _jax_option("jax_compilation_cache_dir") is None and _jax_option("jax_enable_compilation_cache"):

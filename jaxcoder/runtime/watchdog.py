@@ -151,22 +151,21 @@ class Watchdog:
                 asleep += now - last
                 woken = now  # heartbeats of that time were not read yet
             last = now
-            name = "step_seconds" if phase in (STEP, DATA) else "start_seconds"
-            limit = self._limits.step_seconds if phase in (STEP, DATA) else self._limits.start_seconds
+            step_limit, name, limit = self._limits.step_seconds, "start_seconds", self._limits.start_seconds
+            if phase in (STEP, DATA):
+                name, limit = "step_seconds", step_limit
             if limit is not None and now - since - asleep > limit:
-                self._end(self._message(phase, step, limit, name), EXIT_WATCHDOG, with_stacks=True)
-            least = self._limits.step_seconds
-            if (
-                least is not None
-                and now - woken > least
-                and any(self._silent_seconds(i) > least for i in self.silent_processes())
+                problem = f"has taken longer than {limit:g} seconds (watchdog.{name})"
+            elif (
+                step_limit is not None
+                and now - woken > step_limit
+                and any(self._silent_seconds(index) > step_limit for index in self.silent_processes())
             ):
-                message = f"{_activity(phase, step)} is blocked (watchdog.step_seconds {least:g}): "
-                self._end(message + self._suspect(phase, step), EXIT_WATCHDOG, with_stacks=True)
-
-    def _message(self, phase: str, step: int, limit: float, name: str) -> str:
-        problem = f"{_activity(phase, step)} has taken longer than {limit:g} seconds (watchdog.{name})"
-        return f"{problem}: {self._suspect(phase, step)}"
+                problem = f"is blocked (watchdog.step_seconds {step_limit:g})"
+            else:
+                continue
+            message = f"{_activity(phase, step)} {problem}: {self._suspect(phase, step)}"
+            self._end(message, EXIT_WATCHDOG, with_stacks=True)
 
     def _suspect(self, phase: str, step: int) -> str:
         if self._group.count == 1:
