@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxcoder.record.events import count, number, text
 
-SPENT = ("init", "restore", "compile", "data_wait", "step", "save", "evaluate")
+RECORDED = ("init", "restore", "compile", "data_wait", "step", "save", "evaluate")
 CATEGORIES = ("step", "lost", "data_wait", "save", "evaluate", "init", "restore", "compile", "other", "down")
 CATEGORY_NAMES = {
     "step": "steps",
@@ -37,11 +37,14 @@ _LONGEST_START = 86400.0  # seconds; a larger difference of process_started and 
 
 @dataclass(frozen=True)
 class TimeSample:
-    """A `spent` event: seconds since the attempt's start, last step known, seconds by category of SPENT, cumulative."""
+    """A `spent` event."""
 
     elapsed: float
+    """Seconds since the start of the attempt."""
     step: int | None
+    """The last one known to be complete."""
     by: Mapping[str, float]
+    """Cumulative seconds by category of RECORDED."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class Attempt:
     last_step: int | None
     """The last step that is known to be complete."""
     lost_steps: int
-    kept_step_seconds: float
+    useful_step_seconds: float
     seconds: Mapping[str, float]
     """By CATEGORIES without `down`; they add up to `duration`."""
     samples: Sequence[TimeSample]
@@ -154,20 +157,20 @@ class _AttemptEvents:
         readies = [count(event.get("step")) for event in events if event["event"] == "ready"]
         self.ready = next((step for step in readies if step is not None), None)
         self.samples = self._samples()
-        self.spent = self.samples[-1].by if self.samples else dict.fromkeys(SPENT, 0.0)
-        self.accounted = sum(self.spent.values())
+        self.recorded = self.samples[-1].by if self.samples else dict.fromkeys(RECORDED, 0.0)
+        self.accounted = sum(self.recorded.values())
         self.longest = max(self.last_seen - self.started, self.accounted)
 
     def _samples(self) -> list[TimeSample]:
         """In order. Cumulative values never decrease, even if a line is damaged."""
         samples: list[TimeSample] = []
-        by, elapsed = dict.fromkeys(SPENT, 0.0), 0.0
+        by, elapsed = dict.fromkeys(RECORDED, 0.0), 0.0
         step: int | None = None
         for event in self.events:
             seconds = event.get("seconds")
             if event["event"] != "spent" or not isinstance(seconds, Mapping):
                 continue
-            by = {name: max(by[name], number(seconds.get(name)) or 0.0) for name in SPENT}
+            by = {name: max(by[name], number(seconds.get(name)) or 0.0) for name in RECORDED}
             step = max((known for known in (step, count(event.get("step"))) if known is not None), default=None)
             elapsed = max(elapsed, (number(event["time"]) or 0.0) - self.started, sum(by.values()))
             samples.append(TimeSample(elapsed, step, by))
@@ -183,19 +186,19 @@ class _AttemptEvents:
         lost_steps = 0
         if restart is not None and last_step is not None:
             lost_steps = max(last_step - max(restart, self.ready or 0), 0)
-        kept, other = self._step_seconds_at(restart), max(duration - self.accounted, 0.0)
-        seconds = dict(self.spent) | {"step": kept, "lost": self.spent["step"] - kept, "other": other}
+        useful, other = self._step_seconds_at(restart), max(duration - self.accounted, 0.0)
+        seconds = dict(self.recorded) | {"step": useful, "lost": self.recorded["step"] - useful, "other": other}
         if self.ready is None:
             seconds |= {"init": seconds["init"] + other, "other": 0.0}
         return Attempt(
             id=self.id, begin=self.begin, started=self.started, last_seen=self.last_seen, offset=offset,
-            duration=duration, ready=self.ready, last_step=last_step, lost_steps=lost_steps, kept_step_seconds=kept,
+            duration=duration, ready=self.ready, last_step=last_step, lost_steps=lost_steps, useful_step_seconds=useful,
             seconds=seconds, samples=self.samples, ends=ends, is_last=is_last,
         )  # fmt: skip
 
     def _step_seconds_at(self, restart: int | None) -> float:
         """Seconds of `step` until step `restart` was complete; all of them without a restart."""
-        total, first = self.spent["step"], self.ready or 0
+        total, first = self.recorded["step"], self.ready or 0
         marks = [(first, 0.0)]
         marks += [(max(sample.step, first), sample.by["step"]) for sample in self.samples if sample.step is not None]
         if restart is None or restart >= marks[-1][0]:
@@ -218,13 +221,13 @@ def over_time(goodput: Goodput, bins: int) -> dict[str, np.ndarray]:
         elapsed = [min(sample.elapsed, attempt.duration) for sample in attempt.samples]
         times = np.array([0.0, *elapsed, attempt.duration])
         known = np.zeros(bins + 1)
-        for name in SPENT:
+        for name in RECORDED:
             cumulative = [0.0, *(sample.by[name] for sample in attempt.samples)]
             values = np.interp(inside, times, [*cumulative, cumulative[-1]])
             known += values
             if name == "step":
-                result["lost"] += np.diff(np.maximum(values - attempt.kept_step_seconds, 0.0))
-                values = np.minimum(values, attempt.kept_step_seconds)
+                result["lost"] += np.diff(np.maximum(values - attempt.useful_step_seconds, 0.0))
+                values = np.minimum(values, attempt.useful_step_seconds)
             result[name] += np.diff(values)
         rest = np.diff(np.maximum.accumulate(np.maximum(inside - known, 0.0)))
         result["init" if attempt.ready is None else "other"] += rest

@@ -42,9 +42,9 @@ class JsonlWriter:
         self._file = None
         if not self._is_remote:
             os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-            kept = b"".join(self._lines)
-            if not os.path.exists(self.path) or os.path.getsize(self.path) != len(kept):
-                write_bytes(self.path, kept)
+            content = b"".join(self._lines)
+            if not os.path.exists(self.path) or os.path.getsize(self.path) != len(content):
+                write_bytes(self.path, content)
             self._lines = []
             # Unbuffered, one write for each line: a line can be torn, but never mixed with another.
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_runs import STARTED, attempt_events, healthy
 
 from jaxcoder.record.events import read_events
-from jaxcoder.record.goodput import CATEGORIES, SPENT, account, over_time
+from jaxcoder.record.goodput import CATEGORIES, RECORDED, account, over_time
 
 
 def check_sound(goodput) -> None:
@@ -133,7 +133,7 @@ event = st.fixed_dictionaries(
     optional={
         "process_started": numbers,
         "step": numbers,
-        "seconds": st.dictionaries(st.sampled_from([*SPENT, "new"]), numbers) | numbers,
+        "seconds": st.dictionaries(st.sampled_from([*RECORDED, "new"]), numbers) | numbers,
         "reason": numbers,
         "message": numbers,
         "blocked": numbers,
