@@ -98,17 +98,17 @@ def _memory(plan: Plan) -> Iterator[str]:
     kind = "modelled" if compiled is None else "compiled"
     yield from row("memory", f"{_peak(plan)} ({kind})")
     if compiled is None:
-        parts = {
+        sizes = {
             "state: weights and optimizer": estimate.weights + estimate.optimizer_state,
             "gradients": estimate.gradients,
             "activations and gathered copies": estimate.saved_activations + estimate.working + estimate.gathered,
         }
     else:
-        parts = {"state: weights and optimizer": compiled.state_bytes, "batch": compiled.batch_bytes}
+        sizes = {"state: weights and optimizer": compiled.state_bytes, "batch": compiled.batch_bytes}
         if compiled.fits:
-            parts["activations, gradients, gathered weights"] = compiled.temporary_bytes or 0
-            parts["program, and results not in place"] = (compiled.code_bytes or 0) + (compiled.output_bytes or 0)
-    for name, size in parts.items():
+            sizes["activations, gradients, gathered weights"] = compiled.temporary_bytes or 0
+            sizes["program, and results not in place"] = (compiled.code_bytes or 0) + (compiled.output_bytes or 0)
+    for name, size in sizes.items():
         yield f"{_INDENT}{name:<42}{format_bytes(size * per_chip):>10}  ({kind})"
     if compiled is not None:
         ratio = f", {plan.estimated_bytes / plan.peak_bytes:.2f} of the compiler's figure" if plan.peak_bytes else ""

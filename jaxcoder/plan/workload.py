@@ -17,8 +17,8 @@ BF16, FP32 = 2, 4  # bytes
 # FLOPs of the backward attention kernel relative to the forward: five matmuls to two (Dao 2023).
 BACKWARD_ATTENTION = 2.5
 
-# Remat policy -> parts of a block that the backward pass computes again: the q, k, v projections, the attention kernel,
-# the output projection, all MLP matrices but the last. Checked against the FLOPs of compiled programs (tests/plan).
+# Remat policy -> operations of a block that the backward pass recomputes: q, k, v projections, attention kernel, output
+# projection, all MLP matrices but the last. Checked against the FLOPs of compiled programs (tests/plan).
 RECOMPUTED = {
     "none": frozenset[str](),
     "minimal": frozenset[str](),
@@ -122,7 +122,7 @@ class Layout:
     """Sequences per step."""
     microbatches: int = 1
     recomputed: frozenset[str] = frozenset()
-    """Parts of a block that the backward pass computes again, as in RECOMPUTED."""
+    """Operations of a block that the backward pass recomputes, as in RECOMPUTED."""
     tensor_all_reduces: int = 4
     """Per layer, as in TENSOR_ALL_REDUCES."""
     gradient_bytes: int = BF16
@@ -184,8 +184,8 @@ def work_of(decoder: DecoderShape, layout: Layout) -> Work:
     mlp_in = (decoder.mlp_matrices - 1) * decoder.embed_dim * decoder.mlp_dim / shards("mlp")
 
     # Matmuls: 2 FLOPs per token and weight forward, 4 backward, 2 more for each matrix that is recomputed.
-    parts = {"qkv": queries + keys_values, "out": queries, "mlp_in": mlp_in}
-    again = sum(weights for part, weights in parts.items() if part in layout.recomputed)
+    matrices = {"qkv": queries + keys_values, "out": queries, "mlp_in": mlp_in}
+    again = sum(weights for name, weights in matrices.items() if name in layout.recomputed)
     head = decoder.head_weights / shards("vocab")
     matmul = layer_tokens * (6 * (2 * queries + keys_values + mlp) + 2 * again) + tokens * 6 * head
 
@@ -224,11 +224,11 @@ def _saved_values(decoder: DecoderShape, layout: Layout) -> float:
     shards = decoder.shards_on(layout.mesh)
     queries = decoder.num_heads * decoder.head_dim / shards("heads")
     keys = decoder.num_kv_heads * decoder.head_dim / shards("kv_heads")
-    parts = {
+    outputs = {
         "qkv": queries + 2 * keys, "attention": queries, "out": decoder.embed_dim,
         "mlp_in": (decoder.mlp_matrices - 1) * decoder.mlp_dim / shards("mlp"),
     }  # fmt: skip
-    return decoder.embed_dim + sum(values for part, values in parts.items() if part not in layout.recomputed)
+    return decoder.embed_dim + sum(values for name, values in outputs.items() if name not in layout.recomputed)
 
 
 def _transfers(decoder: DecoderShape, layout: Layout, tokens: float) -> dict[str, float]:
