@@ -38,10 +38,10 @@ _MOST_FAILURES = 8  # with this many failed inputs a stage is given up: the inpu
 
 @dataclass(frozen=True)
 class Task:
-    """One shard of work. Paths are local or addresses (gs://, s3://); `size` is its share of the progress.
+    """One shard of work. Paths are local or addresses (gs://, s3://). size: its weight in the progress.
 
-    fn: a picklable function (inputs, output) -> summary of JSON values; `output` is a local Path, whole files only.
-    marker: where the summary is kept once the output is there. Names depend on the task alone.
+    fn: a picklable function (inputs, output) -> summary of JSON values, which writes the local file `output`.
+    marker: file of the summary, written after the output. Names depend on the task only.
     """
 
     fn: Callable[[tuple[str, ...], Path], dict]
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a task has no summary. `fatal`: a sentence for the user, which no retry would change."""
+    """Why a task failed. fatal: an error that the user must fix; it is not retried."""
 
     reason: str
     details: str = ""
@@ -62,11 +62,11 @@ class Failure:
 
 
 class Mapper(Protocol):
-    """Runs tasks somewhere and yields (index, summary or failure) as they end."""
+    """Runs tasks and yields (index, summary or failure) as they end."""
 
     def map(self, tasks: Sequence[Task]) -> Generator[tuple[int, dict | Failure], None, None]:
-        """Run the tasks; only some of them if workers died (the rest is mapped again). Closing the generator stops
-        it."""
+        """Runs the tasks, or only some of them if workers die (the caller maps the rest again). Closing the generator
+        stops it."""
 
     def close(self) -> None:
         """Stop the workers."""
@@ -85,12 +85,12 @@ def run_stage(
     summarize: Callable[[list[dict]], str] = lambda summaries: "",
     max_retries: int = MAX_RETRIES,
 ) -> list[dict]:
-    """Run the tasks that are not finished; returns the summaries of all, in order.
+    """Runs the tasks that are not finished; returns the summaries of all, in order.
 
-    `what`, `unit` and what `summarize` makes of the summaries are for the progress.
+    what, unit, summarize: for the progress.
 
-    A task that fails, or whose worker dies, is tried again up to `max_retries` times while the others go on. Raises
-    DataError, naming the inputs, if some still failed; at once for an error that is the user's to fix.
+    A task that fails, or whose worker dies, is retried up to `max_retries` times while the others continue. Raises
+    DataError that names the inputs that still failed; immediately for an error that the user must fix.
     """
     progress.start(what, sum(task.size for task in tasks), unit)
     stage = _Stage(tasks, max_retries)
@@ -100,7 +100,7 @@ def run_stage(
     while groups and len(stage.poison) < _MOST_FAILURES:
         group = groups.pop(0)
         suspects, rest, retries = stage.run(group, mapper, progress)
-        # When a worker dies, all running tasks are lost with it. Running each alone shows which one is the cause.
+        # When a worker dies, all running tasks are lost. Running each of them alone shows which one is the cause.
         groups = [[index] for index in suspects] + [rest] * bool(rest) + groups + [[index] for index in retries]
     if stage.unfinished():
         raise stage.error(what)
@@ -122,7 +122,7 @@ class _Stage:
         return [index for index in range(len(self._tasks)) if index not in self.summaries]
 
     def run(self, group: list[int], mapper: Mapper, progress: Progress) -> tuple[list[int], list[int], list[int]]:
-        """Map the tasks of the group; returns those to try alone, those that were not reached, those to try again."""
+        """Maps the tasks of the group; returns the tasks to run alone, those not reached, and those to retry."""
         failed: dict[int, Failure] = {}
         with contextlib.closing(mapper.map([self._tasks[index] for index in group])) as outcomes:
             for position, outcome in outcomes:
@@ -157,7 +157,7 @@ class _Stage:
 
 
 def _last(task: Task) -> str:
-    """The input that identifies a task: inputs that all tasks share come first."""
+    """The input that identifies a task: common inputs come first."""
     return (*task.inputs, task.output)[max(0, len(task.inputs) - 1)]
 
 
@@ -166,7 +166,7 @@ class _Details(Exception):
 
 
 def _finished(tasks: Sequence[Task]) -> dict[int, dict]:
-    """Summaries of the tasks that are done: the marker exists and the output has the size it records."""
+    """Summaries of the finished tasks: the marker exists and the output has the size in it."""
     if not tasks:
         return {}
     fs, _ = open_address(tasks[0].marker)
@@ -190,14 +190,14 @@ def _parse(marker: bytes) -> dict:
     try:
         return json.loads(marker)
     except ValueError:
-        return {"bytes": None}  # a machine that lost power may leave an empty file
+        return {"bytes": None}  # a power failure may leave an empty file
 
 
 # One task -------------------------------------------------------------------------------------------------------------
 
 
 def run_task(task: Task) -> dict:
-    """Do the task unless it is done; returns its summary, with the size of the output as `bytes`."""
+    """Runs the task unless it is finished; returns its summary, with the size of the output as `bytes`."""
     fs, output = open_address(task.output)
     _, marker = open_address(task.marker)
     if fs.exists(marker) and fs.exists(output):
@@ -223,7 +223,7 @@ def _uploading(fs, path: str) -> Iterator[Path]:
 
 
 def _attempt(task: Task) -> dict | Failure:
-    """`run_task` in a worker: failures come back as text, because not every exception survives pickling."""
+    """`run_task` in a worker. Failures are returned as text, because not every exception can be pickled."""
     try:
         return run_task(task)
     except JaxcoderError as error:
@@ -235,7 +235,7 @@ def _attempt(task: Task) -> dict | Failure:
         return Failure(f"{type(error).__name__}: {error}".rstrip(": "), details)
 
 
-# Where tasks run ------------------------------------------------------------------------------------------------------
+# Mappers --------------------------------------------------------------------------------------------------------------
 
 
 def available_cores() -> int:
@@ -244,11 +244,10 @@ def available_cores() -> int:
 
 
 class ProcessPool:
-    """`num_workers` processes of this machine (all cores by default); with 1, the tasks run in this very process.
+    """`num_workers` processes of this machine (default: one per core); with 1, the tasks run in this process.
 
-    Workers start from a fresh interpreter (forkserver: never a fork of a process that has threads), live until
-    `close`, and end by themselves as soon as this process is gone. A script that uses more than one worker needs the
-    usual `if __name__ == "__main__":`.
+    Workers are started by a forkserver (never by forking a process with threads), live until `close`, and end when this
+    process ends. A script with more than one worker needs `if __name__ == "__main__":`.
     """
 
     def __init__(self, num_workers: int | None = None):
@@ -262,10 +261,10 @@ class ProcessPool:
             return
         todo = iter(enumerate(tasks))
         running: dict[Future, int] = {}
-        died = Failure("the worker process died (was it short of memory?)", worker_died=True)
+        died = Failure("the worker process died (possibly out of memory)", worker_died=True)
         try:
             while True:
-                # No more than run at once: a task that waits in the pool would be lost with a worker, and suspected.
+                # Submit only as many as there are workers: a queued task would be lost and suspected with a worker.
                 for index, task in islice(todo, self.num_workers - len(running)):
                     running[self._submit(task)] = index
                 if not running:
@@ -280,7 +279,7 @@ class ProcessPool:
                         return
                     yield running.pop(future), outcome
         finally:
-            if running:  # the stage was given up with tasks running
+            if running:  # the stage was abandoned
                 self.close()
 
     def _submit(self, task: Task) -> Future:
@@ -289,7 +288,7 @@ class ProcessPool:
             with contextlib.suppress(BrokenProcessPool):  # an idle worker was killed
                 return pool.submit(_attempt, task)
             self.close()
-        raise DataError("Worker processes die as soon as they start: run with one worker (`--workers 1`) to see why.")
+        raise DataError("Worker processes die at start: run with one worker (`--workers 1`) to see the error.")
 
     def _start(self) -> ProcessPoolExecutor:
         import multiprocessing
@@ -307,25 +306,24 @@ class ProcessPool:
 
 
 def _start_worker(watched) -> None:
-    """End a worker when its owner dies: otherwise it would wait forever."""
+    """Ends a worker when its parent process dies; otherwise it would wait forever."""
     import signal
     import threading
 
     def watch() -> None:
         with contextlib.suppress(EOFError, OSError):
-            watched.recv()  # nothing is ever sent; returns when the owner closes its end, or dies
+            watched.recv()  # nothing is sent; it returns when the parent closes its end or dies
         os._exit(1)
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C goes to the owner, which closes the pool
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent handles Ctrl-C and closes the pool
     threading.Thread(target=watch, daemon=True).start()
 
 
 class RayCluster:
-    """A Ray cluster as mapper: Ray schedules the tasks and retries those of lost nodes; paths are sent, never data.
+    """A mapper on a Ray cluster, which schedules the tasks and retries those of lost nodes. Only paths are sent.
 
-    `address` joins a running cluster (default: RAY_ADDRESS, else a cluster of this machine alone). Every node needs the
-    same versions of Python and jaxcoder, and a file system or object store that all of them see. DataError if there is
-    no such cluster.
+    address: of a running cluster (default: RAY_ADDRESS, else a new cluster on this machine). All nodes need the same
+    versions of Python and jaxcoder and a common file system or object store. DataError if there is no such cluster.
     """
 
     def __init__(self, address: str | None = None, *, wave: int = 1024):

@@ -1,7 +1,7 @@
-"""StarCoder's basic filters for source files: which text is dropped, and for which reason.
+"""StarCoder's basic filters for source files.
 
-They run in the order of the original (lines, alphanumeric, alphabetic, XML, then HTML or the sizes of JSON and YAML);
-the first that fires is the reason that is counted. All comparisons are strict: a file at a limit is kept.
+They run in the original's order (lines, alphanumeric, alphabetic, XML, then HTML or the sizes of JSON and YAML); the
+first one that applies is the reason that is counted. All comparisons are strict: a file at a limit is kept.
 
 Reference: bigcode-dataset, preprocessing/filtering.py.
 """
@@ -12,7 +12,8 @@ from html.parser import HTMLParser
 from jaxcoder.corpus.extensions import ExtensionRule
 
 DATA_FILE_CHARACTERS = {"json": (100, 5000), "yaml": (100, 5000)}
-"""Least and most characters. The code says 100, the paper 50 for the least; the code made the data."""
+"""Minimum and maximum of characters. The minimum is 100 in the original's code, which made the data, and 50 in the
+paper."""
 
 _NOT_ALPHANUMERIC = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 _NOT_ALPHABETIC = bytes(byte for byte in range(128) if not chr(byte).isalpha())
@@ -20,7 +21,7 @@ _BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
 def why_dropped(text: str, language: str, rule: ExtensionRule) -> str | None:
-    """The reason to drop a file's text, or None to keep it."""
+    """The reason to drop a file, or None to keep it."""
     if not text.strip():
         return "empty"
     if rule.longest_line is not None:
@@ -45,12 +46,12 @@ def why_dropped(text: str, language: str, rule: ExtensionRule) -> str | None:
 
 
 def count_alphanumeric(text: str) -> int:
-    """Characters for which `str.isalnum` holds, counted as bytes where they are ASCII (50 times as fast)."""
+    """Number of characters with `str.isalnum`. ASCII is counted as bytes, which is 50 times as fast."""
     return _count(text, _NOT_ALPHANUMERIC, str.isalnum)
 
 
 def count_alphabetic(text: str) -> int:
-    """Characters for which `str.isalpha` holds."""
+    """Number of characters with `str.isalpha`."""
     return _count(text, _NOT_ALPHABETIC, str.isalpha)
 
 
@@ -65,16 +66,16 @@ def has_visible_text(html: str) -> bool:
     try:
         parser.feed(html)
         parser.close()
-    except (AssertionError, ValueError):  # what html.parser raises on some broken declarations
+    except (AssertionError, ValueError):  # raised by html.parser for some invalid declarations
         return False
-    visible = sum(map(len, parser.pieces))
+    visible = sum(map(len, parser.texts))
     return visible > 100 and visible / len(html) > 0.2
 
 
 class _VisibleText(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.pieces: list[str] = []
+        self.texts: list[str] = []
         self._hidden_by: str | None = None
 
     def handle_starttag(self, tag, attrs):
@@ -87,4 +88,4 @@ class _VisibleText(HTMLParser):
 
     def handle_data(self, data):
         if self._hidden_by is None:
-            self.pieces.append(data)
+            self.texts.append(data)

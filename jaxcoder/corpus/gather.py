@@ -135,7 +135,8 @@ def _judge(
     progress: Progress,
 ) -> list[KeptFile]:
     """Read and filter the sources' files; all that pass, exact copies included."""
-    skipped, dropped = Counter(), Counter()
+    skipped: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     found = [file for tree in trees for file in walk(tree, skipped)]
     summary.files_found = len(found)
     order = sorted(found, key=lambda file: keyed_hash(seed, f"{file.source.label}/{file.path}"))

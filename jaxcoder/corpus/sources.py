@@ -1,6 +1,6 @@
-"""Where raw code comes from: directory trees, walked in sorted order, without following links to directories.
+"""Sources of raw code: directory trees, walked in sorted order, without following links to directories.
 
-Without a tree of one's own the source is the running interpreter: its standard library and its installed packages.
+The default source is the running interpreter: its standard library and installed packages.
 """
 
 import os
@@ -16,17 +16,17 @@ from jaxcoder.errors import DataError
 from jaxcoder.formatting import format_bytes
 
 LARGEST_FILE = 4 << 20
-"""Bytes. Larger files are not read (a bound on memory of our own; they are tables and generated code)."""
+"""Bytes. Larger files, mostly tables and generated code, are skipped to bound memory; not a filter of the original."""
 
 SKIPPED_DIRECTORIES = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
-"""Not entered, like hidden directories and package metadata. Installed packages in a tree are a separate source."""
+"""Skipped, like hidden directories and package metadata. Installed packages in a tree are a separate source."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A directory tree; `label` is the first half of its documents' repo_name.
+    """A directory tree. label: the first part of its documents' repo_name.
 
-    `is_package_root`: its entries are importable packages (otherwise a user's tree, whose levels are unknown).
+    is_package_root: its entries are importable packages (False for a user's tree, whose levels are unknown).
     """
 
     root: Path
@@ -36,7 +36,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file found: where it is, and its path inside the source with `/`."""
+    """A file and its path relative to the source, with `/`."""
 
     file: str
     source: Source
@@ -58,16 +58,16 @@ def interpreter_sources() -> list[Source]:
 
 
 def directory_sources(directories: Sequence[str | Path]) -> list[Source]:
-    """Sources for the user's own directories. Raises DataError for one that is not there or is not a directory."""
+    """Sources for a user's directories. Raises DataError if one does not exist or is not a directory."""
     sources: list[Source] = []
     for directory in map(Path, directories):
         if not directory.exists():
             raise DataError(f"The source directory {directory} does not exist: check the spelling.")
         if not directory.is_dir():
-            raise DataError(f"The source {directory} is a file: give the directory that holds the code.")
+            raise DataError(f"The source {directory} is a file: give the directory that contains the code.")
         root = directory.resolve()
         if any(root == other.root or other.root in root.parents for other in sources):
-            continue  # it is part of a source that is already there
+            continue  # part of an earlier source
         label = root.name or "root"
         if any(other.label == label for other in sources):
             label = f"{label}-{len(sources) + 1}"
@@ -76,13 +76,14 @@ def directory_sources(directories: Sequence[str | Path]) -> list[Source]:
 
 
 def walk(source: Source, skipped: Counter[str]) -> Iterator[SourceFile]:
-    """Every regular file of a source, in sorted order; what cannot be read or followed is counted in `skipped`."""
+    """Every regular file of a source, in sorted order. Entries that cannot be read or followed are counted in
+    `skipped`."""
     pending = [source.root]
     while pending:
         directory = pending.pop()
         try:
-            with os.scandir(directory) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
+            with os.scandir(directory) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError:
             skipped["unreadable directory"] += 1
             continue
@@ -104,7 +105,7 @@ def _is_skipped(name: str) -> bool:
 
 
 def _kind(entry: os.DirEntry) -> str:
-    """ "file", "directory", or the reason to leave the entry alone."""
+    """ "file", "directory", or the reason to skip the entry."""
     try:
         if entry.is_dir(follow_symlinks=False):
             return "directory"
@@ -117,7 +118,7 @@ def _kind(entry: os.DirEntry) -> str:
 
 
 def read_source(file: str) -> tuple[str, str | None]:
-    """The text of a file, or ("", reason) if it is not readable text. Line ends stay as they are."""
+    """The text of a file with unchanged line ends, or ("", reason) if it is not readable text."""
     try:
         with open(file, "rb") as stream:
             content = stream.read(LARGEST_FILE + 1)

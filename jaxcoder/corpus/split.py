@@ -1,9 +1,8 @@
-"""Choosing the held-out documents: complete top-level packages, so that the model never saw their neighbours.
+"""Chooses the held-out documents: complete top-level packages, so that training has no file of them.
 
-Packages that share a file (one vendors the other, wholly or with changes here and there) are linked, and linked
-packages are on one side. If links leave no choice (all packages are linked), single packages are held out and a
-text that occurs on both sides is kept for training only: held-out loss must be measured on unseen text, while training
-text need not be given up for that.
+Packages that share a file (for example vendored copies) are linked, and linked packages are on the same side. If all
+packages are linked, single packages are held out, and a text on both sides is used for training only, so that held-out
+loss is measured on unseen text.
 """
 
 import hashlib
@@ -18,7 +17,7 @@ class KeptFile:
 
     file: str
     repo_name: str
-    """Source and package: complete repo_names are held out."""
+    """Source and package, the unit that is held out."""
     path: str
     lang: str
     digest: bytes
@@ -26,10 +25,10 @@ class KeptFile:
 
 
 def packages_of(sizes: Mapping[str, int], *, is_package_root: bool) -> dict[str, str]:
-    """The top-level package of every path (path -> bytes) inside a source: a directory, or a module without its suffix.
+    """The top-level package of every path of a source (path -> bytes): a directory, or a module without its suffix.
 
-    In a package root that is the first component. A tree of the user's may wrap its packages (`src/project/...`), so
-    there a directory with over nine tenths of all bytes is a wrapper: its entries count as the packages.
+    In a package root it is the first component. A user's tree may have its packages in a subdirectory
+    (`src/project/...`): there the entries of a directory with over 90 % of all bytes count as the packages.
     """
     packages: dict[str, str] = {}
     limit = 0.9 * sum(sizes.values())
@@ -51,10 +50,10 @@ def packages_of(sizes: Mapping[str, int], *, is_package_root: bool) -> dict[str,
 
 
 def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> frozenset[str]:
-    """repo_names to hold out: at most `fraction` of the bytes where possible, at least one, never all.
+    """repo_names to hold out: at most `fraction` of the bytes if possible, at least one, never all.
 
-    The order in which packages are tried is a hash of (seed, name), so one more package changes little.
-    Empty if `fraction` is 0, or if there is nothing to choose: one package, or packages of the same files only.
+    Packages are tried in the order of a hash of (seed, name), so that a new package changes little. Empty if `fraction`
+    is 0, or for a single package.
     """
     if fraction <= 0:
         return frozenset()
@@ -74,7 +73,9 @@ def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> fr
         if weight[group] <= budget:
             budget -= weight[group]
             held_out += group
-    return frozenset(held_out or min(groups, key=weight.__getitem__, default=()))
+    if not held_out and groups:
+        held_out += min(groups, key=weight.__getitem__)
+    return frozenset(held_out)
 
 
 def _in_one_package_only(files: Sequence[KeptFile]) -> list[KeptFile]:
@@ -85,7 +86,7 @@ def _in_one_package_only(files: Sequence[KeptFile]) -> list[KeptFile]:
 
 
 def linked_packages(files: Sequence[KeptFile]) -> list[tuple[str, ...]]:
-    """repo_names grouped so that no text stands in two groups; names sorted in a group, groups by first name."""
+    """Groups of repo_names such that no text is in two groups; names are sorted, groups by their first name."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -106,7 +107,7 @@ def linked_packages(files: Sequence[KeptFile]) -> list[tuple[str, ...]]:
 
 
 def without_copies(files: Sequence[KeptFile], held_out: frozenset[str]) -> list[KeptFile]:
-    """One file for each text, sorted by (repo_name, path); a text that stands on both sides stays in training."""
+    """One file per text, sorted by (repo_name, path); a text on both sides is used for training."""
     chosen: dict[bytes, KeptFile] = {}
     for file in sorted(files, key=lambda file: (file.repo_name in held_out, file.repo_name, file.path)):
         chosen.setdefault(file.digest, file)
@@ -114,5 +115,5 @@ def without_copies(files: Sequence[KeptFile], held_out: frozenset[str]) -> list[
 
 
 def keyed_hash(seed: int, name: str) -> bytes:
-    """A hash that orders names at random, the same on every machine."""
+    """A hash for a random order of names that is the same on every machine."""
     return hashlib.blake2b(f"{seed} {name}".encode(errors="surrogateescape"), digest_size=16).digest()

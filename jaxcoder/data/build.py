@@ -1,15 +1,14 @@
-"""Documents -> token store, once, in a seeded random order: a build is four stages of shard tasks.
+"""Builds a token store from documents, in a seeded random order, in four stages of shard tasks.
 
-    inputs      the files of documents are hashed and cut into slices
-    encode      each slice is encoded and cut into buckets by the documents' keys       work/runs/
-    sort        each bucket is gathered from all slices and sorted by key               work/buckets/
-    write       each shard of the array is cut out of the buckets that it lies in       tokens/, documents.parquet
+    inputs      hash the files of documents and split them into slices
+    encode      encode each slice and partition it into buckets by document key          work/runs/
+    sort        collect each bucket from all slices and sort it by key                   work/buckets/
+    write       write each shard of the array from the buckets that overlap it           tokens/, documents.parquet
 
-No content of a corpus is in memory but one slice, one bucket or one shard in each worker. The result is a function of
-the documents, the tokenizer and the seed alone: not of the number of workers, the sizes of slices and buckets, or of
-interruptions. A killed build goes on at the tasks that were not finished. What identifies a build is written first
-(`work/build.json`), the manifest last, and the directory of another build is never touched.
-The scratch space below `work/` is about 3.5 bytes a token; it is removed at the end.
+Each worker holds one slice, one bucket or one shard in memory. The store depends on the documents, the tokenizer and
+the seed only, not on the number of workers, the sizes of slices and buckets, or interruptions. A killed build resumes
+at its unfinished tasks. The identity of a build is written first (`work/build.json`), the manifest last; the directory
+of another build is never modified. The temporary files in `work/` take about 3.5 bytes per token.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,17 +40,17 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
 MAX_DOCUMENT_BYTES = 64 << 20  # a worker needs some 50 times as much while it encodes such a document
-_BYTES_FOR_A_WORKER = 8 << 20  # less text than this is encoded before another process has started
+_BYTES_FOR_A_WORKER = 8 << 20  # encoding less text takes less time than starting a process
 _BUILD = f"{WORK}/build.json"
 _INPUTS = f"{WORK}/inputs.json"
 
 
 @dataclass(frozen=True)
 class WorkSizes:
-    """How the work is cut, in bytes of text; the store does not depend on it.
+    """Sizes of slices and buckets in bytes of text; the store does not depend on them.
 
-    A worker needs about 130 MB, with a vocabulary of 49,152, and 3 times the larger of the two. There are at most 8192
-    slices and as many buckets, so both grow with corpora beyond some hundred gigabytes.
+    A worker needs about 130 MB with a vocabulary of 49,152, plus 3 times the larger of the two. There are at most 8192
+    slices and as many buckets, so both grow with corpora of several hundred gigabytes.
     """
 
     slice_bytes: int = 32 << 20
@@ -72,13 +72,13 @@ def build_store(
     max_document_bytes: int = MAX_DOCUMENT_BYTES,
     sizes: WorkSizes = WorkSizes(),
 ) -> TokenStore:
-    """Build the token store of `documents` (parquet, jsonl, directories of them) in `output_dir`; return it, open.
+    """Builds the token store of `documents` (parquet, jsonl, directories of them) in `output_dir` and opens it.
 
-    All paths may be local, gs:// or s3://. A finished store of the same build is returned at once, an unfinished one is
-    completed. The work is done by `mapper`, by default a process on every core (in a script, more than one needs
-    `if __name__ == "__main__":`). `shard_tokens` is a multiple of 8192. Raises DataError if the directory holds
-    anything else, if there are no documents, if one of them cannot be read or is larger than `max_document_bytes`, if
-    the disk is full, or if an object store cannot be reached.
+    All paths may be local, gs:// or s3://. A complete store of the same build is returned immediately, an incomplete
+    one is resumed. `mapper` runs the tasks, by default one process per core (a script then needs
+    `if __name__ == "__main__":`). `shard_tokens` is a multiple of 8192. Raises DataError if the directory has other
+    contents, if there are no documents, if one of them cannot be read or is larger than `max_document_bytes`, if the
+    disk is full, or if an object store cannot be accessed.
     """
     if shard_tokens < 1 or shard_tokens % CHUNK_TOKENS:
         raise ConfigError(f"shard_tokens is {shard_tokens}: choose a multiple of {CHUNK_TOKENS}.")
@@ -86,7 +86,7 @@ def build_store(
     directory = Directory(absolute(os.fspath(output_dir)))
     present = _usable(directory)
     inputs = _describe_inputs(files, directory, present, progress)
-    settings = {
+    settings: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "seed": check_seed(seed),
@@ -124,24 +124,24 @@ def _mapper(mapper: Mapper | None, total_bytes: int) -> Iterator[Mapper]:
         yield pool
 
 
-# Whose directory it is ------------------------------------------------------------------------------------------------
+# The output directory -------------------------------------------------------------------------------------------------
 
 
 def _usable(directory: Directory) -> dict[str, int]:
-    """Sizes of the files of the directory. DataError if they are something else than a store, finished or not."""
+    """Sizes of the files of the directory. DataError if it has other contents than a store, complete or not."""
     present = directory.sizes()
     if MANIFEST in present or _BUILD in present or all(name.startswith(f"{WORK}/") for name in present):
         return present
     raise DataError(
-        f"{directory.path} is not empty and holds no token store: choose another output directory, or empty it."
+        f"{directory.path} is not empty and is not a token store: choose another output directory, or empty it."
     )
 
 
 def _describe_inputs(files: list[str], directory: Directory, present: dict[str, int], progress: Progress) -> list[dict]:
-    """Fingerprint and layout of each file; those of an unfinished build are believed if the file looks unchanged."""
+    """Fingerprint and layout of each file; those of an incomplete build are reused if size and time are unchanged."""
     known = {}
     if _INPUTS in present:
-        with contextlib.suppress(ValueError):  # cut short by a loss of power
+        with contextlib.suppress(ValueError):  # truncated by a power failure
             known = {entry["file"]: entry for entry in json.loads(directory.read(_INPUTS))}
 
     def describe(file: str) -> dict:
@@ -154,14 +154,14 @@ def _describe_inputs(files: list[str], directory: Directory, present: dict[str, 
         return entry
 
     progress.start("Reading the inputs", len(files), "files")
-    with ThreadPoolExecutor(available_cores()) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(available_cores()) as pool:  # hashing releases the GIL
         described = list(pool.map(describe, files))
     progress.finish()
     return described
 
 
 def _claim(directory: Directory, present: dict[str, int], build: dict) -> bool:
-    """Whether anything is left to build. DataError if the directory holds another build."""
+    """Whether the store is incomplete. DataError if the directory has another build."""
     if MANIFEST in present:
         manifest = parse_manifest(directory.read(MANIFEST), directory / MANIFEST)
         _refuse_other(directory, manifest["settings"], build["settings"])
@@ -169,7 +169,7 @@ def _claim(directory: Directory, present: dict[str, int], build: dict) -> bool:
     if _BUILD in present:
         started = json.loads(directory.read(_BUILD))
         _refuse_other(directory, started["settings"], build["settings"])
-        if started != build:  # the work is cut elsewhere
+        if started != build:  # other sizes of slices or buckets
             for name in {name.split("/", 1)[0] for name in present}:
                 directory.remove(name)
     directory.write(_BUILD, _json(build))
@@ -188,7 +188,7 @@ def _refuse_other(directory: Directory, existing: dict, requested: dict) -> None
     }
     differs = [text for key, text in words.items() if existing.get(key) != requested[key]] or ["other settings"]
     raise DataError(
-        f"{directory.path} holds a token store of another build (made with {' and '.join(differs)}): choose another "
+        f"{directory.path} contains the token store of another build (with {' and '.join(differs)}): choose another "
         "output directory, or delete that one."
     )
 
@@ -197,7 +197,7 @@ def _refuse_other(directory: Directory, existing: dict, requested: dict) -> None
 
 
 class _Stages:
-    """The tasks of one build, in `directory`; names depend on nothing but the plan."""
+    """The tasks of one build in `directory`. File names depend on the slices and buckets only."""
 
     def __init__(self, directory: Directory, settings: dict, workers: Mapper, progress: Progress):
         self._directory, self._settings = directory, settings
@@ -210,8 +210,8 @@ class _Stages:
         counts["text_bytes"] = sum(summary["text_bytes"] for summary in summaries)
         files = ", ".join(entry["name"] for entry in self._settings["inputs"])
         if not counts["num_documents"]:
-            raise DataError(f"There are no documents in {files}: give files that hold some.")
-        if counts["num_tokens"] == counts["num_documents"]:  # their end tokens
+            raise DataError(f"There are no documents in {files}: give files with documents.")
+        if counts["num_tokens"] == counts["num_documents"]:  # end tokens only
             raise DataError(f"All {counts['num_documents']:,} documents in {files} are empty: give some with text.")
         paths, buckets = self._sort(runs, summaries, encoding.num_buckets)
         return counts, self._write(paths, buckets, counts["num_tokens"])
@@ -237,10 +237,10 @@ class _Stages:
         ends = np.searchsorted(entries["bucket"][order], np.arange(num_buckets + 1))
         tasks = []
         for number in range(num_buckets):
-            held = order[ends[number] : ends[number + 1]]
-            fn = functools.partial(build_tasks.sort_bucket, entries=entries[held], dtype=self._settings["dtype"])
-            inputs = tuple(runs[run] for run in of_run[held])
-            size = int(entries["tokens"][held].sum())
+            own = order[ends[number] : ends[number + 1]]
+            fn = functools.partial(build_tasks.sort_bucket, entries=entries[own], dtype=self._settings["dtype"])
+            inputs = tuple(runs[run] for run in of_run[own])
+            size = int(entries["tokens"][own].sum())
             tasks.append(self._task(fn, inputs, f"{WORK}/buckets/{number:06d}", size))
         sorted_ = self._stage(tasks, "Shuffling documents", "tokens")
         buckets, first = [], 0
@@ -258,10 +258,10 @@ class _Stages:
         firsts = np.array([bucket.first for bucket in buckets])
         for number in range(-(-num_tokens // shard_tokens)):
             start, stop = number * shard_tokens, min((number + 1) * shard_tokens, num_tokens)
-            held = slice(np.searchsorted(firsts, start, side="right") - 1, np.searchsorted(firsts, stop))
-            fn = functools.partial(build_tasks.write_shard, buckets=buckets[held], number=number, **array)
+            overlap = slice(np.searchsorted(firsts, start, side="right") - 1, np.searchsorted(firsts, stop))
+            fn = functools.partial(build_tasks.write_shard, buckets=buckets[overlap], number=number, **array)
             name = f"tokens/c/{number}"
-            tasks[name] = self._task(fn, tuple(paths[held]), name, stop - start)
+            tasks[name] = self._task(fn, tuple(paths[overlap]), name, stop - start)
         summaries = self._stage(list(tasks.values()), "Writing the token store", "tokens")
         return {
             name: {"bytes": summary["bytes"], "sha256": summary["sha256"]}
@@ -290,7 +290,7 @@ def _encoded(summaries: list[dict]) -> str:
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
-    """The tokenizer's files and the table of bytes behind each id."""
+    """Writes the tokenizer's files and the table of bytes per id."""
     token_bytes = np.zeros(tokenizer.vocab_size, np.int32)
     for token in np.flatnonzero(tokenizer.valid_ids(tokenizer.vocab_size)).tolist():
         if not tokenizer.is_special(token):
@@ -302,7 +302,7 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Directory) -> None:
 
 
 def _write_manifest(directory: Directory, settings: dict, counts: dict, shards: dict[str, dict]) -> None:
-    """`shards` were hashed when they were written; the small files are hashed here."""
+    """Writes the manifest. `shards` were hashed by their tasks; the small files are hashed here."""
     small = [name for name in directory.sizes() if name.startswith("tokenizer/") and not is_left_over(name)]
     files = dict(shards)
     for name in ("tokens/zarr.json", "token_bytes.npy", *small):

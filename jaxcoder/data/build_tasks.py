@@ -1,13 +1,13 @@
-"""The tasks of a build: what a worker does with files. The order of the stages is in `build.py`.
+"""The tasks of a build, run by workers on files. `build.py` has the order of the stages.
 
-    encode  a slice of documents -> a *run*: encoded documents, cut into buckets by their keys
+    encode  a slice of documents -> a *run*: encoded documents, partitioned into buckets by key
     sort    one bucket of every run -> a *bucket*: documents in stream order, their ids as one array
-    shard   the buckets that a shard of the store lies in -> the shard, as tensorstore would write it
+    shard   the buckets that overlap a shard of the store -> the shard, as tensorstore would write it
     table   the tables of all buckets -> documents.parquet
 
-A document's key is a keyed permutation of its number, a uniform integer in [0, 2**62) that no other has. Buckets are
-ranges of keys, so they follow one another in the stream. Nothing here depends on which worker runs a task, or when.
-Every file between the stages carries checksums. Memory is bounded by one slice, one bucket or one shard.
+A document's key is a keyed permutation of its number: a unique, uniform integer in [0, 2**62). Buckets are ranges of
+keys, so they are contiguous in the stream. The output of a task does not depend on the worker or the time. Intermediate
+files have checksums. Memory is bounded by one slice, one bucket or one shard.
 """
 
 import functools
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,7 +36,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 NUM_KEYS = 1 << 62
 
-# Where a run holds which bucket. A run of a large compressed file has several entries for each.
+# The location of each bucket in a run. A run of a large compressed file has several entries per bucket.
 INDEX = np.dtype(
     [("bucket", "<i4"), ("crc", "<u4"), ("offset", "<i8"), ("bytes", "<i8"), ("documents", "<i8"), ("tokens", "<i8")]
 )
@@ -43,13 +44,13 @@ INDEX = np.dtype(
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encoding depends on, besides the documents."""
+    """Parameters of the encoding."""
 
     seed: int
     dtype: str
     num_buckets: int
     tokenizer_fingerprint: str
-    segment_bytes: int  # of text that a worker holds at once
+    segment_bytes: int  # of text that a worker holds in memory
     max_document_bytes: int
 
 
@@ -57,7 +58,7 @@ class Encoding:
 
 
 def encode_slice(inputs: Sequence[str], output: Path, *, part: Slice, encoding: Encoding) -> dict:
-    """inputs: tokenizer.json and the file of documents. Writes a run: tables of documents, then the index of them."""
+    """inputs: tokenizer.json and the file of documents. Writes a run: tables of documents, then their index."""
     tokenizer = _tokenizer(inputs[0], encoding.tokenizer_fingerprint)
     index: list[tuple] = []
     text_bytes = offset = 0
@@ -83,10 +84,10 @@ def encode_slice(inputs: Sequence[str], output: Path, *, part: Slice, encoding: 
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
-    """Loaded once in each worker."""
+    """The tokenizer, loaded once per worker."""
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
-        raise DataError(f"{path} was altered during the build: delete the unfinished store and build it again.")
+        raise DataError(f"{path} was altered during the build: delete the incomplete store and build it again.")
     return tokenizer
 
 
@@ -112,7 +113,7 @@ class _EncodedDocuments:
             values.append(well_formed(getattr(document, field)))
 
     def table(self, seed: int):
-        """A row a document, in the order of the keys: key, length, text_bytes, the fields of its origin, tokens."""
+        """One row per document, sorted by key: key, length, text_bytes, the fields of its origin, tokens."""
         import pyarrow as pa
 
         permutation = Permutation.from_seed(NUM_KEYS, seed, Purpose.DOCUMENT_ORDER, 0)
@@ -137,7 +138,7 @@ class _EncodedDocuments:
 def _encoded_groups(
     documents: Iterator[tuple[int, int, Document]], tokenizer: Tokenizer, encoding: Encoding
 ) -> Iterator[_EncodedDocuments]:
-    """Encode the documents; a group ends at the first document that makes it full."""
+    """The encoded documents in groups of at least `segment_bytes` of text, except the last."""
     end, group = tokenizer.eos_id, _EncodedDocuments()
     for number, text_bytes, document in documents:
         ids = np.array([*tokenizer.encode_document(document), end], encoding.dtype)
@@ -149,8 +150,8 @@ def _encoded_groups(
         yield group
 
 
-def _by_bucket(table, num_buckets: int) -> Iterator[tuple[int, object]]:
-    """(bucket, its rows) of a table that is sorted by key; buckets that have none are left out."""
+def _by_bucket(table: Any, num_buckets: int) -> Iterator[tuple[int, Any]]:
+    """(bucket, its rows) of a table sorted by key, without empty buckets."""
     buckets = (table["key"].to_numpy() >> np.uint64(30)) * np.uint64(num_buckets) >> np.uint64(32)
     present, starts = np.unique(buckets, return_index=True)
     for bucket, start, stop in zip(present, starts, [*starts[1:], table.num_rows], strict=True):
@@ -168,7 +169,7 @@ def read_index(run: str, index_at: int, size: int) -> np.ndarray:
 
 
 def sort_bucket(inputs: Sequence[str], output: Path, *, entries: np.ndarray, dtype: str) -> dict:
-    """inputs: the runs; entries: INDEX [inputs], one of each. Writes a bucket: ids, then the table of documents."""
+    """inputs: the runs; entries: INDEX [inputs], one per input. Writes a bucket: ids, then the table of documents."""
     import pyarrow as pa
 
     tables = [
@@ -183,9 +184,9 @@ def sort_bucket(inputs: Sequence[str], output: Path, *, entries: np.ndarray, dty
         table = pa.concat_tables(table.drop_columns(["key", "tokens"]) for table in tables)
         rest = _table_to_bytes(table.combine_chunks().take(pa.array(order)))
     with open(output, "wb") as file:
-        file.write(tokens)
+        file.write(tokens.data)
         file.write(rest)
-    return {"tokens": len(tokens), "tokens_crc": zlib.crc32(tokens), "table_crc": zlib.crc32(rest)}
+    return {"tokens": len(tokens), "tokens_crc": zlib.crc32(tokens.data), "table_crc": zlib.crc32(rest)}
 
 
 def _lists(array) -> list[np.ndarray]:
@@ -212,14 +213,14 @@ def write_shard(
     inputs: Sequence[str], output: Path, *, buckets: Sequence[Bucket], number: int, num_tokens: int, dtype: str,
     shard_tokens: int,
 ) -> dict:  # fmt: skip
-    """inputs: the buckets that the shard lies in. Writes the file of shard `number` of the array."""
+    """inputs: the buckets that overlap the shard. Writes the file of shard `number` of the array."""
     start, stop = number * shard_tokens, min((number + 1) * shard_tokens, num_tokens)
-    pieces = []
+    parts = []
     for path, bucket in zip(inputs, buckets, strict=True):
         ids = np.frombuffer(_read_checked(path, 0, bucket.tokens * np.dtype(dtype).itemsize, bucket.tokens_crc), dtype)
-        pieces.append(ids[max(0, start - bucket.first) : stop - bucket.first])
+        parts.append(ids[max(0, start - bucket.first) : stop - bucket.first])
     array = _array_in_memory(num_tokens, dtype, shard_tokens)
-    array[start:stop].write(np.concatenate(pieces)).result()
+    array[start:stop].write(np.concatenate(parts)).result()
     content = array.kvstore.read(f"c/{number}").result().value
     output.write_bytes(content)
     return {"sha256": hashlib.sha256(content).hexdigest()}
@@ -231,7 +232,7 @@ def array_metadata(num_tokens: int, dtype: str, shard_tokens: int) -> bytes:
 
 
 def _array_in_memory(num_tokens: int, dtype: str, shard_tokens: int):
-    """The store's array, empty, in memory: what is written to it is kept as the files that would be on disk."""
+    """The store's array in memory, empty: its key-value store then has the content of the files on disk."""
     import tensorstore as ts
 
     spec = array_spec("memory://", num_tokens=num_tokens, dtype=dtype, shard_tokens=shard_tokens)
@@ -240,7 +241,7 @@ def _array_in_memory(num_tokens: int, dtype: str, shard_tokens: int):
 
 
 def write_table(inputs: Sequence[str], output: Path, *, buckets: Sequence[Bucket], dtype: str) -> dict:
-    """inputs: all buckets. Writes documents.parquet, a group of rows a bucket."""
+    """inputs: all buckets. Writes documents.parquet, one row group per bucket."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -282,6 +283,6 @@ def _read_checked(path: str, offset: int, size: int, crc: int) -> bytes:
         content = fs.cat_file(root, start=offset, end=offset + size)
     if zlib.crc32(content) != crc:
         raise DataError(
-            f"{path} of the unfinished build is damaged (its checksum differs): delete that file and run again."
+            f"{path} of the incomplete build is damaged (its checksum differs): delete that file and run again."
         )
     return content

@@ -1,7 +1,7 @@
-"""A directory of files, local or on an object store, behind one small interface.
+"""A directory of files, local or on an object store.
 
-Files go through fsspec; arrays go through tensorstore, at the address that `kvstore` gives. Writing a file is
-atomic (object stores are so by themselves). Names are relative, with forward slashes.
+Files are accessed by fsspec, arrays by tensorstore at the address `kvstore`. Files are written atomically. Names are
+relative, with forward slashes.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ class Directory:
             yield file
 
     def version(self, name: str) -> list:
-        """Size and time or tag of a file: something that changes when it does."""
+        """Size and modification time or ETag of a file."""
         with access_errors(self / name):
             info = self._fs.info(f"{self._root}/{name}")
         return [info["size"], str(next((info[key] for key in ("ETag", "etag", "mtime", "created") if key in info), ""))]
@@ -76,11 +76,11 @@ class Directory:
         return fingerprint_file(self / name)["sha256"]
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file atomically. DataError if that fails."""
+        """Writes a file atomically. DataError if that fails."""
         write_bytes(self / name, content)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a directory and all in it, if it is there."""
+        """Removes a file or a directory tree, if it exists."""
         with access_errors(self / name, "remove"):
             if self._fs.exists(f"{self._root}/{name}"):
                 self._fs.rm(f"{self._root}/{name}", recursive=True)

@@ -1,22 +1,22 @@
-"""Fill-in-the-middle on a finished window of tokens: the rules and the draws, as StarCoder trained it.
+"""Fill-in-the-middle (FIM) on a window of tokens: the rules and the random draws, as StarCoder was trained.
 
-A window is a contiguous range of the token stream; its *pieces* lie between its end-of-text tokens (the first and the
-last may be parts of documents). Each piece that is not empty is, with probability `fim_rate`, cut at two places drawn
-uniformly among its characters, and its prefix, middle and suffix are encoded separately:
+A window is a contiguous range of the token stream; its *pieces* are between its end-of-text tokens (the first and the
+last may be parts of documents). Each nonempty piece is, with probability `fim_rate`, cut at two uniformly drawn
+character positions, and its prefix, middle and suffix are encoded separately:
 
     PSM   <fim_prefix> prefix <fim_suffix> suffix <fim_middle> middle
     SPM   <fim_prefix> <fim_suffix> suffix <fim_middle> prefix middle      (with probability `fim_spm_rate`)
 
-Then the window is cut, or padded with <fim_pad>, at its right end to the length it had.
+Then the window is truncated, or padded with <fim_pad>, at its right end to its former length.
 
-The draws are in `draw_fim`, the cuts in `FimDraw.cuts`. How a piece is cut at two characters and encoded again is in
-`fim_ids.py` (from its ids, re-encoding a few bytes) and `fim_text.py` (as complete text): both give the same ids.
+The draws are in `draw_fim`, the cut positions in `FimDraw.cuts`. `fim_ids.py` cuts a piece by its ids, re-encoding a
+few bytes; `fim_text.py` re-encodes its complete text: both give the same ids.
 
-Where this differs from the original (Megatron-LM fork of the BigCode project, `gpt_dataset.py`): draws belong to
-(seed, sample, piece) instead of to the order of access. Text is decoded exactly, without a clean-up of blanks; special
-tokens inside a piece are kept as they are and no cut divides them; a character that the window's edge cuts in two stays
-as its own tokens instead of becoming U+FFFD; an empty piece keeps its end token and is never transformed. Each of these
-has a switch in DataConfig that brings the original's behaviour back.
+Differences from the original (Megatron-LM fork of the BigCode project, `gpt_dataset.py`): draws are a function of
+(seed, sample, piece) instead of the order of access. Text is decoded exactly, without a clean-up of spaces; special
+tokens inside a piece are never cut; a character that the window's edge divides keeps its tokens instead of becoming
+U+FFFD; an empty piece keeps its end token and is never transformed. DataConfig has a switch for each of these that
+restores the original behaviour.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ from jaxcoder.tokenizer.tokenizer import FimIds, Tokenizer
 
 
 class FimDraw(NamedTuple):
-    """What is drawn for one piece: four independent uniform words."""
+    """The random numbers of one piece: four independent uniform words."""
 
     transform: int
     order: int
@@ -40,21 +40,21 @@ class FimDraw(NamedTuple):
     cut_b: int
 
     def cuts(self, num_characters: int) -> tuple[int, int]:
-        """Two positions in 0..num_characters, both ends included, drawn independently and sorted."""
+        """Two positions in [0, num_characters], drawn independently and sorted."""
         a, b = scaled(self.cut_a, num_characters + 1), scaled(self.cut_b, num_characters + 1)
         return (a, b) if a <= b else (b, a)
 
 
 def draw_fim(seed: int, sample: int) -> Callable[[int], FimDraw]:
-    """The draw of each piece, by its number (empty ones count), of the window of sample `sample`: a pure function."""
+    """The draw of each piece of sample `sample`, by its number (empty pieces count): a pure function."""
     words = words_by_part(seed, Purpose.FIM, sample)
     return lambda piece: FimDraw._make(words(piece))
 
 
 class Fim:
-    """The transformation for one tokenizer and one set of rules. Made once: it holds tables. Safe in several threads.
+    """The FIM transformation for one tokenizer and config. It builds tables, so it is made once. Thread-safe.
 
-    cut: how pieces are cut, to compare; None means the fastest way that gives the ids that the rules ask for.
+    cut: the method of cutting pieces, for comparisons; None: the fastest one that is exact for this config.
     Raises ConfigError if the rate is above 0 and the tokenizer has no FIM tokens.
     """
 
@@ -66,7 +66,7 @@ class Fim:
             self._cut = cut or _make_cutter(tokenizer, config)
 
     def __call__(self, window: np.ndarray, *, seed: int, sample: int) -> np.ndarray:
-        """Transform one window. Takes and returns int32 [length]; the length does not change.
+        """Transforms one window, int32 [length] -> int32 [length].
 
         Raises DataError for an id that the tokenizer does not have.
         """
@@ -78,12 +78,12 @@ class Fim:
             size = min(len(ids), len(window) - written)
             result[written : written + size] = ids[:size]
             written += size
-            if written == len(window):  # the rest would be cut off
+            if written == len(window):  # the rest is truncated
                 break
         return result
 
     def _transformed(self, window: np.ndarray, draw_of: Callable[[int], FimDraw]) -> Iterator[fim_text.Ids]:
-        """The transformed window, part by part, neither cut nor padded."""
+        """The parts of the transformed window, without truncation and padding."""
         config = self._config
         start, ends = 0, np.flatnonzero(window == self._end_id).tolist()
         for number, stop in enumerate([*ends, len(window)]):
@@ -103,7 +103,7 @@ class Fim:
 
 
 def _arrange(parts: fim_text.Parts, fim: FimIds, *, spm: bool) -> Iterator[fim_text.Ids]:
-    """The parts between their sentinels; neighbouring lists are made one, because writing each has a price."""
+    """The parts with their sentinels; adjacent lists are joined, because each part costs one array assignment."""
     prefix, middle, suffix = parts
     if spm:
         parts_in_order = [[fim.prefix, fim.suffix], *suffix, [fim.middle], *prefix, *middle]
@@ -135,7 +135,7 @@ def require_fim(tokenizer: Tokenizer) -> FimIds:
     """The ids of the FIM tokens; ConfigError if the tokenizer has none."""
     if tokenizer.fim is None:
         raise ConfigError(
-            "The tokenizer has no fill-in-the-middle tokens (<fim_prefix> and its kin), so data.fim_rate must be 0: "
-            "set it so, or train a tokenizer that has them."
+            "The tokenizer has no fill-in-the-middle tokens (<fim_prefix>, <fim_middle>, ...), so data.fim_rate "
+            "must be 0: set it to 0, or use a tokenizer with these tokens."
         )
     return tokenizer.fim

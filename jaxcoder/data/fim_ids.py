@@ -1,20 +1,20 @@
-r"""Cutting a piece from its ids: only a few bytes around each cut are encoded again; the result is exact.
+r"""Cuts a piece by its ids: only a few bytes around each cut are re-encoded, and the result is exact.
 
-Byte-pair merges never cross the boundary of a pre-token. A boundary between two tokens is *safe* if it is one of a
-pre-token and stays one whatever is cut away or changed on either side; then the ids beyond it are what encoding the
-part that it lies in gives. With StarCoder's pre-tokenizer (single digits, then GPT-2's expression) a boundary is safe
+Byte-pair merges never cross the boundary of a pre-token. A boundary between two tokens is *safe* if it is a pre-token
+boundary for any text on either side of it: the ids beyond it then equal the encoding of the part that contains them.
+With StarCoder's pre-tokenizer (single digits, then GPT-2's expression) a boundary is safe
 
-    R1  between a byte 0x21..0x7e and an ASCII whitespace: nothing matches whitespace behind something else, and the two
-        look-aheads, which stand behind whitespace, never look from the left side to the right one (the reverse order is
-        not safe: ` ?\p{L}+` takes the blank before it, and `\s+(?!\S)` gives back the last one only if a text follows);
-    R2  next to an ASCII digit, which is a pre-token of its own;
-    R3  at the begin and end of a document, and on both sides of a special token: encoding starts again there.
+    R1  between a byte 0x21..0x7e and an ASCII whitespace: no alternative matches whitespace after another character,
+        and the two look-aheads follow whitespace, so they never cross this boundary (the reverse order is not safe:
+        ` ?\p{L}+` takes the space before it, and `\s+(?!\S)` gives up the last one only if a text follows);
+    R2  next to an ASCII digit, which is a pre-token by itself;
+    R3  at the begin and end of a document, and on both sides of a special token, where encoding restarts.
 
-Each part is then: what is encoded again from its begin to its first safe boundary, ids as they are, what is encoded
-again from its last safe boundary to its end. Where the window itself cuts a document, the same is done at that end of
-the piece, because the text that is left may be encoded otherwise than the document was. Long texts without an ASCII
-blank or digit (Chinese prose) make the encoded parts longer, never wrong. A byte that the tokenizer lacks is lost when
-the document is encoded; the ids next to that position are unchanged, too.
+Each part is then: the re-encoded text up to its first safe boundary, unchanged ids, the re-encoded text after its last
+safe boundary. Where the window cuts a document, that end of the piece is re-encoded as well, because the remaining text
+may be encoded differently than in the document. Long texts without an ASCII space or digit (Chinese prose) make the
+re-encoded parts longer. A byte that the tokenizer lacks is lost when the document is encoded, which does not affect the
+ids next to it.
 """
 
 from typing import NamedTuple
@@ -29,17 +29,17 @@ _WHITESPACE = frozenset(b"\t\n\v\f\r ")
 _PRINTABLE = frozenset(range(0x21, 0x7F))
 _CONTINUATIONS = bytes(range(0x80, 0xC0))
 
-# What a token determines about its boundaries, in one byte. A boundary is safe if the low half of the token before it
-# and the high half of the one behind it have a bit in common.
+# The properties of a token at its boundaries, in one byte. A boundary is safe if the low half of the token before it
+# and the high half of the token after it have a common bit.
 _ENDS_PRINTABLE, _BEGINS_WHITESPACE = 0x01, 0x10  # R1
 _ENDS_WITH_DIGIT, _BEGINS_ANYHOW = 0x02, 0x20  # R2, the digit before
 _ENDS_ANYHOW, _BEGINS_WITH_DIGIT = 0x04, 0x40  # R2, the digit behind
 _SPECIAL = 0x77  # R3
-_NOT_WHOLE = 0x08  # its bytes are not whole characters; such tokens are looked at together
+_PARTIAL = 0x08  # its bytes are not complete characters; adjacent tokens of this kind are decoded together
 
 
 def serves(tokenizer: Tokenizer) -> bool:
-    """Whether the method is exact for this tokenizer: tiktoken encodes only for StarCoder's pre-tokenizer."""
+    """Whether the method is exact for this tokenizer: tiktoken is used only with StarCoder's pre-tokenizer."""
     return tokenizer.encoder_name == "tiktoken"
 
 
@@ -51,9 +51,9 @@ class Position(NamedTuple):
 
 
 class IdsCutter:
-    """Cuts pieces by their cached ids, with tables made once: one entry per id.
+    """Cuts pieces by their ids, with tables of one entry per id.
 
-    text_cutter: cuts pieces whose bytes are not valid UTF-8 between their edges.
+    text_cutter: for pieces with invalid UTF-8 between their edges.
     """
 
     def __init__(self, tokenizer: Tokenizer, text_cutter: TextCutter):
@@ -62,7 +62,7 @@ class IdsCutter:
         self._text_cutter = text_cutter
         is_used = tokenizer.valid_ids(tokenizer.vocab_size)
         self._bytes = [tokenizer.decode_bytes([id_]) if used else b"" for id_, used in enumerate(is_used.tolist())]
-        self._kinds = np.full(len(self._bytes), _NOT_WHOLE, np.uint8)
+        self._kinds = np.full(len(self._bytes), _PARTIAL, np.uint8)
         self._num_characters = np.zeros(len(self._bytes), np.uint16)  # by their lead bytes
         for id_, content in enumerate(self._bytes):
             if id_ in tokenizer.special_ids:
@@ -72,13 +72,13 @@ class IdsCutter:
                 self._num_characters[id_] = len(content.translate(None, _CONTINUATIONS))
 
     def __call__(self, piece: Piece, draw_cuts: DrawCuts) -> Parts:
-        """Prefix, middle and suffix: the ids that TextCutter gives."""
+        """Prefix, middle and suffix: the same ids as TextCutter's."""
         try:
             kinds = self._kinds.take(piece.ids)
         except IndexError:
             return self._text_cutter(piece, draw_cuts)  # raises DataError: the id is not in the vocabulary
         head, tail = 0, len(kinds)
-        if (kinds & _NOT_WHOLE).any():
+        if (kinds & _PARTIAL).any():
             edges = self._edges(piece.ids, kinds)
             if edges is None:
                 return self._text_cutter(piece, draw_cuts)
@@ -95,10 +95,11 @@ class IdsCutter:
         )
 
     def _locate(self, ids: np.ndarray, draw_cuts: DrawCuts) -> tuple[Position, Position]:
-        """The two cuts, each where its character's lead byte stands, behind all ids without characters before it."""
+        """The positions of the two cuts: at the lead byte of the character, after all preceding ids without
+        characters."""
         characters = self._num_characters.take(ids).cumsum(dtype=np.int32)
         cuts = draw_cuts(int(characters[-1]))
-        # the token that holds the lead byte of the character behind the cut
+        # The token with the lead byte of the character after the cut.
         tokens = characters.searchsorted(np.array(cuts, np.int32), side="right").tolist()
         first, second = (
             Position(token, self._offset(ids[token], cut - int(characters[token - 1]) if token else cut))
@@ -109,15 +110,15 @@ class IdsCutter:
         return first, second
 
     def _offset(self, token: int, number: int) -> int:
-        """Where the lead byte of character `number` of a token stands in its bytes."""
+        """The offset of the lead byte of character `number` in a token's bytes."""
         content = self._bytes[token]
         if content.isascii():
             return number
-        leads = [place for place, byte in enumerate(content) if not 0x80 <= byte < 0xC0]
+        leads = [offset for offset, byte in enumerate(content) if not 0x80 <= byte < 0xC0]
         return leads[number]
 
     def _part(self, ids: np.ndarray, safe: bytes, begin: Position, end: Position) -> list[Ids]:
-        """The ids of the text between two positions, encoded on its own."""
+        """The ids of the text between two positions, encoded separately."""
         first, last = _first_safe(safe, begin), _last_safe(safe, end)
         if first >= last:
             return [self._encoded(ids, begin, end)]
@@ -138,16 +139,16 @@ class IdsCutter:
     def _edges(self, ids: np.ndarray, kinds: np.ndarray) -> tuple[int, int] | None:
         """The range of ids without the incomplete characters at the two edges; None if others are incomplete too.
 
-        Only tokens that are no whole characters need to be decoded, and neighbours of them together.
+        Only runs of tokens that are not complete characters need to be decoded.
         """
         head, tail = 0, len(ids)
-        places = np.flatnonzero(kinds & _NOT_WHOLE)
-        for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+        partial = np.flatnonzero(kinds & _PARTIAL)
+        for run in np.split(partial, np.flatnonzero(np.diff(partial) > 1) + 1):
             start, stop = int(run[0]), int(run[-1]) + 1
             if self._is_text(ids[start:stop]):
                 continue
             if start > 0 and begins_inside_character(self._bytes[ids[start]]):
-                return None  # it belongs to the whole token before it
+                return None  # it continues a complete token
             clusters = self._clusters(ids[start:stop].tolist())
             if start == 0 and not self._is_text(ids[: clusters[1]]):
                 head = start = clusters[1]
@@ -165,10 +166,9 @@ class IdsCutter:
         return True
 
     def _clusters(self, ids: list[int]) -> list[int]:
-        """Where the ids that share characters begin, and the end of all."""
-        return [
-            place for place, id_ in enumerate(ids) if place == 0 or not begins_inside_character(self._bytes[id_])
-        ] + [len(ids)]
+        """The starts of the groups of ids that share characters, and the end of the last."""
+        starts = [i for i, id_ in enumerate(ids) if i == 0 or not begins_inside_character(self._bytes[id_])]
+        return [*starts, len(ids)]
 
 
 def _kind(content: bytes) -> int:
@@ -178,12 +178,12 @@ def _kind(content: bytes) -> int:
     try:
         content.decode()
     except UnicodeDecodeError:
-        kind |= _NOT_WHOLE
+        kind |= _PARTIAL
     return kind
 
 
 def _safe_boundaries(kinds: np.ndarray, begins_whole: bool, ends_whole: bool) -> bytes:
-    """One byte for each boundary, that before the first token and behind the last included: 1 where it is safe."""
+    """One byte per boundary, including those before the first and after the last token: 1 if it is safe."""
     safe = np.empty(len(kinds) + 1, bool)
     np.not_equal(kinds[:-1] & (kinds[1:] >> 4), 0, out=safe[1:-1])
     safe[0] = begins_whole or (kinds[0] >> 4) & _ENDS_ANYHOW
@@ -192,11 +192,11 @@ def _safe_boundaries(kinds: np.ndarray, begins_whole: bool, ends_whole: bool) ->
 
 
 def _first_safe(safe: bytes, position: Position) -> int:
-    """The first safe boundary at the position or to its right; if there is none, the end of the piece."""
+    """The first safe boundary at or after the position, else the end of the piece."""
     found = safe.find(1, position.token + (position.offset > 0))
     return len(safe) - 1 if found < 0 else found
 
 
 def _last_safe(safe: bytes, position: Position) -> int:
-    """The last safe boundary at the position or to its left; if there is none, the begin of the piece."""
+    """The last safe boundary at or before the position, else the begin of the piece."""
     return max(safe.rfind(1, 0, position.token + 1), 0)

@@ -1,8 +1,8 @@
-"""Cutting a piece as text: decode it, cut between characters, encode each of the three parts.
+"""Cuts a piece as text: decode it, cut between characters, encode each of the three parts.
 
-This defines what FIM gives; `fim_ids.py` gives the same from cached ids where it can. It also serves tokenizers for
-which that shortcut is not proven, and the behaviours of the original that change the text (facts on BigCode's
-Megatron-LM fork, `permute` in megatron/data/gpt_dataset.py): each is an argument of `TextCutter`.
+This defines the result of FIM; `fim_ids.py` computes the same from ids. It is used for tokenizers for which that method
+is not proven exact, and for the original behaviours that change the text (BigCode's Megatron-LM fork, `permute` in
+megatron/data/gpt_dataset.py), which are arguments of `TextCutter`.
 """
 
 import re
@@ -15,17 +15,17 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 Ids = list[int] | np.ndarray
 Parts = tuple[list[Ids], list[Ids], list[Ids]]
-"""Prefix, middle and suffix, each as lists of consecutive ids."""
+"""Prefix, middle and suffix, each as a list of consecutive ids."""
 
 DrawCuts = Callable[[int], tuple[int, int]]
-"""Number of characters -> the two positions to cut at, sorted, each from 0 (before the first) to that number."""
+"""Number of characters n -> the two cut positions, sorted, in [0, n]."""
 
 
 class Piece(NamedTuple):
     """The ids of a window between two document ends.
 
-    ids: int32. begins_whole, ends_whole: whether its first and last token are surely those of a document, and not where
-    the window cuts one.
+    ids: int32. begins_whole, ends_whole: whether the piece starts and ends with its document, instead of at the edge of
+    the window.
     """
 
     ids: np.ndarray
@@ -36,9 +36,9 @@ class Piece(NamedTuple):
 Cut = Callable[[Piece, DrawCuts], Parts]
 
 Segment = str | list[int]
-"""Text, in whose characters cuts fall, or ids that carry no characters and stay together."""
+"""Text, which is cut between characters, or ids without characters, which are never cut."""
 
-# The clean-up of spaces of `transformers` decoders, in its order; it was on when StarCoder was trained.
+# The clean-up of spaces of `transformers` decoders, in its order; it was enabled in StarCoder's training.
 _CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
     (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
@@ -46,11 +46,11 @@ _CLEAN_UP = (
 
 
 class TextCutter:
-    """Cuts pieces of any kind, by encoding all of their text again.
+    """Cuts any piece by re-encoding all of its text.
 
-    clean_up: text loses blanks before punctuation and contractions, as a decoder's clean-up of spaces takes them.
-    sentinels_as_text: special tokens are spelled out and cut like text; text that spells one becomes one.
-    replace_incomplete: bytes that are no whole character become U+FFFD; else they stay as the tokens they are.
+    clean_up: removes spaces before punctuation and contractions, like a decoder's clean-up of spaces.
+    sentinels_as_text: special tokens are cut like text; text that spells a special token becomes one.
+    replace_incomplete: incomplete characters become U+FFFD; otherwise their tokens are unchanged.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class TextCutter:
         self._sentinels_as_text = sentinels_as_text
         self._replace_incomplete = replace_incomplete
         self._ids_of_sentinels = {tokenizer.decode([id_]): id_ for id_ in tokenizer.special_ids}
-        names = sorted(self._ids_of_sentinels, key=len, reverse=True)  # of two that match, the longer is meant
+        names = sorted(self._ids_of_sentinels, key=len, reverse=True)  # the longest match first
         self._sentinels = re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
     def __call__(self, piece: Piece, draw_cuts: DrawCuts) -> Parts:
-        """Prefix, middle and suffix. A cut exactly where ids without characters stand falls behind them, but for an
-        incomplete character at the very end, which belongs to the suffix."""
+        """Prefix, middle and suffix. A cut at ids without characters is after them, except for an incomplete character
+        at the end of the piece, which belongs to the suffix."""
         segments, tail = self._segments(piece.ids.tolist())
         first, second = draw_cuts(sum(len(segment) for segment in segments if isinstance(segment, str)))
         prefix, middle, suffix = self._cut(segments, first, second)
         return [prefix], [middle], [suffix + tail]
 
     def _segments(self, ids: list[int]) -> tuple[list[Segment], list[int]]:
-        """A piece as segments, and apart from them the ids of an incomplete character at its very end."""
+        """The segments of a piece, and separately the ids of an incomplete character at its end."""
         specials = self._tokenizer.special_ids
         if self._sentinels_as_text or specials.isdisjoint(ids):
             segments = self._text_segments(ids)
@@ -89,13 +89,13 @@ class TextCutter:
                     segments += [*self._text_segments(ids[start:position]), [token]]
                     start = position + 1
             segments += self._text_segments(ids[start:])
-        # What stands last is never before a cut, so an incomplete last character must leave the segments here;
-        # an incomplete first one is never after a cut and may stay.
-        last_is_fragment = bool(segments) and isinstance(segments[-1], list) and ids[-1] not in specials
-        return segments, segments.pop() if last_is_fragment and len(segments) > 1 else []
+        # A cut is never after an incomplete last character, so it is removed from the segments; an incomplete first
+        # character is before every cut anyway.
+        last = segments[-1] if len(segments) > 1 and ids[-1] not in specials else ""
+        return (segments[:-1], last) if isinstance(last, list) else (segments, [])
 
     def _text_segments(self, ids: list[int]) -> list[Segment]:
-        """Ids without specials as segments: one text, unless some characters in them are incomplete."""
+        """Segments of ids without special tokens: one text, unless it has incomplete characters."""
         if not ids:
             return []
         content = self._tokenizer.decode_bytes(ids)
@@ -109,7 +109,9 @@ class TextCutter:
 
     def _cut(self, segments: list[Segment], first: int, second: int) -> tuple[list[int], list[int], list[int]]:
         """Prefix, middle and suffix ids for cuts before the characters number `first` and `second`."""
-        prefix, middle, suffix = [], [], []
+        prefix: list[int] = []
+        middle: list[int] = []
+        suffix: list[int] = []
         position = 0  # characters before this segment
         for segment in segments:
             if isinstance(segment, list):
@@ -133,7 +135,7 @@ class TextCutter:
 
 
 def separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
-    """Text and uncuttable ids in turn: ids that share a character stay together, as text if they complete it."""
+    """Splits ids into text and ids that cannot be cut: ids that share a character are text if it is complete."""
     clusters: list[tuple[bytes, list[int]]] = []
     for token in ids:
         content = tokenizer.decode_bytes([token])
@@ -148,15 +150,18 @@ def separate_fragments(ids: list[int], tokenizer: Tokenizer) -> list[Segment]:
             segment: Segment = content.decode()
         except UnicodeDecodeError:
             segment = members
-        if segments and type(segments[-1]) is type(segment):
-            segments[-1] = segments[-1] + segment
+        last = segments[-1] if segments else None
+        if isinstance(last, str) and isinstance(segment, str):  # noqa: SIM114 (the types of +)
+            segments[-1] = last + segment
+        elif isinstance(last, list) and isinstance(segment, list):
+            segments[-1] = last + segment
         else:
             segments.append(segment)
     return segments
 
 
 def begins_inside_character(content: bytes) -> bool:
-    """Whether the bytes begin with one that continues a UTF-8 character."""
+    """Whether the first byte is a UTF-8 continuation byte."""
     return bool(content) and 0x80 <= content[0] < 0xC0
 
 

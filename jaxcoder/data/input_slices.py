@@ -1,14 +1,15 @@
-"""The documents of a build, cut into slices that are read independently.
+"""Splits the documents of a build into slices that are read independently.
 
-A slice is a run of row groups of a parquet file, or a range of bytes of a JSON lines file (the lines that begin in it);
-a compressed JSON lines file is one slice. Slices depend on the files alone, and every document has a number that
-depends on the index of its file and its position in the file: its row, or the byte offset of its line.
+A slice is a range of row groups of a parquet file, or a range of bytes of a JSON lines file (the lines that start in
+it); a compressed JSON lines file is one slice. A document's number is made of the index of its file and its position in
+the file: its row, or the byte offset of its line.
 """
 
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxcoder.errors import DataError
 from jaxcoder.io.addresses import open_address
@@ -18,15 +19,15 @@ from jaxcoder.io.os_errors import access_errors
 
 POSITION_BITS = 42  # documents are numbered in [0, 2**62): 2**20 files of 2**42 rows or bytes
 _MOST_FILES = 1 << 20
-_BATCH_BYTES = 8 << 20  # of a parquet file, turned into Python objects at once
-_GZIP_RATIO = 5  # source code; only the size of the slices follows from it
-_ARROW_BYTES = 4096  # of a row that are not text: generous, because the text itself is counted later
-_ESCAPES = 6  # bytes of JSON that one byte of text may take (\u0000)
+_BATCH_BYTES = 8 << 20  # of a parquet file, converted to Python objects at once
+_GZIP_RATIO = 5  # of source code; it affects the size of slices only
+_ARROW_BYTES = 4096  # upper bound of a row's bytes that are not text; the text itself is counted later
+_ESCAPES = 6  # maximum bytes of JSON per byte of text (\u0000)
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Row groups or bytes [start, stop) of a file; `first` numbers its first row, `size` is about its bytes of text."""
+    """Row groups or bytes [start, stop) of a file. first: number of its first row. size: approximate bytes of text."""
 
     file: str
     file_number: int
@@ -37,7 +38,8 @@ class Slice:
 
 
 def file_layout(path: str) -> dict:
-    """What the slices of a file depend on: `size`, about its bytes of text; for parquet `groups`: [[rows, bytes]]."""
+    """The layout of a file, for its slices: approximate bytes of text, `size`; for parquet also `groups`: [[rows,
+    bytes]]."""
     fs, root = open_address(path)
     if not path.endswith(".parquet"):
         with access_errors(path):
@@ -58,10 +60,10 @@ def file_layout(path: str) -> dict:
 
 
 def plan_slices(files: Sequence[str], layouts: Sequence[dict], slice_bytes: int) -> list[Slice]:
-    """Cut all files into slices of about `slice_bytes` of text. DataError for more files than can be numbered."""
+    """Splits all files into slices of about `slice_bytes` of text. DataError for more files than can be numbered."""
     if len(files) > _MOST_FILES:
         raise DataError(f"{len(files)} files of documents are more than {_MOST_FILES}: join them into larger ones.")
-    slices = []
+    slices: list[Slice] = []
     for number, (file, layout) in enumerate(zip(files, layouts, strict=True)):
         if file.endswith(".parquet"):
             slices += _slices_of_groups(file, number, layout["groups"], slice_bytes)
@@ -87,12 +89,12 @@ def _slices_of_groups(file: str, number: int, groups: list[list[int]], slice_byt
 def read_slice(part: Slice, max_document_bytes: int) -> Iterator[tuple[int, int, Document]]:
     """(number, bytes of text, document) of every document of the slice, in order.
 
-    Raises DataError, naming file and row or line, for what cannot be read and for documents above the limit.
+    Raises DataError, which names the file and the row or line, for unreadable documents and for those above the limit.
     """
     rows = _parquet_rows if part.file.endswith(".parquet") else _json_rows
     for position, where, row in rows(part, max_document_bytes):
         document = document_of_row(row, f"{part.file}, {where}")
-        size = sum(len(piece.text.encode()) for piece in document.parts)
+        size = sum(len(part_.text.encode()) for part_ in document.parts)
         check_size(size, max_document_bytes, part, where)
         yield part.file_number << POSITION_BITS | position, size, document
 
@@ -100,9 +102,9 @@ def read_slice(part: Slice, max_document_bytes: int) -> Iterator[tuple[int, int,
 def check_size(size: int, most: int, part: Slice, where: str) -> None:
     if size > most:
         raise DataError(
-            f"{part.file}, {where} is a document of {size:,} bytes, but the limit is {most:,}, so that every worker "
-            "stays within its memory: cut the document up, leave it out, or raise --max-document-bytes (a worker needs "
-            "some 50 times as much)."
+            f"{part.file}, {where} is a document of {size:,} bytes, but the limit is {most:,}, which bounds the memory "
+            "of the workers: split the document, leave it out, or raise --max-document-bytes (a worker needs about 50 "
+            "times as much)."
         )
 
 
@@ -121,7 +123,7 @@ def _parquet_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
             row = part.first
             for batch in table.iter_batches(batch_size, row_groups=groups, columns=columns, use_threads=False):
                 if batch.nbytes > most:
-                    for index in range(batch.num_rows):  # before anything becomes a Python object
+                    for index in range(batch.num_rows):  # before the conversion to Python objects
                         size = batch.column(0).slice(index, 1).nbytes
                         if size > most + _ARROW_BYTES:
                             check_size(size, most, part, f"row {row + index}")
@@ -153,16 +155,16 @@ def _json_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
 
 
 def _skip_line(stream) -> int:
-    """Read up to the end of the line; returns the number of bytes."""
+    """Reads up to the end of the line; returns the number of bytes."""
     size = 0
-    while piece := stream.readline(1 << 20):
-        size += len(piece)
-        if piece.endswith(b"\n"):
+    while block := stream.readline(1 << 20):
+        size += len(block)
+        if block.endswith(b"\n"):
             break
     return size
 
 
-def _parsed(line: bytes, part: Slice, position: int) -> object:
+def _parsed(line: bytes, part: Slice, position: int) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -181,5 +183,5 @@ def _line_number(file: str, position: int) -> int:
 
 
 def absolute(path: str) -> str:
-    """The path as a worker elsewhere can use it."""
+    """The path for a worker with another working directory."""
     return path if "://" in path else os.path.abspath(path)

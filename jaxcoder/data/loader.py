@@ -1,9 +1,8 @@
 """Windows -> batches of NumPy arrays, prefetched by threads, one contiguous block of rows per host.
 
-Row r of the global batch that follows n consumed samples is sample n + r; host h of H holds rows
-[h * B / H, (h + 1) * B / H). So a batch is the same for any number of hosts and threads and after any restart, and
-the state of the iteration is one number: the samples consumed. The stages of the config decide how many samples the
-next batch has (`schedule.py`).
+Row r of the global batch after n consumed samples is sample n + r; host h of H loads rows [h * B / H, (h + 1) * B / H).
+A batch is thus the same for any number of hosts and threads and after any restart, and the state of the iteration is
+one number: the samples consumed. `schedule.py` gives the size of the next batch.
 
 Shapes: B rows of this host, S = seq_len.
 Reference: https://google-grain.readthedocs.io (random access; its own iterator state is not used).
@@ -21,21 +20,19 @@ from jaxcoder.data.schedule import BatchSchedule
 from jaxcoder.data.stream import WindowStream
 from jaxcoder.errors import ConfigError
 
-_NUM_THREADS = (
-    1  # tensorstore has threads of its own; two grain threads contend for the interpreter lock and are slower
-)
+_NUM_THREADS = 1  # tensorstore has its own threads; two grain threads contend for the GIL and are slower
 _BATCHES_AHEAD = 2
-_ROWS_TOGETHER = 8  # read from the store at once, by one thread: half the cost of one after another
+_ROWS_TOGETHER = 8  # read concurrently from the store by one thread: half the time of serial reads
 _ENDLESS = 1 << 62
 _CLOSE_SECONDS = 30
 
 
 class Batch(NamedTuple):
-    """One host's share of a global batch.
+    """The rows of a global batch on one host.
 
-    inputs, targets: int32 [B, S], targets one token later.
+    inputs, targets: int32 [B, S]; targets are the inputs shifted by one token.
     loss_mask: float32 [B, S], 0 where the target is padding (unless data.pad_in_loss), else 1.
-    positions: int32 [B, S], rows of the position table; from 0 again in each document with `document_mask`.
+    positions: int32 [B, S], rows of the position table; with `document_mask` they restart at 0 in each document.
     segment_ids: int32 [B, S], 1, 2, ... for the documents of a window and 0 for padding; None without `document_mask`.
     """
 
@@ -49,10 +46,10 @@ class Batch(NamedTuple):
 def make_batch(
     windows: np.ndarray, *, end_id: int | None, pad_id: int | None, document_mask: bool, pad_in_loss: bool = False
 ) -> Batch:
-    """A batch from windows, int32 [B, S + 1]. Padding is the run of `pad_id` at a window's right end, if any.
+    """A batch from windows, int32 [B, S + 1]. Padding is the run of `pad_id` at a window's right end.
 
-    An end token belongs to the document that it ends; a piece that FIM rearranged is one document. With `pad_in_loss`
-    padding counts in the loss, as it did when StarCoder was trained.
+    An end token belongs to the document that it ends; a piece transformed by FIM is one document. With `pad_in_loss`
+    padding counts in the loss, as in StarCoder's training.
     """
     inputs, targets = windows[:, :-1], windows[:, 1:]
     filled = _filled(windows, pad_id)[:, None]
@@ -67,7 +64,7 @@ def make_batch(
 
 
 def _segments(inputs: np.ndarray, end_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(number of the document in its row, from 1; place in the document, from 0) of every token, int32 [B, S]."""
+    """(number of the document in its row, from 1; position in the document, from 0) of every token, int32 [B, S]."""
     num_rows, length = inputs.shape
     is_end = np.zeros(inputs.shape, bool) if end_id is None else inputs == end_id
     is_end[:, -1] = True  # a row ends with a document, or a part of one
@@ -82,7 +79,7 @@ def _segments(inputs: np.ndarray, end_id: int | None) -> tuple[np.ndarray, np.nd
 
 
 def _filled(windows: np.ndarray, pad_id: int | None) -> np.ndarray:
-    """int32 [B]: how many tokens of each window stand before its padding."""
+    """int32 [B]: number of tokens of each window before its padding."""
     filled = np.full(len(windows), windows.shape[1], np.int32)
     if pad_id is not None:
         for row in np.flatnonzero(windows[:, -1] == pad_id):
@@ -92,7 +89,7 @@ def _filled(windows: np.ndarray, pad_id: int | None) -> np.ndarray:
 
 
 class Batches:
-    """An endless iterator of `Batch`, and a context manager that ends its threads. Made by `batches`."""
+    """An infinite iterator of `Batch`, and a context manager that ends its threads. Made by `batches`."""
 
     def __init__(self, stream: WindowStream, *, groups: "_Groups", num_threads: int):
         import grain
@@ -107,7 +104,8 @@ class Batches:
 
     @property
     def samples_consumed(self) -> int:
-        """Samples of all hosts up to the last batch returned, those before the start included: the whole state."""
+        """The state of the iteration: samples of all hosts up to the last batch returned, since the start of the
+        run."""
         return self._groups.schedule.samples_of(self._num_batches)[0]
 
     def __iter__(self) -> "Batches":
@@ -132,8 +130,8 @@ class Batches:
         self.close()
 
     def close(self) -> None:
-        """End the threads and wait for them; a second call does nothing."""
-        self._windows.close()  # lets go of the threads without waiting for what they are reading
+        """Ends the threads and waits for them; a second call does nothing."""
+        self._windows.close()  # does not wait for reads in progress
         for thread in self._groups.threads - {threading.current_thread()}:
             thread.join(_CLOSE_SECONDS)
 
@@ -148,30 +146,30 @@ def batches(
     process_count: int = 1,
     num_threads: int = _NUM_THREADS,
 ) -> Batches:
-    """Batches from sample `first_sample` on: use as `with batches(...) as source: for batch in source: ...`.
+    """Batches from sample `first_sample` on: `with batches(...) as source: for batch in source: ...`.
 
-    stages: where the global batch size changes, by samples consumed.
-    Errors of the stream (a damaged store) come out of the iteration as they are. ConfigError if the hosts cannot share
-    a batch evenly.
+    stages: changes of the global batch size, by samples consumed.
+    The iteration raises errors of the stream (a damaged store). ConfigError if a batch size is not divisible by the
+    number of processes.
     """
     schedule = BatchSchedule(global_batch_size, stages, sample=first_sample)
     for size in schedule.batch_sizes:
         if size < 1 or size % process_count:
             raise ConfigError(
-                f"global_batch_size {size} cannot be shared evenly by {process_count} processes: make it a multiple of "
+                f"global_batch_size {size} is not divisible by the {process_count} processes: make it a multiple of "
                 f"{process_count}."
             )
     return Batches(stream, groups=_Groups(stream, schedule, process_index, process_count), num_threads=num_threads)
 
 
 class _Groups:
-    """The rows of one host in the order of its batches, a few at a time, as a random-access source for grain."""
+    """A random-access source for grain: the rows of one host in the order of its batches, in groups of a few rows."""
 
     def __init__(self, stream: WindowStream, schedule: BatchSchedule, process_index: int, process_count: int):
         self._stream = stream
         self.schedule = schedule
         self._index, self._count = process_index, process_count
-        self._first_groups = [0]  # of each run of equal batches
+        self._first_groups = [0]  # of each range of equal batch sizes
         for one, following in zip(schedule.runs, schedule.runs[1:], strict=False):
             num_batches = following.first_batch - one.first_batch
             self._first_groups.append(self._first_groups[-1] + num_batches * self._in_batch_of(one.batch_size))
@@ -179,7 +177,7 @@ class _Groups:
         self.threads: set[threading.Thread] = set()
 
     def in_batch(self, batch: int) -> int:
-        """Groups that make this host's share of a batch."""
+        """Number of groups of this host's rows of a batch."""
         return self._in_batch_of(self.schedule.samples_of(batch)[1])
 
     def _in_batch_of(self, size: int) -> int:
@@ -189,7 +187,7 @@ class _Groups:
         return _ENDLESS
 
     def __getitem__(self, group: int) -> np.ndarray:
-        """int32 [rows, S + 1]: group number `group` of this host."""
+        """int32 [rows, S + 1]: group `group` of this host."""
         self.threads.add(threading.current_thread())
         group = int(group)
         number = bisect_right(self._first_groups, group) - 1

@@ -1,13 +1,12 @@
-"""Which corpus sample i comes from, and which of that corpus's samples it is: by arithmetic, without table or state.
+"""The mixture of corpora: sample i -> (corpus, its j-th sample), computed without a table or state, and invertible.
 
-Between two changes (a stage with other weights begins, a corpus reaches its cap) the weights are constant, and a binary
-tree over the corpora shares the samples out: at every node, of the first n samples, the nearest whole number to
-n * share goes left and the others right. So how many samples a corpus gave up to i, and which i its j-th sample was,
-take a few integer operations for each level of the tree; a corpus is never further from its exact share than half a
-sample for each level. Weights are read as the decimal fractions that they are written as and nothing is rounded, so a
-run of any length has exactly these shares.
+Between two changes (a stage with other weights, a corpus at its cap) the weights are constant, and a binary tree over
+the corpora divides the samples: at every node, round(n * share) of the first n samples go left and the others right.
+The number of samples of a corpus up to i, and the i of its j-th sample, take a few integer operations per level of the
+tree; a corpus deviates from its exact share by at most half a sample per level. Weights are exact decimal fractions, so
+the shares hold for a run of any length.
 
-When a corpus reaches its cap, its weight becomes 0 and the others take its share in proportion to their own.
+When a corpus reaches its cap, its weight becomes 0 and the others get its share in proportion to their own.
 """
 
 from bisect import bisect_right
@@ -20,7 +19,7 @@ from jaxcoder.errors import ConfigError
 
 
 class Phase(NamedTuple):
-    """Weights that hold from sample `from_sample` on, one for each corpus."""
+    """Weights of all corpora from sample `from_sample` on."""
 
     from_sample: int
     weights: tuple[Fraction, ...]
@@ -29,7 +28,7 @@ class Phase(NamedTuple):
 def make_mixture(data: DataConfig, windows_per_epoch: Sequence[int], num_tokens: Sequence[int]) -> "Mixture":
     """The mixture of a DataConfig (one store if it names no corpora) for corpora of these sizes.
 
-    Raises ConfigError for a cap that allows no window.
+    Raises ConfigError for a cap of less than one window.
     """
     corpora = data.corpora or [Corpus(store=data.store)] * len(num_tokens)
     caps: list[int | None] = []
@@ -46,13 +45,13 @@ def make_mixture(data: DataConfig, windows_per_epoch: Sequence[int], num_tokens:
     for stage in data.stages or [Stage(from_sample=0)]:
         weights = [exact(weight) for weight in stage.weights or own]
         shares = tuple(weight / sum(weights) for weight in weights)
-        if not phases or phases[-1].weights != shares:  # a stage that only changes the batch size goes on as it was
+        if not phases or phases[-1].weights != shares:  # a stage may change the batch size only
             phases.append(Phase(stage.from_sample, shares))
     return Mixture(phases, caps)
 
 
 class _Interval(NamedTuple):
-    """Samples [start, stop) share one tree; `given` is what each corpus gave before them. stop None: without end."""
+    """Samples [start, stop) of one tree; stop None: no end. given: number of earlier samples of each corpus."""
 
     start: int
     stop: int | None
@@ -61,9 +60,9 @@ class _Interval(NamedTuple):
 
 
 class Mixture:
-    """The rule for `phases` (sorted, the first from sample 0) and `caps` (most samples of each corpus, None: no cap).
+    """The mixture of `phases` (sorted, the first from sample 0) with `caps` (maximum samples of each corpus, or None).
 
-    num_samples: samples after which every corpus with a weight has reached its cap; None if that never happens.
+    num_samples: samples until every corpus with a weight has reached its cap; None without such an end.
     """
 
     def __init__(self, phases: Sequence[Phase], caps: Sequence[int | None]):
@@ -76,14 +75,14 @@ class Mixture:
         interval = self._intervals[bisect_right(self._starts, index) - 1]
         if interval.stop is not None and index >= interval.stop:
             raise ConfigError(
-                f"The mixture has {interval.stop} samples and sample {index} was asked for: raise max_epochs of a "
+                f"The mixture has {interval.stop} samples, so there is no sample {index}: raise max_epochs of a "
                 "corpus, or train for fewer steps."
             )
         corpus, number = interval.tree.source(index - interval.start)
         return corpus, interval.given[corpus] + number
 
     def index_of(self, corpus: int, number: int) -> int | None:
-        """The sample that is number `number` of `corpus`: the inverse of `source`; None if it never comes."""
+        """The inverse of `source`: the index of sample `number` of `corpus`; None if it does not occur."""
         for interval in reversed(self._intervals):
             if number >= interval.given[corpus]:
                 index = interval.tree.index_of(corpus, number - interval.given[corpus])
@@ -93,14 +92,14 @@ class Mixture:
         return None
 
     def counts(self, index: int) -> tuple[int, ...]:
-        """How many of the first `index` samples each corpus gives."""
+        """Number of samples of each corpus among the first `index` samples."""
         interval = self._intervals[bisect_right(self._starts, index) - 1]
         last = index if interval.stop is None else min(index, interval.stop)
         return tuple(a + b for a, b in zip(interval.given, interval.tree.counts(last - interval.start), strict=True))
 
 
 def exact(weight: float) -> Fraction:
-    """The decimal fraction that a float is written as: 0.1 is one tenth."""
+    """The exact decimal fraction of a float's shortest representation: 0.1 is one tenth."""
     return Fraction(repr(float(weight)))
 
 
@@ -113,12 +112,12 @@ def _intervals(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[lis
         while end is None or start < end:
             left = [None if cap is None else cap - done for cap, done in zip(caps, given, strict=True)]
             weights = [
-                w if room is None or room > 0 else Fraction(0) for w, room in zip(phase.weights, left, strict=True)
+                w if rest is None or rest > 0 else Fraction(0) for w, rest in zip(phase.weights, left, strict=True)
             ]
             if not any(weights):
                 return intervals, start
             tree = _Tree(weights)
-            stop = min((start + n for n in tree.exhausted(left)), default=None)
+            stop = min((start + n for n in tree.samples_until_cap(left)), default=None)
             if end is not None:
                 stop = end if stop is None else min(stop, end)
             intervals.append(_Interval(start, stop, tree, given))
@@ -130,7 +129,7 @@ def _intervals(phases: Sequence[Phase], caps: Sequence[int | None]) -> tuple[lis
 
 
 class _Node(NamedTuple):
-    """Of the first n samples that come here, round(n * share) go left, halves rounded up."""
+    """Of the first n samples at this node, round(n * share) go left (halves are rounded up)."""
 
     share: Fraction
     left: "_Node | int"
@@ -141,7 +140,7 @@ class _Node(NamedTuple):
         return (2 * n * a + b) // (2 * b)
 
     def from_left(self, j: int) -> int:
-        """Which sample here is number j on the left: the smallest n with num_left(n + 1) > j."""
+        """The inverse of num_left: the smallest n with num_left(n + 1) > j."""
         a, b = self.share.numerator, self.share.denominator
         return -((-(2 * j + 1) * b) // (2 * a)) - 1
 
@@ -151,8 +150,8 @@ class _Node(NamedTuple):
 
 
 class _Tree:
-    """The corpora with a weight, as leaves of a binary tree; the lightest two are joined first, so that corpora with
-    large shares, where an error counts most, lie near the root."""
+    """A binary tree whose leaves are the corpora with a weight. The two lightest nodes are joined first (as in Huffman
+    coding), so that corpora with large shares have short paths and small deviations."""
 
     def __init__(self, weights: Sequence[Fraction]):
         self._num_corpora = len(weights)
@@ -163,14 +162,14 @@ class _Tree:
             nodes = [*rest, (light + heavy, _Node(heavy / (light + heavy), b, a))]
         self._root = nodes[0][1]
         self._paths: dict[int, list[tuple[_Node, bool]]] = {}
-        self._note_paths(self._root, [])
+        self._add_paths(self._root, [])
 
-    def _note_paths(self, node: "_Node | int", path: list[tuple[_Node, bool]]) -> None:
+    def _add_paths(self, node: "_Node | int", path: list[tuple[_Node, bool]]) -> None:
         if isinstance(node, int):
             self._paths[node] = path
             return
-        self._note_paths(node.left, [*path, (node, True)])
-        self._note_paths(node.right, [*path, (node, False)])
+        self._add_paths(node.left, [*path, (node, True)])
+        self._add_paths(node.right, [*path, (node, False)])
 
     def source(self, n: int) -> tuple[int, int]:
         node = self._root
@@ -197,6 +196,7 @@ class _Tree:
             result[corpus] = count
         return tuple(result)
 
-    def exhausted(self, left: Sequence[int | None]) -> list[int]:
-        """For each capped corpus, the number of samples after which it has given all that it may."""
-        return [self.index_of(c, room - 1) + 1 for c, room in enumerate(left) if room is not None and c in self._paths]
+    def samples_until_cap(self, left: Sequence[int | None]) -> list[int]:
+        """For each corpus with a cap, the number of samples after which it is reached. left: samples until the cap."""
+        last = (self.index_of(c, rest - 1) for c, rest in enumerate(left) if rest is not None)
+        return [index + 1 for index in last if index is not None]

@@ -1,8 +1,7 @@
-"""A keyed permutation of [0, size) that needs no table, and its inverse.
+"""A keyed permutation of [0, size) without a table, and its inverse.
 
-A Feistel network permutes the smallest square of a power of two that holds the range; what falls outside the range is
-permuted again until it falls inside (cycle walking), fewer than four times on average. Memory is the round keys
-alone, whatever the size, so an epoch of any corpus has one; the inverse gives the index of an item.
+A Feistel network permutes [0, 2**(2 k)), the smallest such range that contains [0, size); values outside [0, size) are
+permuted again until they are inside (cycle walking), fewer than four times on average. Memory is O(1): the round keys.
 Reference: Black and Rogaway, Ciphers with arbitrary finite domains (CT-RSA 2002).
 """
 
@@ -20,9 +19,9 @@ Index = TypeVar("Index", int, np.ndarray)
 
 
 class Permutation:
-    """`permutation(i)` is the i-th item, `permutation.inverse(item)` its index; both are one-to-one.
+    """`permutation(i)` is the i-th item, `permutation.inverse(item)` its index.
 
-    Both take a Python int or a uint64 array of any shape, with values in [0, size), and return the same kind.
+    Both take a Python int or a uint64 array of any shape, with values in [0, size), and return the same type.
     """
 
     def __init__(self, size: int, round_keys: Sequence[int]):
@@ -35,14 +34,14 @@ class Permutation:
 
     @classmethod
     def from_seed(cls, size: int, seed: int, purpose: Purpose, index: int, *, part: int = 0) -> "Permutation":
-        """The permutation that belongs to (seed, purpose, index, part)."""
+        """The permutation of (seed, purpose, index, part)."""
         return cls(size, random_words(seed, purpose, index, part=part, count=NUM_ROUNDS).tolist())
 
     def __call__(self, index: Index) -> Index:
         return self._walk(index, self._forward)
 
     def inverse(self, item: Index) -> Index:
-        """The index at which `item` comes: `inverse(permutation(i)) == i`."""
+        """The index of `item`: `inverse(permutation(i)) == i`."""
         return self._walk(item, self._backward)
 
     def _walk(self, value, step):
@@ -69,7 +68,7 @@ class Permutation:
         return (left << self._half_bits) | right
 
     def _mix(self, half, key):
-        # The finaliser of MurmurHash3 over 64 bits. The masks make Python's unbounded ints wrap as uint64 does.
+        # The 64-bit finalizer of MurmurHash3. The masks make Python ints wrap like uint64.
         mixed = half ^ key
         mixed = ((mixed ^ (mixed >> 33)) * 0xFF51AFD7ED558CCD) & _MASK64
         mixed = ((mixed ^ (mixed >> 33)) * 0xC4CEB9FE1A85EC53) & _MASK64

@@ -1,8 +1,7 @@
-"""Every random number of the data room: words of a counter-based generator, a pure function of seed, purpose and place.
+"""Random numbers of the data pipeline: words of a counter-based generator, a pure function of seed, purpose and index.
 
-Nothing here has state, so no draw depends on what was drawn before it, on the number of hosts or threads, or on a
-restart. Only raw 64-bit words are taken from NumPy, whose bit generators are stable between versions (the
-distributions built on them are not).
+Without state, a draw does not depend on earlier draws, the number of hosts or threads, or restarts. Only raw 64-bit
+words are taken from NumPy, whose bit generators are stable between versions (its distributions are not).
 Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011): Philox4x64-10.
 """
 
@@ -17,7 +16,7 @@ WORD = 1 << 64
 
 
 class Purpose(IntEnum):
-    """One number per use, so that two uses never share a word. The numbers are part of what a seed means: keep them."""
+    """One number per use, so that no two uses share a word. Never change a number: it would change all runs."""
 
     FIM = 0
     WINDOW_ORDER = 1
@@ -27,17 +26,17 @@ class Purpose(IntEnum):
 
 
 def random_words(seed: int, purpose: Purpose, index: int, *, part: int = 0, count: int = 4) -> np.ndarray:
-    """`count` uniform words, uint64 [count], that belong to (seed, purpose, index, part) alone.
+    """`count` uniform words, uint64 [count]: a function of (seed, purpose, index, part).
 
-    `index` is a sample or an epoch, `part` something inside it (a piece); both are 0 or more and below 2**63.
+    index: a sample or an epoch. part: within it, for example a piece. Both are in [0, 2**63).
     """
     return np.random.Philox(key=seed, counter=[0, purpose, part, index]).random_raw(count)
 
 
 def words_by_part(seed: int, purpose: Purpose, index: int) -> Callable[[int], list[int]]:
-    """`random_words` of (seed, purpose, index, part) for many parts: part -> four words, at a fraction of the cost."""
+    """`random_words` for many parts at a lower cost: a function from part to four words."""
     generator = np.random.Philox(key=seed, counter=[0, purpose, 0, index])
-    state = generator.state  # setting it is several times as fast as making a generator
+    state = generator.state  # setting the state is several times as fast as constructing a generator
     counter = state["state"]["counter"]
 
     def words(part: int) -> list[int]:
@@ -51,7 +50,7 @@ def words_by_part(seed: int, purpose: Purpose, index: int) -> Callable[[int], li
 def check_seed(seed: int) -> int:
     """The seed itself; ConfigError if the generator cannot take it."""
     if not 0 <= seed < WORD:
-        raise ConfigError(f"The seed {seed} cannot be used: choose one from 0 to 2**64 - 1.")
+        raise ConfigError(f"The seed {seed} is invalid: give 0 to 2**64 - 1.")
     return seed
 
 

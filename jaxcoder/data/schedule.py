@@ -1,8 +1,8 @@
-"""Which samples make which batch, when the batch size may change from stage to stage.
+"""The samples of each batch, with batch sizes that may change between stages.
 
-A batch takes its size from the stage in which its first sample lies, and is finished at that size even if the next
-stage begins inside it. Everything follows from one position, (batches before it, samples before it): at the start of a
-run (0, 0), after a restart the position in the checkpoint, so that sizes may also be changed between restarts.
+A batch has the size of the stage of its first sample, even if the next stage starts within it. The schedule starts at a
+position (batches, samples): (0, 0) for a new run, the checkpoint's position after a restart, so that sizes may also
+change between restarts.
 """
 
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from jaxcoder.config.schema import DataConfig, Stage
 
 
 class EqualBatches(NamedTuple):
-    """Batches of one size: number `first_batch`, which begins at sample `first_sample`, and those that follow it."""
+    """Consecutive batches of one size, from batch `first_batch`, whose first sample is `first_sample`."""
 
     first_batch: int
     first_sample: int
@@ -21,7 +21,7 @@ class EqualBatches(NamedTuple):
 
 
 class BatchSchedule:
-    """Batches from a position on. `runs`: those of equal sizes, in order; the last has no end."""
+    """Batches from a position on. runs: the ranges of equal sizes, in order; the last has no end."""
 
     def __init__(self, global_batch_size: int, stages: Sequence[Stage] = (), *, batch: int = 0, sample: int = 0):
         self.runs: list[EqualBatches] = list(_equal_batches(global_batch_size, stages, batch, sample))
@@ -46,7 +46,7 @@ class BatchSchedule:
 
     @property
     def batch_sizes(self) -> set[int]:
-        """Every size that occurs."""
+        """All batch sizes."""
         return {run.batch_size for run in self.runs}
 
 
@@ -63,10 +63,10 @@ def _equal_batches(global_batch_size: int, stages: Sequence[Stage], batch: int, 
 
 
 class StepHistory:
-    """Which samples each step of a run reads: from its log where it has the step, else from the config's schedule.
+    """The samples of each step of a run: from its metrics if they have the step, else from the config's schedule.
 
-    Step s (1 is the first) is the step that brings the number of completed steps to s.
-    logged: (step, samples consumed up to and with it) of a run's metrics, ascending; () for a run yet to come.
+    Step 1 is the first. logged: (step, samples consumed by the run including this step) from metrics.jsonl, ascending;
+    () for a run that has not started.
     """
 
     def __init__(self, global_batch_size: int, stages: Sequence[Stage], logged: Sequence[tuple[int, int]] = ()):
@@ -77,7 +77,7 @@ class StepHistory:
 
     @property
     def last_step(self) -> int:
-        """The last step that the log has; 0 if it has none."""
+        """The last logged step; 0 without one."""
         return self._steps[-1]
 
     def samples_of(self, step: int) -> tuple[int, int]:

@@ -1,12 +1,12 @@
-"""A seqio Mixture or Task -> token store: `jaxcoder data import-seqio`.
+"""Builds a token store from a seqio Mixture or Task: `jaxcoder data import-seqio`.
 
-The examples are read in order and become documents in files, a part of about 16 million characters at a time, beside
-the store (`STORE.import/`); from these the store is built as from any documents, and the parts are removed. Features
-are joined in the order in which they are named. Text is encoded when the store is built. Ids are passed through, if
-their vocabulary is this very tokenizer; their end tokens separate documents, as in the store.
+The examples are read in order and written as files of documents of about 16 million characters next to the store
+(`STORE.import/`); the store is built from these files, which are then removed. Features are joined in the given order.
+Text is encoded when the store is built. Ids are kept if their vocabulary is this tokenizer; their end tokens separate
+documents, as in the store.
 
-Killed at any moment, the same command goes on: finished parts are kept and only their examples read again, because
-tf.data can start nowhere else, and compared by a hash, so that a Task that is not deterministic is found out.
+A killed import resumes: finished files are kept; their examples are read again, because tf.data cannot skip them, and
+compared by a hash, which detects a Task that is not deterministic.
 """
 
 import hashlib
@@ -53,17 +53,17 @@ def import_seqio(
     progress: Progress = SILENT,
     part_characters: int = _PART_CHARACTERS,
 ) -> TokenStore:
-    """Build the token store of a registered Mixture or Task in `output_dir`; return it, open.
+    """Builds the token store of a registered Mixture or Task in `output_dir` and opens it.
 
-    modules: imported first, so that they register it. features: joined in this order, `separator` between (default:
-    inputs and targets, as far as there are any). num_examples: so many, at the Mixture's rates; None takes every Task
-    once, whole. tokenizer: needed for text; ids bring theirs. work_dir: where the parts go (default: STORE.import).
+    modules: imported first, to register it. features: joined in this order with `separator` (default: inputs and
+    targets, if they exist). num_examples: number of examples at the Mixture's rates; None: every Task once, completely.
+    tokenizer: required for text; ids have their own. work_dir: temporary files (default: STORE.import).
 
-    A finished import of the same kind is returned at once. Raises MissingExtraError without seqio; DataError if ids are
-    of another vocabulary, if the directory holds something else, or for what cannot be found, read or written.
+    A finished import with the same arguments is returned immediately. Raises MissingExtraError without seqio; DataError
+    if ids have another vocabulary, if the directory has other contents, or if something cannot be read or written.
     """
     if num_examples is not None and num_examples < 1:
-        raise ConfigError(f"An import of {num_examples} examples holds nothing: ask for 1 or more, or for all.")
+        raise ConfigError(f"An import of {num_examples} examples is empty: give 1 or more, or leave it out for all.")
     output = Directory(output_dir)
     record = {
         "mixture": name,
@@ -79,14 +79,14 @@ def import_seqio(
     work = _work_directory(output, work_dir)
     if RECORD in output.sizes():
         _refuse_other(output.path, json.loads(output.read(RECORD)), record)
-        if (work / _COMPLETE).exists():  # killed at the very end
+        if (work / _COMPLETE).exists():  # killed before the clean-up
             shutil.rmtree(work)
         return TokenStore.open(output.path)
     parts = _Parts(work, record)
     if output.sizes() and not parts.is_complete:
-        raise DataError(f"{output.path} is not empty and holds no such import: choose another output directory.")
+        raise DataError(f"{output.path} is not empty and is not such an import: choose another output directory.")
     if not parts.is_complete:
-        from jaxcoder.data import seqio_tasks  # TensorFlow takes ten seconds: not where all has been read
+        from jaxcoder.data import seqio_tasks  # imports TensorFlow, which takes ten seconds
 
         seqio_tasks.require_seqio(f"Importing {name}")
         examples = seqio_tasks.Examples(
@@ -115,11 +115,13 @@ def _work_directory(output: Directory, work_dir: str | os.PathLike | None) -> Pa
     return Path(f"{os.path.abspath(output.path)}.import")
 
 
-def _refuse_other(where: object, theirs: dict, ours: dict) -> None:
-    differs = [key for key in ours if theirs.get(key) != ours[key]]
+def _refuse_other(where: object, existing: dict, requested: dict) -> None:
+    differs = [key for key in requested if existing.get(key) != requested[key]]
     if differs:
-        words = ", ".join(f"{key} {theirs.get(key)!r} instead of {ours[key]!r}" for key in differs)
-        raise DataError(f"{where} holds another import ({words}): choose another output directory, or delete that one.")
+        words = ", ".join(f"{key} {existing.get(key)!r} instead of {requested[key]!r}" for key in differs)
+        raise DataError(
+            f"{where} contains another import ({words}): choose another output directory, or delete that one."
+        )
 
 
 def _common_tokenizer(examples: "Examples", tokenizer: Tokenizer | None) -> Tokenizer:
@@ -127,10 +129,10 @@ def _common_tokenizer(examples: "Examples", tokenizer: Tokenizer | None) -> Toke
     from jaxcoder.data.seqio_tasks import CodeVocabulary
 
     for (feature, task), vocabulary in examples.vocabularies.items():
-        is_ours = isinstance(vocabulary, CodeVocabulary)
-        if tokenizer is None and is_ours:
+        is_jaxcoder = isinstance(vocabulary, CodeVocabulary)
+        if tokenizer is None and is_jaxcoder:
             tokenizer = vocabulary.tokenizer
-        if not is_ours or vocabulary.tokenizer.fingerprint != tokenizer.fingerprint:
+        if not is_jaxcoder or tokenizer is None or vocabulary.tokenizer.fingerprint != tokenizer.fingerprint:
             wanted = f"fingerprint {tokenizer.fingerprint[:12]}" if tokenizer else "a jaxcoder tokenizer"
             raise DataError(
                 f"The feature {feature!r} of the seqio Task {task} holds ids of another vocabulary ({vocabulary}) than "
@@ -169,14 +171,14 @@ def documents_of(example: "Example", tokenizer: Tokenizer, separator: str, numbe
 
 
 def _parts_of_ids(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
-    """Special ids as special parts, what is between them as text that brings its ids."""
+    """Special ids as special parts, the ids between them as text parts with ids."""
     is_special = np.isin(ids, list(tokenizer.special_ids))
     cuts = np.flatnonzero(is_special)
-    for stretch in np.split(ids, np.unique([*cuts, *(cuts + 1)]) if cuts.size else []):
-        if stretch.size == 1 and int(stretch[0]) in tokenizer.special_ids:
-            yield Part(special=tokenizer.decode(stretch))
-        elif stretch.size:
-            yield Part(tokenizer.decode(stretch), ids=tuple(stretch.tolist()))
+    for part in np.split(ids, np.unique([*cuts, *(cuts + 1)]) if cuts.size else []):
+        if part.size == 1 and int(part[0]) in tokenizer.special_ids:
+            yield Part(special=tokenizer.decode(part))
+        elif part.size:
+            yield Part(tokenizer.decode(part), ids=tuple(part.tolist()))
 
 
 # The parts ------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""seqio's side of the house: our tokenizer as a Vocabulary, our corpora as Tasks and Mixtures, their Tasks as examples.
+"""seqio: the tokenizer as a Vocabulary, corpora as Tasks and Mixtures, and the examples of any registered Task.
 
-The extra `seqio` brings seqio and TensorFlow, which nothing else here imports; without it this module can be imported,
-and whatever needs it ends in a sentence. It lies off the training path: training reads token stores.
+The extra `seqio` installs seqio and TensorFlow, which no other module imports; without it this module can be imported,
+and its functions raise MissingExtraError. Training does not use it: it reads token stores.
 
 A Task made here has one feature, `targets`, int32 [n]: a document and its end token or, with `seq_len`, a window of
-that many tokens of a store. In Mixtures the examples are windows, as in our own stream, so that a rate means what a
-weight of the run's configuration means: a share of the samples. Fill-in-the-middle is left to the training side.
+that many tokens of a store. The examples of Mixtures are windows, so that a rate is a share of the samples, as a weight
+of the run's config. Fill-in-the-middle is not applied.
 
 Reference: https://github.com/google/seqio
 """
@@ -306,7 +306,7 @@ def _names() -> list[str]:
     return sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
 
 
-# Anyone's Tasks and Mixtures for us -----------------------------------------------------------------------------------
+# Registered Tasks and Mixtures as examples ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -384,7 +384,7 @@ class Examples:
                 yield self._example(row, task.name)
 
     def _draw(self) -> Iterator[Example]:
-        """By the rule of our own mixtures, which keeps to the rates exactly (seqio's draws at random)."""
+        """By `Mixture`, whose shares are exact (seqio samples at random)."""
         rule = Mixture([Phase(0, tuple(exact(self.rates[task.name]) for task in self.tasks))], [None] * len(self.tasks))
         rows = [iter(self._selected(self._dataset(task, num_epochs=None))) for task in self.tasks]
         for index in range(self._drawn):
@@ -449,5 +449,5 @@ def _import_modules(modules: Sequence[str]) -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise DataError(
-                f"Cannot import the module {module} ({error}): run where it lies, or install the package that has it."
+                f"Cannot import the module {module} ({error}): run in its directory, or install its package."
             ) from error

@@ -1,13 +1,13 @@
-"""The token store: one long stream of token ids on disk, with what is needed to trust it and to trace it.
+"""The token store: one stream of token ids on disk, with checksums and the origin of every document.
 
     manifest.json        settings, counts, and the size and hash of every other file; written last
     tokens/              zarr 3 array of all ids (uint16 up to 65,536 ids, else uint32), in shards of compressed chunks
-                         with a checksum each; every document is followed by an end token
-    documents.parquet    one row a document, in stream order: start, text_bytes, repo_name, path, lang
-    token_bytes.npy      bytes of text that each id stands for, int32 [vocab_size]; 0 for special tokens
-    tokenizer/           the tokenizer that wrote the ids
+                         with checksums; every document is followed by an end token
+    documents.parquet    one row per document, in stream order: start, text_bytes, repo_name, path, lang
+    token_bytes.npy      bytes of text of each id, int32 [vocab_size]; 0 for special tokens
+    tokenizer/           the tokenizer of the ids
 
-A store is opened for reading anywhere: on a local disk, or at gs:// or s3://.
+A store is read from a local disk, gs:// or s3://.
 Reference: https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/
 """
 
@@ -28,8 +28,8 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 FORMAT = "jaxcoder token store"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-WORK = "work"  # what an unfinished build leaves
-CHUNK_TOKENS = 8192  # unit of compression and checksum: a random window reads one or two
+WORK = "work"  # temporary files of an incomplete build
+CHUNK_TOKENS = 8192  # unit of compression and checksum: a random window of 8192 tokens reads one or two
 _CACHE_BYTES = 64 << 20
 _COUNTS = ("num_tokens", "num_documents", "text_bytes")
 _NEEDED_SETTINGS = ("vocab_size", "tokenizer_fingerprint", "shard_tokens")
@@ -37,11 +37,10 @@ _ANEW = "copy it again, or delete the directory and run `jaxcoder data build` ag
 
 
 class TokenStore:
-    """A finished store, open for reading; safe to use from several threads.
+    """A complete store, open for reading; thread-safe.
 
-    num_tokens, num_documents, vocab_size, tokenizer_fingerprint: as written.
-    text_bytes: UTF-8 bytes of all documents; special tokens have none.
-    token_bytes: int32 [vocab_size], bytes of text behind each id.
+    text_bytes: UTF-8 bytes of all documents, without special tokens.
+    token_bytes: int32 [vocab_size], bytes of text of each id.
     """
 
     def __init__(self, directory: Directory, manifest: dict):
@@ -60,16 +59,16 @@ class TokenStore:
         self._tokens = _open_array(directory)
         if self._tokens.shape != (self.num_tokens,):
             raise DataError(
-                f"The token store {self.path} is damaged: its array has {self._tokens.shape[0]} tokens, and "
-                f"{MANIFEST} says {self.num_tokens}; {_ANEW}."
+                f"The token store {self.path} is damaged: its array has {self._tokens.shape[0]} tokens, but "
+                f"{MANIFEST} has {self.num_tokens}; {_ANEW}."
             )
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "TokenStore":
-        """Open the store at `path`.
+        """Opens the store at `path`.
 
-        Raises DataError if there is none, if its build did not finish, if another release wrote it, or if a file is
-        missing or has another size than the manifest says. Altered bytes are found by checksum when they are read.
+        Raises DataError if there is none, if it is incomplete, if another release wrote it, or if a file is missing or
+        has another size than in the manifest. Altered bytes are detected by checksums when they are read.
         """
         directory = Directory(path)
         sizes = directory.sizes()
@@ -87,7 +86,7 @@ class TokenStore:
         return self.start_reading(start, stop)()
 
     def start_reading(self, start: int, stop: int) -> Callable[[], np.ndarray]:
-        """Begins `read`; the function returned finishes it. Several reads under way cost half of one after another."""
+        """Starts `read` and returns a function that finishes it. Concurrent reads take half the time of serial ones."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"[{start}, {stop}) is not within the {self.num_tokens} tokens of {self.path}")
         reading = self._tokens[start:stop].read()
@@ -102,35 +101,35 @@ class TokenStore:
 
     @functools.cached_property
     def documents(self):
-        """pyarrow.Table, one row a document in stream order: start, text_bytes, repo_name, path, lang."""
+        """pyarrow.Table, one row per document in stream order: start, text_bytes, repo_name, path, lang."""
         import pyarrow.parquet as pq
 
         return pq.read_table(io.BytesIO(self._checked("documents.parquet")), use_threads=False)
 
     @functools.cached_property
     def document_offsets(self) -> np.ndarray:
-        """int64 [num_documents + 1]: document d, its end token included, is at [offsets[d], offsets[d + 1])."""
+        """int64 [num_documents + 1]: document d with its end token is [offsets[d], offsets[d + 1])."""
         return np.append(self.documents["start"].to_numpy(), np.int64(self.num_tokens))
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of text per stored token, end tokens counted: bits per byte = loss / ln 2 / bytes_per_token, nearly."""
+        """Bytes of text per stored token, end tokens included: bits per byte is about loss / ln 2 / bytes_per_token."""
         return self.text_bytes / self.num_tokens
 
     def count_text_bytes(self, ids: np.ndarray) -> int:
-        """Bytes of text that the ids stand for, special tokens none.
+        """Bytes of text of the ids; special tokens have none.
 
-        With it bits per byte is exact on any windows: (sum of the losses of `ids`) / ln 2 / count_text_bytes(ids).
+        Bits per byte of any windows is (sum of the losses of `ids`) / ln 2 / count_text_bytes(ids).
         """
         return int(self.token_bytes[ids].sum(dtype=np.int64))
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that wrote the store, from its own copy."""
+        """The tokenizer of the store, from its own copy."""
         name = "tokenizer/tokenizer.json"
         return Tokenizer(self._checked(name), origin=self.directory / name)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Raise DataError unless `tokenizer` is the one that wrote the store."""
+        """Raises DataError unless `tokenizer` is the one of the store."""
         if tokenizer.fingerprint != self.tokenizer_fingerprint:
             raise DataError(
                 f"The token store {self.path} was written with another tokenizer (fingerprint "
@@ -140,7 +139,7 @@ class TokenStore:
             )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise DataError if a model with `vocab_size` embedding rows has no row for some id of the store."""
+        """Raises DataError if the store has ids that exceed a model's `vocab_size`."""
         if vocab_size < self.vocab_size:
             raise DataError(
                 f"The token store {self.path} has ids up to {self.vocab_size - 1}, but the model's vocab_size is "
@@ -148,15 +147,15 @@ class TokenStore:
             )
 
     def verify(self, *, at_most: int | None = None) -> None:
-        """Compare every file with its hash (reads all of the store). DataError names the first that differs.
+        """Compares every file with its hash, reading the entire store. DataError names the first that differs.
 
-        With `at_most`, a store of more bytes, or on an object store, is left alone: it is checked as it is read.
+        at_most: skip stores of more bytes, and those on object stores; they are checked as they are read.
         """
         files = self.manifest["files"]
         size = sum(entry["bytes"] for entry in files.values())
         if at_most is not None and (size > at_most or not self.directory.is_local):
             return
-        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             for name, sha256 in zip(files, pool.map(self.directory.sha256, files), strict=True):
                 self._compare(name, sha256)
 
@@ -169,9 +168,7 @@ class TokenStore:
 
     def _compare(self, name: str, sha256: str) -> None:
         if sha256 != self.manifest["files"][name]["sha256"]:
-            raise DataError(
-                f"The token store {self.path} is damaged: the content of {name} is not what was written; {_ANEW}."
-            )
+            raise DataError(f"The token store {self.path} is damaged: {name} was altered; {_ANEW}.")
 
     def _damaged(self, start: int, stop: int, error: ValueError) -> str:
         shards = range(start // self.shard_tokens, (stop - 1) // self.shard_tokens + 1)
@@ -183,7 +180,7 @@ class TokenStore:
         return f"The token store {self.path} is damaged: {names} cannot be read ({reason}); {_ANEW}."
 
     def _is_readable(self, shard: int, start: int, stop: int) -> bool:
-        """Whether that part of [start, stop) which lies in the shard can be read."""
+        """Whether the part of [start, stop) in the shard can be read."""
         start, stop = max(start, shard * self.shard_tokens), min(stop, (shard + 1) * self.shard_tokens)
         try:
             self._tokens[start:stop].read().result()
@@ -193,7 +190,7 @@ class TokenStore:
 
 
 def parse_manifest(content: bytes, origin: str) -> dict:
-    """The manifest of a store of this release. DataError if it is none."""
+    """The manifest of a store of this release. Raises DataError for anything else."""
     try:
         manifest = json.loads(content)
         settings = manifest["settings"]
@@ -230,7 +227,8 @@ def array_spec(kvstore: dict | str, *, num_tokens: int, dtype: str, shard_tokens
     return {
         "driver": "zarr3",
         "kvstore": kvstore,
-        "store_data_equal_to_fill_value": True,  # else a chunk of end tokens (id 0) alone would have no checksum
+        # Otherwise a chunk of end tokens only (id 0) is not stored and has no checksum.
+        "store_data_equal_to_fill_value": True,
         "metadata": {
             "shape": [num_tokens],
             "data_type": dtype,
@@ -246,8 +244,8 @@ def _open_array(directory: Directory):
     spec = {
         "driver": "zarr3",
         "kvstore": directory.kvstore("tokens"),
-        "fill_missing_data_reads": False,  # else a shard that vanished during a run would read as end tokens (id 0)
-        "recheck_cached_data": "open",  # a finished store does not change; asking on every read costs a third
+        "fill_missing_data_reads": False,  # otherwise a shard deleted during a run reads as end tokens (id 0)
+        "recheck_cached_data": "open",  # a complete store does not change; checking on every read costs a third
         "context": {"cache_pool": {"total_bytes_limit": _CACHE_BYTES}},
     }
     try:
@@ -261,6 +259,6 @@ def _open_array(directory: Directory):
 
 def _no_manifest(path: str, sizes: dict[str, int]) -> str:
     if any(name.startswith(f"{WORK}/") for name in sizes):
-        return f"The token store {path} is unfinished: run the same `jaxcoder data build` again, which completes it."
-    state = "holds no manifest.json" if sizes else "does not exist or is empty"
+        return f"The token store {path} is incomplete: run the same `jaxcoder data build` again, which completes it."
+    state = "has no manifest.json" if sizes else "does not exist or is empty"
     return f"There is no token store at {path}: it {state}; make one with `jaxcoder data build`."

@@ -1,12 +1,12 @@
-"""The training stream: sample i is a window of token ids, a pure function of (seed, i) and the config's stages.
+"""The training stream: sample i is a window of token ids, a pure function of (seed, i) and the config.
 
     sample i  --mixture.py-->  (corpus, its j-th window)  --windows.py-->  tokens [a, b) of its store
               --store.py-->    ids                        --fim.py-->      ids with fill-in-the-middle
 
-Every arrow but the last is invertible, so a file can be traced to the steps that read it (`trace.py`).
+All arrows except the last are invertible, so a file can be traced to the steps that read it (`trace.py`).
 
-The original shuffles the documents again in every epoch; here the build of the store fixes their permutation.
-Reference: what StarCoder does is in the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.
+StarCoder permutes the documents in every epoch; here the store has one fixed permutation.
+Reference: the BigCode project's Megatron-LM fork, megatron/data/gpt_dataset.py.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
 class WindowStream(Protocol):
-    """What the loader reads: numbered windows. `end_id` ends a document, `pad_id` fills; None where there is none.
+    """Numbered windows, as the loader reads them. end_id: ends a document; pad_id: padding; None if there is none.
 
-    token_bytes: int32 [vocab_size], bytes of text behind each id, None where ids stand for no text.
+    token_bytes: int32 [vocab_size], bytes of text of each id; None if ids have no text.
     """
 
     seq_len: int
@@ -39,21 +39,19 @@ class WindowStream(Protocol):
     token_bytes: np.ndarray | None
 
     def sample(self, index: int) -> np.ndarray:
-        """Window number `index` (0 or more, without end), int32 [seq_len + 1]."""
+        """Window `index` (any number from 0), int32 [seq_len + 1]."""
 
     def samples(self, start: int, stop: int) -> list[np.ndarray]:
-        """The windows number start, ..., stop - 1: the same as one by one, but faster."""
+        """The windows start, ..., stop - 1: the same as `sample`, but faster."""
 
 
 class SampleStream:
-    """The stream over one store, or over the stores of `config.corpora` in their order. Safe to use from threads.
+    """The stream of one store, or of the stores of `config.corpora` in their order. Thread-safe.
 
-    stores, windows: for each corpus, its store and its windows.
-    mixture: which corpus gives sample i.
-    windows_per_epoch: windows of one pass over every corpus.
+    stores, windows: of each corpus. mixture: the corpus of each sample. windows_per_epoch: summed over the corpora.
 
-    Raises DataError if the tokenizer is not that of every store or a store is shorter than one window; ConfigError for
-    rates, weights, caps or stages that cannot work, or FIM with a tokenizer that cannot express it.
+    Raises DataError if a store has another tokenizer or is shorter than one window; ConfigError for invalid rates,
+    weights, caps or stages, or FIM with a tokenizer without FIM tokens.
     """
 
     def __init__(
@@ -88,12 +86,12 @@ class SampleStream:
         self.mixture = make_mixture(config, sizes, [store.num_tokens for store in self.stores])
 
     def locate(self, index: int) -> Place:
-        """Where sample `index` comes from. ConfigError if the caps do not allow that many."""
+        """The location of sample `index`. ConfigError if the caps allow fewer samples."""
         corpus, number = self.mixture.source(index)
         return self.windows[corpus].locate(number)
 
     def index_of(self, epoch: int, window: int, corpus: int = 0) -> int | None:
-        """The sample that is a window of the grid of an epoch: the inverse of `locate`; None if it never comes."""
+        """The inverse of `locate`: the sample of a window of an epoch; None if it does not occur."""
         return self.mixture.index_of(corpus, self.windows[corpus].number_of(epoch, window))
 
     def raw_window(self, index: int) -> np.ndarray:
@@ -102,18 +100,18 @@ class SampleStream:
         return self.stores[place.corpus].read(place.start, place.start + self.seq_len + 1)
 
     def sample(self, index: int) -> np.ndarray:
-        """Sample `index`, int32 [seq_len + 1], padded at its right end where FIM made it shorter."""
+        """Sample `index` after FIM, int32 [seq_len + 1], padded at its right end."""
         return self._fim(self.raw_window(index), seed=self.seed, sample=index)
 
     def samples(self, start: int, stop: int) -> list[np.ndarray]:
-        """The samples number start, ..., stop - 1, each as `sample` gives it; all are read from the stores at once."""
+        """The samples start, ..., stop - 1, equal to `sample`, read from the stores concurrently."""
         places = [self.locate(index) for index in range(start, stop)]
         reads = [self.stores[p.corpus].start_reading(p.start, p.start + self.seq_len + 1) for p in places]
         return [self._fim(read(), seed=self.seed, sample=index) for index, read in enumerate(reads, start)]
 
 
 def check_stores(stores: Sequence[TokenStore], tokenizer: Tokenizer, seq_len: int) -> None:
-    """Raise DataError unless one tokenizer wrote all stores and each holds a window."""
+    """Raises DataError unless all stores have this tokenizer and at least one window."""
     for store in stores[1:]:
         if store.tokenizer_fingerprint != stores[0].tokenizer_fingerprint:
             raise DataError(
@@ -131,7 +129,7 @@ def check_stores(stores: Sequence[TokenStore], tokenizer: Tokenizer, seq_len: in
 
 
 class SyntheticStream:
-    """Uniform random ids, to try a machine before there is data: nothing is read, and there is nothing to learn."""
+    """Uniform random ids, to try a machine without data."""
 
     def __init__(self, *, vocab_size: int, seq_len: int, seed: int):
         self.vocab_size = vocab_size
@@ -144,12 +142,12 @@ class SyntheticStream:
         self.token_bytes: np.ndarray | None = None
 
     def sample(self, index: int) -> np.ndarray:
-        """Window number `index`, int32 [seq_len + 1], a pure function of (seed, index)."""
+        """Window `index`, int32 [seq_len + 1], a pure function of (seed, index)."""
         words = random_words(self.seed, Purpose.SYNTHETIC, index, count=self.seq_len + 1)
         return (words % np.uint64(self.vocab_size)).astype(np.int32)
 
     def samples(self, start: int, stop: int) -> list[np.ndarray]:
-        """The windows number start, ..., stop - 1."""
+        """The windows start, ..., stop - 1."""
         return [self.sample(index) for index in range(start, stop)]
 
 

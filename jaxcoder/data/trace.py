@@ -1,11 +1,11 @@
-"""From a step to the files in its batch, and from a file to every step that holds it, so far and to come.
+"""Traces a step to the files in its batch, and a file to every past and future step that reads it.
 
-Nothing is recorded for this during training. A step's samples follow from the schedule, a sample's place in its store
-from the mixture and the permutation, the documents there from the store's table; and each of these is
-invertible. So a query costs reading the table of documents and a few microseconds for each window that it finds.
+Training records nothing for this. A step's samples follow from the schedule, the location of a sample in its store from
+the mixture and the permutation, its documents from the store's table; each of these functions is invertible. A query
+reads the table of documents and takes a few microseconds per window.
 
-A batch is described by its windows before FIM. FIM then inserts sentinels and cuts as many tokens off the right end,
-so a document of which only the last few tokens of a window are listed may have been cut off.
+A batch is described by its windows before FIM, which inserts sentinels and truncates at the right end: a document with
+only a few tokens at the end of a window may have been truncated.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from jaxcoder.errors import DataError
 
 
 class TracedDocument(NamedTuple):
-    """A document in a window: tokens [start, stop) of the window are tokens of it, its end token included."""
+    """A document in a window: its tokens, end token included, are [start, stop) of the window."""
 
     repo_name: str
     path: str
@@ -31,7 +31,7 @@ class TracedDocument(NamedTuple):
 
 
 class TracedRow(NamedTuple):
-    """A row of a batch: its sample, where that comes from, and the documents in it, in order."""
+    """A row of a batch: its sample, the location in the store, and its documents in order."""
 
     row: int
     sample: int
@@ -40,7 +40,7 @@ class TracedRow(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A row of a step's batch that holds something that was asked for."""
+    """A row of a step's batch with one of the requested documents."""
 
     step: int
     row: int
@@ -57,7 +57,7 @@ class Documents(NamedTuple):
 
 
 class Tracer:
-    """Answers for one run: its stream, which samples its steps read, and how many steps it has."""
+    """Traces one run. history: the samples of its steps. num_steps: steps of the run."""
 
     def __init__(self, stream: SampleStream, history: StepHistory, num_steps: int):
         self.stream, self.history, self.num_steps = stream, history, num_steps
@@ -69,15 +69,15 @@ class Tracer:
             yield self._row(row, first + row)
 
     def row(self, step: int, row: int) -> TracedRow:
-        """One of them."""
+        """One row of that batch."""
         first, size = self._span(step)
         if not 0 <= row < size:
-            raise DataError(f"Step {step} has the rows 0 to {size - 1}, and row {row} was asked for.")
+            raise DataError(f"Step {step} has the rows 0 to {size - 1}, not row {row}.")
         return self._row(row, first + row)
 
     def _span(self, step: int) -> tuple[int, int]:
         if not 1 <= step <= self.num_steps:
-            raise DataError(f"The run has the steps 1 to {self.num_steps:,}, and step {step:,} was asked for.")
+            raise DataError(f"The run has the steps 1 to {self.num_steps:,}, not step {step:,}.")
         return self.history.samples_of(step)
 
     def _row(self, row: int, sample: int) -> TracedRow:
@@ -99,7 +99,7 @@ class Tracer:
         return found
 
     def readings(self, found: list[Documents]) -> list[Reading]:
-        """Every row of every step up to the run's last that holds one of the documents, in the order of the run."""
+        """Every row with one of the documents, of all steps of the run, in order."""
         total, _ = self.history.samples_of(self.num_steps + 1)
         counts = self.stream.mixture.counts(total)
         readings = []
@@ -117,15 +117,15 @@ class Tracer:
 
     def _nothing_found(self, path: str | None, repo_name: str | None) -> str:
         stores = ", ".join(store.path for store in self.stream.stores)
-        column, value = ("path", path) if path is not None else ("repo_name", repo_name)
-        near = [name for store in self.stream.stores for name in containing(store, column, value, most=3)]
-        hint = f"it has {', '.join(near[:3])}" if near else "check the spelling"
+        column, value = ("path", path) if path is not None else ("repo_name", repo_name or "")
+        similar = [name for store in self.stream.stores for name in containing(store, column, value, most=3)]
+        hint = f"it has {', '.join(similar[:3])}" if similar else "check the spelling"
         what = "file" if path is not None else "repository"
         return f"No document of {stores} has the {what} {value!r}: {hint}."
 
 
 def documents_within(store: TokenStore, start: int, stop: int) -> list[TracedDocument]:
-    """The documents of which some token lies in [start, stop) of the store, their places counted from `start`."""
+    """The documents with a token in [start, stop) of the store; their positions are relative to `start`."""
     offsets = store.document_offsets
     first = int(np.searchsorted(offsets, start, side="right")) - 1
     last = int(np.searchsorted(offsets, stop, side="left"))
@@ -156,7 +156,7 @@ def matching(store: TokenStore, *, path: str | None = None, repo_name: str | Non
 
 
 def containing(store: TokenStore, column: str, text: str, *, most: int) -> list[str]:
-    """A few values of a column that contain the last part of `text`."""
+    """Up to `most` values of a column that contain the last component of `text`."""
     import pyarrow.compute as pc
 
     values = store.documents[column]
@@ -165,7 +165,7 @@ def containing(store: TokenStore, column: str, text: str, *, most: int) -> list[
 
 
 def describe_row(stream: SampleStream, traced: TracedRow) -> list[str]:
-    """A line for the row and one for each document in it."""
+    """One line for the row and one for each of its documents."""
     place = traced.place
     end = place.start + stream.seq_len + 1
     lines = [
@@ -179,7 +179,7 @@ def describe_row(stream: SampleStream, traced: TracedRow) -> list[str]:
 
 
 def describe_batch(tracer: Tracer, step: int, *, most_rows: int | None = None) -> Iterator[str]:
-    """What `jaxcoder data trace --step` prints, and the training loop for a step whose loss has jumped."""
+    """The lines of `jaxcoder data trace --step`, which the training loop also logs for a loss spike."""
     first, size = tracer.history.samples_of(step)
     yield f"step {step:,}: samples {first:,} to {first + size - 1:,}"
     for traced in tracer.batch(step):

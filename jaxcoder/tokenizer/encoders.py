@@ -1,9 +1,9 @@
-"""Encoding ordinary text: tiktoken where it gives the ids of `tokenizers`, `tokenizers` where it does not.
+"""Encodes ordinary text with tiktoken if it gives the same ids as `tokenizers`, else with `tokenizers`.
 
 `tokenizers` defines the ids; tiktoken is about seven times as fast. It is built from the same tokenizer.json: the
-vocabulary without specials as ranks, and one regular expression equal to "individual digits, then the GPT-2 split".
-That is the same tokenizer only if ids follow the order of the merges and the pre-tokenizer is exactly that one, so
-both are checked here, and then both encoders are run on texts chosen to show a difference.
+vocabulary without special tokens as ranks, and one regular expression equal to "individual digits, then the GPT-2
+split". The two are equal only if ids follow the order of the merges and the pre-tokenizer is exactly this one. Both are
+checked here, and then both encoders are compared on hostile texts.
 
 Reference: https://github.com/openai/tiktoken (a merge is allowed whenever the joined bytes have a rank).
 """
@@ -14,8 +14,8 @@ from itertools import pairwise
 
 Encode = Callable[[str], list[int]]
 
-# Digits are split off before the GPT-2 expression runs, so whitespace before a digit ends its segment and stays whole:
-# hence the alternative `\s+(?=\p{N})`, which GPT-2's expression does not have.
+# Digits are split off before the GPT-2 expression runs, so whitespace before a digit is at the end of its segment and
+# is not split: hence the alternative `\s+(?=\p{N})`, which GPT-2's expression does not have.
 SPLIT_PATTERN = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 # Beyond some hundred thousand whitespace characters in a row tiktoken's regex engine overflows its stack and panics.
@@ -37,14 +37,14 @@ _HOSTILE_TEXTS = (
 
 
 def byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each of the 256 bytes, inverted: symbol -> byte."""
+    """The inverse of GPT-2's printable symbols for the 256 bytes: symbol -> byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def tokenizers_encoder(tokenizer) -> Encode:
-    """Encoder over a `tokenizers.Tokenizer` that takes sentinels in text for text, never truncates and never pads."""
+    """An encoder by a `tokenizers.Tokenizer` that encodes sentinels in text as text, without truncation and padding."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -56,7 +56,7 @@ def tokenizers_encoder(tokenizer) -> Encode:
 
 
 def tiktoken_encoder(spec: dict, ranks: dict[bytes, int], reference: Encode) -> tuple[Encode | None, str]:
-    """A tiktoken encoder with the ids of `reference`, or None and the reason why there is none.
+    """A tiktoken encoder with the same ids as `reference`, or None and the reason.
 
     `spec` is the parsed tokenizer.json, `ranks` its ordinary vocabulary (bytes of a token -> id).
     """
@@ -71,7 +71,7 @@ def tiktoken_encoder(spec: dict, ranks: dict[bytes, int], reference: Encode) -> 
 
 
 def _structural_difference(spec: dict, ranks: dict[bytes, int]) -> str:
-    """Why the tokenizer cannot be tiktoken's kind; "" if it can."""
+    """Why tiktoken cannot represent the tokenizer; "" if it can."""
     if not ranks:
         return "it has special tokens only"
     if spec.get("normalizer"):
@@ -102,28 +102,29 @@ def _structural_difference(spec: dict, ranks: dict[bytes, int]) -> str:
 
 
 def merge_pairs(spec: dict) -> list[tuple[str, str]]:
-    """The merges in order; tokenizer.json holds them as pairs, older ones as strings with one blank."""
-    return [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in spec["model"]["merges"]]
+    """The merges in order; they are pairs in tokenizer.json, or strings with one space in older files."""
+    pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in spec["model"]["merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def _build(ranks: dict[bytes, int], reference: Encode) -> Encode:
     import tiktoken
 
-    # tiktoken panics on a byte without a rank, `tokenizers` drops it: stand-ins find the texts that have one.
-    first_stand_in = max(ranks.values()) + 1
+    # tiktoken panics on a byte without a rank, which `tokenizers` drops: temporary ids detect texts with such bytes.
+    first_temporary = max(ranks.values()) + 1
     absent = [bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks]
-    stand_ins = {byte: first_stand_in + i for i, byte in enumerate(absent)}
+    temporary = {byte: first_temporary + i for i, byte in enumerate(absent)}
     encoding = tiktoken.Encoding(
-        "jaxcoder", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks | stand_ins, special_tokens={}
+        "jaxcoder", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks | temporary, special_tokens={}
     )
-    stand_in_ids = frozenset(stand_ins.values())
+    temporary_ids = frozenset(temporary.values())
     long_whitespace = re.compile(rf"(?<!\s)\s{{{_LONGEST_WHITESPACE + 1}}}")
 
     def encode(text: str) -> list[int]:
         if len(text) > _LONGEST_WHITESPACE and long_whitespace.search(text):
             return reference(text)
         ids = encoding.encode_ordinary(text)
-        if stand_in_ids and not stand_in_ids.isdisjoint(ids):
+        if temporary_ids and not temporary_ids.isdisjoint(ids):
             return reference(text)
         return ids
 
@@ -131,7 +132,7 @@ def _build(ranks: dict[bytes, int], reference: Encode) -> Encode:
 
 
 def _texts_of_tokens(ranks: dict[bytes, int], per_text: int = 64, at_most: int = 4096) -> list[str]:
-    """Texts in which tokens from all over the vocabulary stand side by side, the later (longer) ones included."""
+    """Texts that join tokens from all parts of the vocabulary."""
     tokens = sorted(ranks, key=ranks.__getitem__)
     step = -(-len(tokens) // at_most)
     chosen = tokens[::step]

@@ -1,13 +1,13 @@
 """The files of a tokenizer directory that other loaders need.
 
-tokenizer.json is the truth. Beside it transformers 4 and 5 agree on few settings (tried with 4.57 and 5.23, with and
-without a config.json beside):
-- `tokenizer_class: GPT2Tokenizer`, StarCoder's own: transformers 5 replaces the pre-tokenizer by GPT-2's unless a
-  config.json says gpt_bigcode, and a blank before a digit then gets another id;
-- `PreTrainedTokenizerFast`, taken here, keeps tokenizer.json as it is; but without `model_input_names` transformers 4
-  returns token_type_ids, which GPTBigCode adds to its input;
-- `additional_special_tokens` and special_tokens_map.json are read by both; `extra_special_tokens` breaks 4.
-vocab.json and merges.txt serve older loaders.
+tokenizer.json defines the tokenizer. The other settings are those that transformers 4 and 5 both accept (tried with
+4.57 and 5.23, with and without a config.json in the directory):
+- `tokenizer_class: GPT2Tokenizer`, as StarCoder's: transformers 5 replaces the pre-tokenizer by GPT-2's unless a
+  config.json has model_type gpt_bigcode; a space before a digit then gets another id;
+- `PreTrainedTokenizerFast`, used here, keeps tokenizer.json; but without `model_input_names` transformers 4 returns
+  token_type_ids, which GPTBigCode adds to its input;
+- `additional_special_tokens` and special_tokens_map.json are read by both; `extra_special_tokens` breaks version 4.
+vocab.json and merges.txt are for older loaders.
 """
 
 import json
@@ -46,17 +46,17 @@ def tokenizer_files(content: bytes, spec: dict, specials: tuple[str, ...]) -> di
 
 
 def check_output_directory(directory: Path, *, overwrite: bool) -> None:
-    """Raise DataError unless a tokenizer may be written here: nothing is lost, or `overwrite` and it is a tokenizer."""
+    """Raises DataError if the directory has files that are not a tokenizer's, or a tokenizer without `overwrite`."""
     if not directory.exists():
         return
     if not directory.is_dir():
         raise DataError(f"The output directory {directory} is a file: choose another name.")
     with access_errors(directory, "write"):
-        strange = sorted(entry.name for entry in directory.iterdir() if entry.name not in TOKENIZER_FILES)
-    strange = [name for name in strange if not name.startswith(".")]
-    if strange:
-        raise DataError(f"The output directory {directory} holds something else ({strange[0]}): choose another one.")
+        others = sorted(entry.name for entry in directory.iterdir() if entry.name not in TOKENIZER_FILES)
+    others = [name for name in others if not name.startswith(".")]
+    if others:
+        raise DataError(f"The output directory {directory} contains other files ({others[0]}): choose another one.")
     if (directory / "tokenizer.json").exists() and not overwrite:
         raise DataError(
-            f"The directory {directory} already holds a tokenizer: choose another one, or give --overwrite."
+            f"The directory {directory} already contains a tokenizer: choose another one, or give --overwrite."
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.formatting import format_bytes
 from jaxcoder.io.atomic import replacing, write_text
 from jaxcoder.io.document import Document, well_formed
 from jaxcoder.io.document_files import Paths, read_documents
@@ -80,7 +81,7 @@ class Measured:
         return [(id_, self.tokens[id_], int(self.counts[id_])) for id_ in ids]
 
     def share(self, kind: str) -> tuple[float, float]:
-        """Share of tokens, and of their bytes, that are "digits" (besides blanks) or "whitespace" only."""
+        """Share of tokens, and of their bytes, that are only "digits" (with spaces) or only "whitespace"."""
         chosen = [id_ for id_, token in self.tokens.items() if kind_of(token) == kind]
         sizes = np.zeros(self.vocab_size, np.int64)
         sizes[list(self.tokens)] = [len(token) for token in self.tokens.values()]
@@ -90,7 +91,7 @@ class Measured:
 
 
 def kind_of(token: bytes) -> str:
-    """ "whitespace", "digits" (perhaps with blanks around them), or "other"."""
+    """ "whitespace", "digits" (possibly with spaces around them), or "other"."""
     text = token.decode(errors="replace")
     if not text.strip():
         return "whitespace" if text else "other"
@@ -105,7 +106,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 class OtherTokenizer:
-    """A tokenizer.json of another kind (WordPiece, Unigram, SentencePiece's BPE), with what a report needs."""
+    """A tokenizer.json of another kind (WordPiece, Unigram, SentencePiece's BPE), for reports only."""
 
     def __init__(self, content: bytes):
         """Raises the exceptions of `tokenizers` for a file that it cannot load."""
@@ -125,7 +126,7 @@ class OtherTokenizer:
 
 
 def _plain(token: str) -> bytes:
-    """The bytes of a token: SentencePiece's blank and byte tokens and WordPiece's continuation are translated."""
+    """The bytes of a token, with SentencePiece's space and byte tokens and WordPiece's continuations converted."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes.fromhex(token[3:5])
     return token.removeprefix("##").replace("\u2581", " ").encode(errors="replace")
@@ -153,7 +154,7 @@ def _tokens_of(tokenizer: Tokenizer | OtherTokenizer) -> dict[int, bytes]:
 
 
 def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """The name of each tokenizer's directory, with as much of its path as makes it unique."""
+    """The name of each tokenizer's directory, with enough of its path to be unique."""
     parts = [[part for part in os.fspath(path).split("/") if part] or ["."] for path in paths]
     parts = [names[:-1] if names[-1] == "tokenizer.json" and len(names) > 1 else names for names in parts]
     for length in range(1, max(map(len, parts), default=0) + 1):
@@ -169,12 +170,12 @@ def short_names(paths: Sequence[str | os.PathLike]) -> list[str]:
 def take_sample(
     paths: Paths, *, max_bytes: int = DEFAULT_SAMPLE_BYTES, seed: int = 0, progress: Progress = SILENT
 ) -> Sample:
-    """Documents of at most `max_bytes` of text; if no document fits, the beginning of one. Reads the corpus once.
+    """Documents of at most `max_bytes` of text; if none fits, the beginning of one. Reads the corpus once.
 
     Raises ConfigError for a limit below 1, DataError like `read_documents` or if there is no text.
     """
     if max_bytes < 1:
-        raise ConfigError(f"A sample of {max_bytes} bytes holds no text: allow more.")
+        raise ConfigError(f"A sample of {max_bytes} bytes has no text: give at least 1.")
     progress.start("Reading documents", None, "documents")
     taken: list[tuple[int, int, str, list[str]]] = []  # a heap, the largest hash first
     total = corpus_bytes = corpus_documents = 0
@@ -192,15 +193,15 @@ def take_sample(
         while total > max_bytes and len(taken) > 1:
             largest, _, _, dropped = heapq.heappop(taken)
             total -= sum(map(_size, dropped))
-            limit = -largest  # without it, small documents with larger hashes would still fit
-        progress.advance(1, f"{corpus_bytes / 1e6:,.0f} MB")
+            limit = -largest  # small documents with larger hashes must not fill the gap
+        progress.advance(1, format_bytes(corpus_bytes))
     if not taken:
         raise DataError("There is no text to report on: give documents that are not empty.")
     rows = [(lang, text) for _, _, lang, texts in sorted(taken, key=lambda entry: entry[1]) for text in texts]
     if total > max_bytes:  # a single document
         rows = list(_beginning(rows, max_bytes))
     num_bytes = sum(_size(text) for _, text in rows)
-    progress.finish(f"{num_bytes / 1e6:,.1f} of {corpus_bytes / 1e6:,.1f} MB of text taken")
+    progress.finish(f"{format_bytes(num_bytes)} of {format_bytes(corpus_bytes)} of text sampled")
     return Sample(rows, num_bytes, len(taken), corpus_bytes, corpus_documents, seed)
 
 
@@ -289,7 +290,7 @@ class TokenizerReport:
         return _ratio(num_bytes, tokens)
 
     def as_json(self) -> dict:
-        """All numbers as plain JSON; in the text of tokens, bytes that are no character are U+FFFD."""
+        """All results as plain JSON; in the text of tokens, incomplete characters are U+FFFD."""
         sample = {key: value for key, value in vars(self.sample).items() if key != "texts"}
         return {"sample": sample, "tokenizers": [self._one(measured) for measured in self.measured]}
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from jaxcoder.formatting import format_bytes
 from jaxcoder.tokenizer.report import Measured, TokenizerReport
 
 COLORS = ("#3366aa", "#cc6600", "#44884a", "#8855aa", "#aa3344", "#777777")
@@ -22,8 +23,8 @@ def draw_report(report: TokenizerReport):
     _uses(figure.add_subplot(grid[1, 1]), report.measured)
     sample = report.sample
     figure.suptitle(
-        f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents, "
-        f"of {sample.corpus_bytes / 1e6:,.1f} MB in {sample.corpus_documents:,}",
+        f"{format_bytes(sample.num_bytes)} of text in {sample.num_documents:,} documents, "
+        f"of {format_bytes(sample.corpus_bytes)} in {sample.corpus_documents:,}",
         fontsize=10,
     )
     return figure

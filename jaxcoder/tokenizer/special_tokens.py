@@ -1,7 +1,7 @@
 """The special tokens of StarCoder, in the order of their ids 0 to 18, and SantaCoder's spelling of them.
 
-Ids are never written down elsewhere: a tokenizer is asked for them by these names (`Tokenizer.special_id`), because
-other tokenizers of the family put them elsewhere.
+Ids are never hard-coded: they are looked up by these names (`Tokenizer.special_id`), because other tokenizers of the
+family have other ids.
 
 Reference: tokenizer training script of the BigCode project (bigcode-tokenizer, starcoder/train_bpe_tokenizer.py).
 """

@@ -1,7 +1,7 @@
 """The tokenizer: text and documents to ids and back.
 
-A byte-level BPE over a Hugging Face tokenizer.json, which is kept byte for byte. Ordinary text never yields a special
-id, whatever it spells; special ids come from special parts of a document, or are asked for by name.
+A byte-level BPE from a Hugging Face tokenizer.json, whose bytes are kept. Ordinary text never becomes a special id,
+even if it spells a special token; special ids come from special parts of a document or are requested by name.
 Ids are Python ints in [0, vocab_size).
 """
 
@@ -46,8 +46,8 @@ class Tokenizer:
 
     vocab_size: largest id + 1.
     fingerprint: SHA-256 (hex) of tokenizer.json; stores and checkpoints record it.
-    encoder_name: "tiktoken", or "tokenizers" where tiktoken would give other ids (`encoder_reason` says why).
-    special_ids: ids that only special tokens have.
+    encoder_name: "tiktoken", or "tokenizers" if tiktoken would give other ids (`encoder_reason` is the reason).
+    special_ids: ids of the special tokens.
     """
 
     def __init__(self, content: bytes, *, origin: str = "the tokenizer"):
@@ -72,7 +72,7 @@ class Tokenizer:
         self.encoder_name = "tiktoken" if fast else "tokenizers"
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path: str | os.PathLike) -> "Tokenizer":
         """Load a tokenizer.json, or the one in the directory `path` (local, gs://, s3://, ...).
 
         Raises DataError if it is missing or unusable.
@@ -88,7 +88,7 @@ class Tokenizer:
             reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__) or "it cannot be opened"
             raise DataError(
                 f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
-                "holds one, such as `jaxcoder tokenizer train` writes."
+                "contains it, such as the output of `jaxcoder tokenizer train`."
             ) from error
         return cls(content, origin=location)
 
@@ -96,13 +96,13 @@ class Tokenizer:
         return functools.partial(Tokenizer, origin=self._origin), (self._content,)
 
     def files(self) -> dict[str, bytes]:
-        """The files that transformers 4 and 5 and other loaders open, by name; tokenizer.json is unchanged."""
+        """The files for transformers 4 and 5 and other loaders, by name; tokenizer.json is unchanged."""
         from jaxcoder.tokenizer.portable import tokenizer_files
 
         return tokenizer_files(self._content, self._spec, tuple(self._special))
 
     def save(self, directory: str | Path) -> None:
-        """Write `files` into a directory; its other files stay. DataError if that fails."""
+        """Writes `files` into a directory, whose other files are kept. DataError if that fails."""
         for name, content in self.files().items():
             write_bytes(f"{os.fspath(directory)}/{name}", content)
 
@@ -114,11 +114,12 @@ class Tokenizer:
     @property
     def fim(self) -> FimIds | None:
         """Ids for fill-in-the-middle; None if this tokenizer has no such tokens."""
-        ids = [self._find_special(name) for name in (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD)]
-        return None if None in ids else FimIds(*ids)
+        names = (FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD)
+        ids = [id_ for name in names if (id_ := self._find_special(name)) is not None]
+        return FimIds(*ids) if len(ids) == len(names) else None
 
     def special_id(self, name: str) -> int:
-        """Id of a special token by StarCoder's name (SantaCoder's hyphens are found too). DataError if absent."""
+        """Id of a special token by StarCoder's name; SantaCoder's spelling is recognized. DataError if absent."""
         id_ = self._find_special(name)
         if id_ is None:
             raise DataError(
@@ -135,7 +136,7 @@ class Tokenizer:
         return id_ in self.special_ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; a sentinel spelled in it stays text. Lone surrogates are encoded as U+FFFD."""
+        """Ids of ordinary text; text that spells a special token is encoded as text, lone surrogates as U+FFFD."""
         return self._encode(well_formed(text))
 
     def encode_document(self, document: Document) -> list[int]:
@@ -147,31 +148,32 @@ class Tokenizer:
         text: list[str] = []
         for part in document.parts:
             if part.special is None and part.ids is None:
-                text.append(part.text)  # neighbours are encoded as one text, however it was cut
+                text.append(part.text)  # adjacent texts are encoded as one
                 continue
             if part.special == END_OF_TEXT:
                 raise DataError(
-                    f"The document {document.path or document.text[:30]!r} holds {END_OF_TEXT} as a part, but that "
-                    "token stands between documents: make two documents of it."
+                    f"The document {document.path or document.text[:30]!r} has a part {END_OF_TEXT}, but that token "
+                    "separates documents: split it into two documents."
                 )
             ids += self.encode("".join(text))
-            ids += self._fixed_ids(part, document) if part.special is None else [self.special_id(part.special)]
+            ids += self._checked_ids(part, document) if part.special is None else [self.special_id(part.special)]
             text = []
         return ids + self.encode("".join(text))
 
-    def _fixed_ids(self, part: Part, document: Document) -> tuple[int, ...]:
-        """The ids that a part brings. DataError unless they decode to its text with this tokenizer."""
-        if not self.special_ids.isdisjoint(part.ids) or self.decode(part.ids) != part.text:
+    def _checked_ids(self, part: Part, document: Document) -> tuple[int, ...]:
+        """The ids of a part that has them. DataError unless they decode to its text with this tokenizer."""
+        ids = part.ids or ()
+        if not self.special_ids.isdisjoint(ids) or self.decode(ids) != part.text:
             raise DataError(
-                f"The document {document.path or part.text[:30]!r} brings ids that do not stand for its text in "
+                f"The document {document.path or part.text[:30]!r} has ids that do not decode to its text with "
                 f"{self._origin}: use the tokenizer that it was encoded with, or documents of text."
             )
-        return part.ids
+        return ids
 
     def decode_bytes(self, ids: Iterable[int], *, show_specials: bool = True) -> bytes:
-        """The exact bytes of the ids; special tokens as their names or, on request, not at all.
+        """The exact bytes of the ids. show_specials: include special tokens as their names.
 
-        Raises DataError for an id that no token has.
+        Raises DataError for an id that is not in the vocabulary.
         """
         try:
             return b"".join(self._bytes[int(i)] for i in ids if show_specials or int(i) not in self.special_ids)
@@ -182,18 +184,18 @@ class Tokenizer:
             ) from None
 
     def decode(self, ids: Iterable[int], *, show_specials: bool = True) -> str:
-        """Text of the ids; bytes that are not UTF-8 (part of a character) become U+FFFD. DataError as above."""
+        """Text of the ids; incomplete characters become U+FFFD. DataError like `decode_bytes`."""
         return self.decode_bytes(ids, show_specials=show_specials).decode(errors="replace")
 
     def valid_ids(self, vocab_rows: int) -> np.ndarray:
-        """Which rows of an embedding with `vocab_rows` rows a token uses: bool [vocab_rows].
+        """The rows of an embedding with `vocab_rows` rows that belong to a token: bool [vocab_rows].
 
         Raises DataError if there are fewer rows than ids.
         """
         if vocab_rows < self.vocab_size:
             raise DataError(
-                f"The tokenizer {self._origin} has {self.vocab_size} ids but the model only {vocab_rows} rows: they do "
-                "not belong together; use the tokenizer that the model was trained with."
+                f"The tokenizer {self._origin} has {self.vocab_size} ids but the model only {vocab_rows} rows: use the "
+                "tokenizer that the model was trained with."
             )
         mask = np.zeros(vocab_rows, bool)
         mask[list(self._bytes)] = True
@@ -201,7 +203,7 @@ class Tokenizer:
 
 
 def _parse(content: bytes, origin: str) -> dict:
-    """The parsed tokenizer.json, known to hold a byte-level BPE model."""
+    """The parsed tokenizer.json. Raises DataError unless it has a BPE model."""
     try:
         spec = json.loads(content)
         model = spec["model"]
@@ -229,7 +231,7 @@ def _bytes_of_tokens(vocab: dict[str, int], origin: str) -> dict[bytes, int]:
 
 
 def _backend(spec: dict, known: set[str], origin: str):
-    """The `tokenizers.Tokenizer`, with every known sentinel marked special so that text never yields it."""
+    """The `tokenizers.Tokenizer`, with every known sentinel marked special so that text never becomes one."""
     import tokenizers
 
     try:

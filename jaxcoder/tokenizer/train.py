@@ -1,8 +1,8 @@
-"""Training a byte-level BPE tokenizer as StarCoder's was: individual digits, then the GPT-2 split, no prefix space.
+"""Trains a byte-level BPE tokenizer like StarCoder's: individual digits, then the GPT-2 split, no prefix space.
 
-The 19 special tokens take ids 0 to 18. One deviation is made on purpose: the alphabet is all 256 bytes, where StarCoder
-took only the bytes of its sample, so that any bytes survive a round trip; ids therefore differ from StarCoder's from
-the first absent byte on (newline is 217, not 203). The result depends on the texts alone, not on threads.
+The 19 special tokens have ids 0 to 18. One deliberate difference: the alphabet is all 256 bytes, not only those of the
+sample, so that all bytes survive a round trip; ids therefore differ from StarCoder's from the first absent byte on
+(newline is 217, not 203). The result depends on the texts only, not on threads.
 
 Reference: bigcode-tokenizer, starcoder/train_bpe_tokenizer.py.
 """
@@ -20,27 +20,26 @@ from jaxcoder.tokenizer.special_tokens import SPECIAL_TOKENS
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)
-LARGEST_VOCAB = 1 << 20  # the trainer reserves memory for as many as it is asked for
+LARGEST_VOCAB = 1 << 20  # the trainer allocates memory for all of them
 DEFAULT_SAMPLE_BYTES = 64 << 20
-"""Larger inputs are sampled evenly to this size, which bounds time and memory (49,152 tokens from 64 MB: 17
-seconds of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds), and more text hardly changes the merges."""
+"""Larger inputs are sampled uniformly to this size, which bounds time and memory (49,152 tokens from 64 MB: 17 seconds
+of one core and 0.6 GB; 8,192 from 20 MB: 5.5 seconds). More text hardly changes the merges."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Progress = SILENT) -> Tokenizer:
-    """Learn merges from ordinary texts until there are `vocab_size` tokens, the 19 special ones included.
+    """Learns merges from ordinary texts up to `vocab_size` tokens, including the 19 special ones.
 
-    The vocabulary is smaller if the texts have no more pairs to merge. Raises ConfigError for a vocab_size below 275
+    The vocabulary is smaller if there are no more pairs to merge. Raises ConfigError for a vocab_size below 275
     or above 2**20, DataError if there is no text.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise ConfigError(
-            f"A vocabulary of {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens alone "
-            f"need {SMALLEST_VOCAB}; ask for at least that, or for 49152 as StarCoder has."
+            f"A vocabulary of {vocab_size} is too small: the 256 bytes and {len(SPECIAL_TOKENS)} special tokens need "
+            f"{SMALLEST_VOCAB}; StarCoder's has 49152."
         )
     if vocab_size > LARGEST_VOCAB:
         raise ConfigError(
-            f"A vocabulary of {vocab_size} is too large: at most {LARGEST_VOCAB} tokens can be trained; StarCoder has "
-            "49152."
+            f"A vocabulary of {vocab_size} is too large: give at most {LARGEST_VOCAB}; StarCoder's has 49152."
         )
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -67,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Pro
 
 
 class _Feed:
-    """Passes texts to the trainer and reports them."""
+    """Passes texts to the trainer and reports progress."""
 
     def __init__(self, texts: Iterable[str], progress: Progress):
         self._texts = texts
@@ -87,9 +86,9 @@ class _Feed:
 def sample_texts(
     paths: str | Path | Iterable[str | Path], max_bytes: int | None = DEFAULT_SAMPLE_BYTES, seed: int = 0
 ) -> Iterator[str]:
-    """Texts of complete documents, about `max_bytes` in all (None: all of them), drawn evenly and always the same.
+    """A uniform, deterministic sample of complete documents' texts, about `max_bytes` in total (None: all documents).
 
-    Document k is taken if a hash of (seed, k) falls below the share wanted; the last one may be cut at the limit.
+    Document k is taken if a hash of (seed, k) is below the sampled share; the last one may be truncated at the limit.
     Reads the files twice. Raises DataError like `read_documents`.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)

@@ -166,7 +166,7 @@ def test_finished_build_returns_at_once_and_other_builds_are_refused(tokenizer, 
 
 def test_a_directory_of_something_else_is_left_alone(tokenizer, documents_file, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="not empty and holds no token store"):
+    with pytest.raises(DataError, match="not empty and is not a token store"):
         build_store(documents_file, tokenizer, tmp_path, seed=1)
     with pytest.raises(DataError, match="is a file, not a directory"):
         build_store(documents_file, tokenizer, tmp_path / "thesis.txt", seed=1)
@@ -240,7 +240,7 @@ def test_another_build_in_progress_is_refused(tokenizer, documents_file, tmp_pat
         build_store(documents_file, tokenizer, tmp_path / "store", seed=1)
     with pytest.raises(DataError, match="another build"):
         build_store(documents_file, tokenizer, tmp_path / "store", seed=2)
-    with pytest.raises(DataError, match="unfinished: run the same `jaxcoder data build` again"):
+    with pytest.raises(DataError, match="incomplete: run the same `jaxcoder data build` again"):
         TokenStore.open(tmp_path / "store")
 
 
@@ -310,7 +310,7 @@ def test_inputs_changed_during_an_unfinished_build(tokenizer, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             build_store(documents, tokenizer, tmp_path / "store", seed=1)
     write_documents(hostile_documents(20, seed=5), documents)
-    with pytest.raises(DataError, match="made with other documents"):
+    with pytest.raises(DataError, match="with other documents"):
         build_store(documents, tokenizer, tmp_path / "store", seed=1)
     write_documents(hostile_documents(20), documents)
     assert build_store(documents, tokenizer, tmp_path / "store", seed=1).num_documents == 20
@@ -331,7 +331,7 @@ def test_damaged_work_files(tokenizer, tmp_path, monkeypatch, place):
     altered = bytearray(second.read_bytes())
     altered[len(altered) // 3] ^= 4
     second.write_bytes(altered)
-    with pytest.raises(DataError, match=f"{second} of the unfinished build is damaged .*delete that file"):
+    with pytest.raises(DataError, match=f"{second} of the incomplete build is damaged .*delete that file"):
         build_store(documents, tokenizer, tmp_path / "store", seed=1, **SMALL)
     second.unlink()
     build_store(documents, tokenizer, tmp_path / "store", seed=1, **SMALL)

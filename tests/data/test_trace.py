@@ -93,7 +93,7 @@ def test_what_is_not_there(tracer):
         tracer.find(path="lib/200.py")
     with pytest.raises(DataError, match="has the repository 'nobody': check the spelling"):
         tracer.find(repo_name="nobody")
-    with pytest.raises(DataError, match="the steps 1 to 60, and step 61"):
+    with pytest.raises(DataError, match="the steps 1 to 60, not step 61"):
         list(tracer.batch(61))
     with pytest.raises(DataError, match="rows 0 to 7, and row 8"):
         tracer.row(1, 8)

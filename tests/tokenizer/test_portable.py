@@ -48,7 +48,7 @@ def test_output_directory(tokenizer, tmp_path):
         check_output_directory(tmp_path, overwrite=False)
     check_output_directory(tmp_path, overwrite=True)
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(DataError, match="something else .thesis.tex"):
+    with pytest.raises(DataError, match="contains other files .thesis.tex"):
         check_output_directory(tmp_path, overwrite=True)
     with pytest.raises(DataError, match="is a file"):
         check_output_directory(tmp_path / "thesis.tex", overwrite=True)

@@ -54,7 +54,7 @@ def test_documents(tokenizer):
     assert tokenizer.encode_document(Document(())) == []
     with pytest.raises(DataError, match="no special token '<nope>'"):
         tokenizer.encode_document(Document((Part(special="<nope>"),)))
-    with pytest.raises(DataError, match="stands between documents"):
+    with pytest.raises(DataError, match="separates documents"):
         tokenizer.encode_document(Document((Part("x"), Part(special="<|endoftext|>"))))
 
 
