@@ -74,7 +74,7 @@ def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> fr
             budget -= weight[group]
             held_out += group
     if not held_out and groups:
-        held_out += min(groups, key=weight.__getitem__)
+        held_out += min(groups, key=lambda group: weight[group])
     return frozenset(held_out)
 
 
