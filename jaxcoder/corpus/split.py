@@ -74,7 +74,8 @@ def choose_held_out(files: Sequence[KeptFile], fraction: float, seed: int) -> fr
             budget -= weight[group]
             held_out += group
     if not held_out and groups:
-        held_out += min(groups, key=lambda group: weight[group])
+        lightest = min(groups, key=lambda group: weight[group])
+        held_out += lightest
     return frozenset(held_out)
 
 

@@ -95,7 +95,7 @@ def test_what_is_not_there(tracer):
         tracer.find(repo_name="nobody")
     with pytest.raises(DataError, match="the steps 1 to 60, not step 61"):
         list(tracer.batch(61))
-    with pytest.raises(DataError, match="rows 0 to 7, and row 8"):
+    with pytest.raises(DataError, match="rows 0 to 7, not row 8"):
         tracer.row(1, 8)
 
 
