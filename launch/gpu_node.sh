@@ -27,7 +27,7 @@ for ((fault = 0; fault <= RESTARTS; fault++)); do
     wait "$pid" || code=$?
   done
   case $code in
-    0 | 2 | 130 | 143) exit "$code" ;; # done; a mistake of ours; stopped and saved
+    0 | 2 | 130 | 143) exit "$code" ;; # finished; user error; interrupted after saving
   esac
   echo "jaxcoder ended with code $code; starting it again in 10 seconds ($((fault + 1)) of $RESTARTS)" >&2
   sleep 10

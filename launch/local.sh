@@ -33,8 +33,8 @@ for pid in "${pids[@]}"; do
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || one=$?; done # a signal ended the wait, not the process
   if ((one != 0 && code == 0)); then
     code=$one
-    kill -TERM "${pids[@]}" 2>/dev/null || true # the others would wait for it
-    (sleep "$GRACE" && kill -KILL "${pids[@]}") >/dev/null 2>&1 & # one that is stuck hears nothing
+    kill -TERM "${pids[@]}" 2>/dev/null || true # the others would block on it
+    (sleep "$GRACE" && kill -KILL "${pids[@]}") >/dev/null 2>&1 & # a process that hangs ignores SIGTERM
     killer=$!
   fi
 done

@@ -7,7 +7,7 @@ config, and the table of its arrays with the layers folded together. It reads a 
   jaxcoder checkpoint inspect runs/quickstart --step 200           another one
   jaxcoder checkpoint inspect runs/quickstart/checkpoints/200 --verify
 
-`--verify` also reads every file and compares it with the checksums of the day it was written.
+`--verify` also reads every file and compares it with the checksums in the manifest.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare `checkpoint inspect`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{inspect}", required=True)
-    inspect = verbs.add_parser("inspect", help="say what a checkpoint holds, and whether it is undamaged")
+    inspect = verbs.add_parser("inspect", help="describe a checkpoint, and verify its files")
     inspect.add_argument("path", metavar="PATH", help="a run's directory, its checkpoints, or one step")
-    inspect.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest finished one)")
+    inspect.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest complete one)")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
 

@@ -1,12 +1,12 @@
-"""Train weights on, on Python or any other store, and see what every language gained or lost by it.
+"""Fine-tune weights on Python or any other store, and compare every language's held-out loss before and after.
 
-    <dir>/before.json      held-out figures of the weights that it begins with
+    <dir>/before.json      held-out metrics of the initial weights
     <dir>/checkpoints/     with config.json and metrics.jsonl beside: <dir> is the training run's directory too
     <dir>/retention.json   every language's bits per byte before and after, on the same windows
     <dir>/retention.txt    the same as a table
 
-The schedule is StarCoder's for Python (`configs/finetune.py`), with a fresh optimizer. Every stage leaves its result
-whole or not at all, so the same command, run again after any interruption, goes on where it was.
+The schedule is StarCoder's for Python (`configs/finetune.py`), with a fresh optimizer. Every stage writes its result
+atomically, so the same command resumes after any interruption.
 """
 
 import dataclasses
@@ -71,13 +71,13 @@ def finetune(
     overrides: Sequence[str] = (),
     accept_config_change: bool = False,
 ) -> list[LanguageChange]:
-    """Evaluates the weights, trains them on, evaluates again; returns, writes and shows what became of each language.
+    """Evaluates the weights, trains them on, evaluates again; returns and writes the change of each language.
 
     Args:
-        base: a run or checkpoint of ours, or a directory in PyTorch format.
+        base: a jaxcoder run or checkpoint, or a directory in PyTorch format.
         store: token store of what is trained on. held_out: token stores of held-out documents in several languages.
         num_steps: default the schedule's 8,500. overrides: of the run's config, as `jaxcoder train` takes them.
-    Raises JaxcoderError for what cannot be, before anything is computed; Interrupted as `train` does.
+    Raises JaxcoderError for invalid arguments, before anything is computed; Interrupted as `train` does.
     """
     weights = open_weights(base)
     config = make_config(
@@ -109,7 +109,7 @@ def make_config(
 ) -> RunConfig:
     """The fine-tune's schedule around the architecture and the dropout of the weights.
 
-    The held-out stores stand in the mixture with weight 0: read for evaluation only.
+    The held-out stores have weight 0 in the mixture: they are read for evaluation only.
     """
     if not held_out:
         raise ConfigError("there is no held-out store: give `--held-out STORE`, once or for each of several.")
@@ -145,7 +145,7 @@ def check_stores(weights: InitialWeights, store: str, held_out: Sequence[str]) -
 
 
 def measured_before(config: RunConfig, weights: InitialWeights, path: Path) -> dict[str, float]:
-    """Held-out figures of the weights that the run begins with, from `path` if they lie there already."""
+    """Held-out metrics of the initial weights, read from `path` if it exists."""
     settings = {"init_from": config.init_from, "windows": config.eval.num_windows, "model": fingerprint(config.model)}
     settings["stores"] = [corpus.eval_store for corpus in config.data.corpora if corpus.eval_store]
     if path.exists():
