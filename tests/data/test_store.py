@@ -100,7 +100,7 @@ def test_altered_bytes_are_found_when_read(store, tmp_path):
         ("token_bytes.npy", lambda: TokenStore.open(copy)),
     ):
         flip(copy / name, -50)
-        with pytest.raises(DataError, match=f"the content of {name} is not what was written"):
+        with pytest.raises(DataError, match=f"{name} was altered"):
             use()
 
 
