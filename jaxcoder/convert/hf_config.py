@@ -32,9 +32,20 @@ _ONLY = {
 }
 """Keys with a single supported value, which is also the default."""
 
+_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""Other names of keys: `attribute_map` of transformers' GPTBigCodeConfig."""
 
-def read_hf_config(directory: Path) -> ModelConfig:
-    """The ModelConfig of `directory/config.json`. Raises ConversionError for a model that is not supported."""
+
+def read_hf_config(directory: Path) -> tuple[ModelConfig, bool]:
+    """The ModelConfig of `directory/config.json`, and whether its output head is tied to the embedding.
+
+    Raises ConversionError for a model that is not supported.
+    """
     path = directory / "config.json"
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
@@ -52,7 +63,13 @@ def read_hf_config(directory: Path) -> ModelConfig:
             raise ConversionError(
                 f"{path} sets {key} to {json.dumps(keys[key])}, and only {json.dumps(value)} is supported."
             )
-    return _model_config(keys, path)
+    for alias, key in _ALIASES.items():
+        if alias in keys and keys.setdefault(key, keys[alias]) != keys[alias]:
+            raise ConversionError(
+                f"{path} has {key} {json.dumps(keys[key])} and its alias {alias} {json.dumps(keys[alias])}: "
+                "remove one of them."
+            )
+    return _model_config(keys, path), keys.get("tie_word_embeddings") is not False
 
 
 def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
@@ -105,8 +122,8 @@ def _model_config(keys: dict[str, Any], path: Path) -> ModelConfig:
     )
 
 
-def hf_config(config: ModelConfig, *, end_of_text: int) -> dict[str, Any]:
-    """The keys of config.json for fp32 weights. end_of_text: the token id at the begin and end of documents.
+def hf_config(config: ModelConfig, *, end_of_text: int, dtype: str = "float32") -> dict[str, Any]:
+    """The keys of config.json for weights in `dtype`. end_of_text: the token id at the begin and end of documents.
 
     Raises ConversionError for a model that transformers cannot represent.
     """
@@ -143,5 +160,5 @@ def hf_config(config: ModelConfig, *, end_of_text: int) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "torch_dtype": "float32",
+        "torch_dtype": dtype,
     }

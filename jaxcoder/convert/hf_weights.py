@@ -21,6 +21,11 @@ from jaxcoder.errors import ConversionError
 _FORMS = (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_torch_file))
 _BUFFERS = ("attn.bias", "attn.masked_bias")
 """Causal masks that early files contain; `transformer.bias` is the later one."""
+_OTHER_PREFIXES = {
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT (merge the adapter into the model first)",
+}
 _ROWS_AT_ONCE = 4096
 
 
@@ -31,6 +36,12 @@ class HFWeights:
     directory: Path
     config: ModelConfig
     tensors: Mapping[str, Tensor]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of all tensors, "float32" if they have several."""
+        dtypes = {tensor.dtype for tensor in self.tensors.values()}
+        return dtypes.pop() if len(dtypes) == 1 else "float32"
 
     def entries(self) -> list[Entry]:
         return entries(self.config)
@@ -59,12 +70,22 @@ def is_hf_directory(directory: Path) -> bool:
 def open_hf_weights(directory: Path) -> HFWeights:
     """Opens and checks a directory. Raises ConversionError for tensors that are missing, unexpected or of another shape
     or dtype."""
-    config = read_hf_config(directory)
-    tensors = _without_buffers(_with_prefix(_read_headers(directory)))
-    if EMBEDDING not in tensors and LM_HEAD in tensors:
+    config, is_tied = read_hf_config(directory)
+    tensors = _without_buffers(_with_prefix(directory, _read_headers(directory)))
+    if is_tied and EMBEDDING not in tensors and LM_HEAD in tensors:
         tensors[EMBEDDING] = tensors[LM_HEAD]  # tied: either name is valid
+    if config.num_layers > len(tensors):
+        raise ConversionError(
+            f"{directory}/config.json has {config.num_layers:,} layers, but the weights have only {len(tensors)} "
+            "tensors: use the config.json that belongs to them."
+        )
     _check(directory, tensors, config)
     head = tensors.pop(LM_HEAD, None)
+    if head is None and not is_tied:
+        raise ConversionError(
+            f"{directory}/config.json sets tie_word_embeddings to false, but the weights have no {LM_HEAD}: add it, or "
+            "set tie_word_embeddings to true if the head is the embedding."
+        )
     if head is not None and head is not tensors[EMBEDDING]:
         _check_tied(directory, head, tensors[EMBEDDING])
     return HFWeights(directory, config, tensors)
@@ -76,17 +97,35 @@ def _read_headers(directory: Path) -> dict[str, Tensor]:
             return read(directory / form)
         index = directory / f"{form}.index.json"
         if index.is_file():
-            tensors: dict[str, Tensor] = {}
-            for shard in _shards(index):
-                tensors.update(read(shard))
-            return tensors
+            return _read_shards(index, read)
     names = ", ".join(form for form, _ in _FORMS)
     raise ConversionError(f"{directory} has no weights: none of {names} (or their .index.json) exists.")
 
 
-def _shards(index: Path) -> list[Path]:
+def _read_shards(index: Path, read: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of all shards, which must be in the files that the index names."""
+    tensors: dict[str, Tensor] = {}
+    shard_of: dict[str, str] = {}
+    problems = []
+    weight_map = _weight_map(index)
+    for shard in sorted(set(weight_map.values())):
+        for name, tensor in read(index.parent / shard).items():
+            if name in tensors:
+                problems.append(f"{name} is in both {shard_of[name]} and {shard}")
+            elif weight_map.get(name, shard) != shard:
+                problems.append(f"{name} is in {shard}, but the index has it in {weight_map[name]}")
+            tensors[name], shard_of[name] = tensor, shard
+    problems += [f"{name} is not in {shard}" for name, shard in weight_map.items() if name not in tensors]
+    if problems:
+        raise ConversionError(f"{index} does not match its shards: {listed(problems)}. Download them again.")
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of files that exist."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
         # A name with a directory in it could refer to files outside this directory.
         is_sound = all(Path(name).name == name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -96,11 +135,25 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ConversionError(f"{index.parent} lacks {listed(missing)} of its {len(names)} shards: download it again.")
-    return [index.parent / name for name in names]
+    return weight_map
 
 
-def _with_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names with the prefix of the full model; a bare decoder is saved without it."""
+def _with_prefix(directory: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names with the prefix of the full model; a bare decoder is saved without it.
+
+    Raises ConversionError for known formats of other programs.
+    """
+    for prefix, program in _OTHER_PREFIXES.items():
+        if any(name.startswith(prefix) for name in tensors):
+            raise ConversionError(
+                f"the tensors in {directory} have the prefix `{prefix}` of {program}: save the model that it wraps "
+                "(in PyTorch, its `save_pretrained`)."
+            )
+    if any(name.endswith((".q_attn.weight", ".kv_attn.weight")) for name in tensors):
+        raise ConversionError(
+            f"{directory} is in SantaCoder's first format, with q_attn and kv_attn: use its GPTBigCode form, "
+            "bigcode/gpt_bigcode-santacoder."
+        )
     if any(name.startswith("transformer.") for name in tensors):
         return tensors
     return {name if name == LM_HEAD else f"transformer.{name}": tensor for name, tensor in tensors.items()}

@@ -1,14 +1,20 @@
-"""Output directories of conversions: complete or absent."""
+"""Output of conversions: directories that are complete or absent, and the check for values that are not finite."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from jaxcoder.checkpoint.manifest import MANIFEST, STATE, TOKENIZER
+from jaxcoder.checkpoint.names import listed
 from jaxcoder.errors import ConversionError
 from jaxcoder.io.atomic import atomic_directory
 from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.portable import TOKENIZER_FILES
+
+logger = logging.getLogger(__name__)
 
 _CHECKPOINT_NAMES = frozenset({STATE, TOKENIZER, MANIFEST})
 _HF_NAMES = frozenset({"config.json", "generation_config.json", "model.safetensors.index.json", *TOKENIZER_FILES})
@@ -34,6 +40,21 @@ def output_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
         )
     with access_errors(path, "write", ConversionError), atomic_directory(path) as temporary:
         yield temporary
+
+
+def count_non_finite(array: np.ndarray) -> int:
+    """Number of NaN and infinite values."""
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def check_finite(problems: list[str], where: str, allow: bool) -> None:
+    """Raises ConversionError, or logs a warning if they are allowed, for tensors with NaN or infinity."""
+    if not problems:
+        return
+    message = f"the weights in {where} have values that are NaN or infinite: {listed(problems)}"
+    if not allow:
+        raise ConversionError(f"{message}. Use other weights, or give --allow-non-finite.")
+    logger.warning(message)
 
 
 def _other_names(path: Path) -> list[str]:

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxcoder.errors import ConversionError
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""Dtypes of weights, by NumPy's names."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,19 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], arrays: Iterable[tuple[str, np.ndarray]]
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Iterable[tuple[str, np.ndarray]],
+    dtype: str = "float32",
 ) -> None:
-    """Writes fp32 `arrays` one by one. `shapes`, in the same order, make the header, which comes first."""
+    """Writes `arrays` one by one, cast to `dtype`. `shapes`, in the same order, make the header, which comes first."""
+    code = next(code for code, name in _DTYPES.items() if name == dtype)
+    itemsize = DTYPES[dtype].itemsize
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + itemsize * math.prod(shape)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)  # aligns the tensors
@@ -63,4 +71,4 @@ def write_safetensors(
         for (expected, shape), (name, array) in zip(shapes.items(), arrays, strict=True):
             if name != expected or array.shape != shape:
                 raise ValueError(f"got {name} {array.shape}, expected {expected} {shape}")
-            file.write(np.ascontiguousarray(array, dtype="<f4").data)
+            file.write(np.ascontiguousarray(array.astype(DTYPES[dtype], copy=False)).view(np.uint8).data)

@@ -19,8 +19,8 @@ from jaxcoder.checkpoint.names import check_arrays
 from jaxcoder.config import ModelConfig
 from jaxcoder.convert.hf_config import hf_config
 from jaxcoder.convert.hf_names import Entry, entries, shape, to_hf_tensor
-from jaxcoder.convert.output import output_directory
-from jaxcoder.convert.safetensors import write_safetensors
+from jaxcoder.convert.output import check_finite, count_non_finite, output_directory
+from jaxcoder.convert.safetensors import DTYPES, write_safetensors
 from jaxcoder.errors import ConversionError
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tokenizer.tokenizer import Tokenizer
@@ -47,12 +47,15 @@ def to_hf(
     step: int | None = None,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: str | None = None,
+    allow_non_finite: bool = False,
     progress: Progress = SILENT,
 ) -> Summary:
-    """Writes the weights of the checkpoint at `source` (a run, its checkpoints, or one of them) to `directory`, fp32.
+    """Writes the weights of the checkpoint at `source` (a run, its checkpoints, or one of them) to `directory`.
 
-    Raises CheckpointError if there is no checkpoint or it is damaged; ConversionError for a model that the format
-    cannot represent and for an output directory that is not empty.
+    dtype: "float32", "float16" or "bfloat16"; None: that of the weights it was converted from, else float32.
+    allow_non_finite: accept NaN and infinity. Raises CheckpointError if there is no checkpoint or it is damaged;
+    ConversionError for a model that the format cannot represent and for an output directory that is not empty.
     """
     checkpoint, manifest = open_checkpoint(source, step=step)
     if Path(directory).resolve() == Path(checkpoint).resolve():
@@ -61,16 +64,23 @@ def to_hf(
     _check(Path(checkpoint), manifest)
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER) if (checkpoint / TOKENIZER).is_dir() else None
     end_of_text = 0 if tokenizer is None else tokenizer.eos_id
-    keys = hf_config(config, end_of_text=end_of_text)
-    shards = _shards(entries(config), config, max_shard_bytes)
+    dtype = dtype or str(manifest.metadata.get("dtype", "float32"))
+    if dtype not in DTYPES:
+        raise ConversionError(f"the dtype {dtype} is not supported: give one of {', '.join(DTYPES)}.")
+    keys = hf_config(config, end_of_text=end_of_text, dtype=dtype)
+    itemsize = DTYPES[dtype].itemsize
+    shards = _shards(entries(config), config, max_shard_bytes, itemsize)
+    problems: list[str] = []
     num_parameters = sum(math.prod(shape(entry.hf_dims, config)) for entry in entries(config))
     with output_directory(Path(directory), overwrite=overwrite) as output:
         progress.start("converting", num_parameters, "parameters")
         for name, shard in shards.items():
             shapes = {entry.hf_name: shape(entry.hf_dims, config) for entry in shard}
-            write_safetensors(output / name, shapes, _tensors(checkpoint, shard, manifest, progress))
+            tensors = _tensors(checkpoint, shard, manifest, DTYPES[dtype], problems, progress)
+            write_safetensors(output / name, shapes, tensors, dtype)
+        check_finite(problems, str(checkpoint), allow_non_finite)
         if len(shards) > 1:
-            _write_json(output / "model.safetensors.index.json", _index(shards, num_parameters))
+            _write_json(output / "model.safetensors.index.json", _index(shards, itemsize * num_parameters))
         generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "_from_model_config": True}
         _write_json(output / "generation_config.json", generation)
         if tokenizer is not None:
@@ -92,12 +102,12 @@ def _check(checkpoint: Path, manifest: Manifest) -> None:
     check_arrays(expected, saved, f"the checkpoint {checkpoint}")
 
 
-def _shards(table: list[Entry], config: ModelConfig, max_bytes: int) -> dict[str, list[Entry]]:
+def _shards(table: list[Entry], config: ModelConfig, max_bytes: int, itemsize: int) -> dict[str, list[Entry]]:
     """File name -> its tensors, each file at most `max_bytes` unless one tensor is larger."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in table:
-        size = 4 * math.prod(shape(entry.hf_dims, config))
+        size = itemsize * math.prod(shape(entry.hf_dims, config))
         if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
@@ -109,18 +119,23 @@ def _shards(table: list[Entry], config: ModelConfig, max_bytes: int) -> dict[str
 
 
 def _tensors(
-    checkpoint: Path, shard: list[Entry], manifest: Manifest, progress: Progress
+    checkpoint: Path, shard: list[Entry], manifest: Manifest, dtype: np.dtype, problems: list[str], progress: Progress
 ) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, tensor) in `dtype`; adds tensors with values that are not finite to `problems`."""
     for entry in shard:
         arrays = load_numpy(checkpoint, {name: manifest.arrays[name] for name in entry.jax_dims})
         tensor = to_hf_tensor(entry, [arrays[name] for name in entry.jax_dims], manifest.model)
+        with np.errstate(over="ignore"):  # reported below
+            tensor = tensor.astype(dtype, copy=False)
+        if count := count_non_finite(tensor):
+            problems.append(f"{entry.hf_name} has {count:,} in {dtype.name}")
         yield entry.hf_name, tensor
         progress.advance(tensor.size)
 
 
-def _index(shards: dict[str, list[Entry]], num_parameters: int) -> dict[str, object]:
+def _index(shards: dict[str, list[Entry]], num_bytes: int) -> dict[str, object]:
     weight_map = {entry.hf_name: name for name, shard in shards.items() for entry in shard}
-    return {"metadata": {"total_size": 4 * num_parameters}, "weight_map": dict(sorted(weight_map.items()))}
+    return {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:
