@@ -18,7 +18,7 @@ def open_stream(config: RunConfig) -> SampleStream:
     data = config.data
     if not data.store and not data.corpora:
         raise ConfigError(
-            "data.store is not set: give `--data.store DIR`, a token store made by `jaxcoder data build`, "
+            "data.store is not set: give `--data STORE`, a token store made by `jaxcoder data build`, "
             "or `--data synthetic` to try the machine."
         )
     if data.store == SYNTHETIC:

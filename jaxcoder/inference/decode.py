@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcoder.errors import ConfigError
+from jaxcoder.errors import CheckpointError, ConfigError
 from jaxcoder.inference.sampling import GREEDY, RowSampling, Sampling, choose, stack
 from jaxcoder.models.gpt_bigcode import KVCache
 from jaxcoder.models.protocol import Decoder
@@ -214,6 +214,11 @@ class Decoding:
         newest = []
         for row, result in enumerate(self._results):
             new = [token for token in tokens[row].tolist() if token >= 0]  # -1: no token
+            if not np.isfinite(log_probs[row, : len(new)]).all():
+                raise CheckpointError(
+                    "The model's scores are NaN or infinite: its weights are damaged, or too large for "
+                    f"{self._model.compute.dtype}; try --dtype float32, or another checkpoint."
+                )
             result.tokens.extend(new)
             result.log_probs.extend(log_probs[row, : len(new)].tolist())
             if new and self._vocabulary.ends[new[-1]]:

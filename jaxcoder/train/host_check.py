@@ -70,8 +70,9 @@ _ADVICE = {
 }
 
 
-def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: ProcessGroup) -> None:
-    """Raises DataError in every process if one reads another version of a token store than process 0."""
+def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: ProcessGroup) -> list[str]:
+    """Fingerprints of the token stores. Raises DataError in every process if one reads another version of a token store
+    than process 0."""
     stores = stream.stores if isinstance(stream, SampleStream) else []
     stores = [*stores, *(store for other in held_out for store in other.stream.stores)]
     mine = {str(store.path): _hash(repr(sorted(store.manifest.items()))) for store in stores}
@@ -85,6 +86,7 @@ def check_data(stream: WindowStream, held_out: Sequence[HeldOutStream], group: P
                 )
 
     group.agree("data", mine, compare)
+    return [mine[str(store.path)] for store in stores]
 
 
 def check_clocks(group: ProcessGroup) -> None:

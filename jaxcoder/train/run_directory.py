@@ -1,6 +1,7 @@
 """The directory of a run: its resolved config, checkpoints, metrics. One directory belongs to one configuration.
 
-<output_dir>/config.json      the RunConfig of the run
+<output_dir>/config.json      the RunConfig of the run, with absolute paths
+<output_dir>/data.json        fingerprints of its token stores
 <output_dir>/metrics.jsonl    one line a step
 <output_dir>/checkpoints/     one folder a saved step
 <output_dir>/tensorboard/     the same metrics as events, when asked for
@@ -10,7 +11,14 @@
 <output_dir>/.compiled/       compilation cache of a run of several processes
 """
 
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
 from jaxcoder.config import RunConfig, serialize
+from jaxcoder.data.open import SYNTHETIC
 from jaxcoder.errors import ConfigError
 from jaxcoder.io.addresses import open_address
 from jaxcoder.io.atomic import write_text
@@ -21,6 +29,9 @@ FREE_FIELDS = (
 )  # fmt: skip
 """Fields that may change on resuming: they do not change the result, except for rounding on another mesh."""
 
+_STORE_FIELDS = re.compile(r"data\.(eval_)?store:|data\.corpora\.\d+\.(eval_)?store:")
+"""Differences in these are not a change of the run if the stores have the same fingerprints."""
+
 
 class RunDirectory:
     """Paths of a run, local or gs://, s3://."""
@@ -28,6 +39,7 @@ class RunDirectory:
     def __init__(self, path: str):
         self.path = path.rstrip("/")
         self.config_file = f"{self.path}/config.json"
+        self.data_file = f"{self.path}/data.json"
         self.metrics_file = f"{self.path}/metrics.jsonl"
         self.checkpoints = f"{self.path}/checkpoints"
         self.tensorboard = f"{self.path}/tensorboard"
@@ -44,17 +56,27 @@ class RunDirectory:
     def of(cls, config: RunConfig) -> "RunDirectory":
         return cls(config.output_dir or f"runs/{config.name}")
 
-    def claim(self, config: RunConfig, *, accept_config_change: bool = False, is_shared: bool = False) -> None:
-        """Writes the config, or compares it with the existing one. `is_shared`: the directory may hold other files.
+    def claim(
+        self,
+        config: RunConfig,
+        *,
+        data: Sequence[str] = (),
+        accept_config_change: bool = False,
+        is_shared: bool = False,
+    ) -> None:
+        """Writes the config, or compares it with the existing one.
+
+        data: fingerprints of the token stores, which may be at other paths than before. is_shared: the directory may
+        hold other files.
 
         Raises ConfigError if the directory holds other files, or a run with another configuration (unless that is
         accepted); DataError if it cannot be accessed. An existing config is not replaced: `adopt` does that once the
         run has been restored.
         """
         with access_errors(self.path, "write to"):
-            self._claim(config, accept_config_change, is_shared)
+            self._claim(config, list(data), accept_config_change, is_shared)
 
-    def _claim(self, config: RunConfig, accept_config_change: bool, is_shared: bool) -> None:
+    def _claim(self, config: RunConfig, data: list[str], accept_config_change: bool, is_shared: bool) -> None:
         filesystem, path = open_address(self.config_file)
         if not filesystem.exists(path):
             parent = filesystem._parent(path)
@@ -67,20 +89,35 @@ class RunDirectory:
                     "run: give an empty or new one with --output-dir."
                 )
             filesystem.makedirs(parent, exist_ok=True)
+            write_text(self.data_file, json.dumps(data))
             write_text(self.config_file, serialize.to_json(config))
             return
         with filesystem.open(path, "r") as file:
             text = file.read()
         before = serialize.from_json(text, source=self.config_file)
         changed = changes(before, config)
+        if data and data == self._saved_data():
+            changed = [line for line in changed if not _STORE_FIELDS.match(line)]
         if changed and not accept_config_change:
             raise ConfigError(
                 f"`{self.path}` is a run with another configuration: {'; '.join(changed)}. Give another --output-dir, "
                 "or --accept-config-change to continue it with the new one."
             )
 
-    def adopt(self, config: RunConfig) -> None:
+    def _saved_data(self) -> list[str] | None:
+        """The fingerprints of the run's token stores; None for runs of releases that did not save them."""
+        filesystem, path = open_address(self.data_file)
+        if not filesystem.exists(path):
+            return None
+        try:
+            return json.loads(filesystem.cat_file(path))
+        except ValueError:
+            return None
+
+    def adopt(self, config: RunConfig, data: Sequence[str] = ()) -> None:
         """Replaces the existing config, once the run can continue with the new one."""
+        if list(data) != self._saved_data():
+            write_text(self.data_file, json.dumps(list(data)))
         filesystem, path = open_address(self.config_file)
         if filesystem.cat_file(path) != serialize.to_json(config).encode():
             write_text(self.config_file, serialize.to_json(config))
@@ -99,7 +136,27 @@ def unexpected_entries(names: list[str]) -> list[str]:
 
 def changes(before: RunConfig, config: RunConfig) -> list[str]:
     """One line for every difference in a field that a run may not change silently."""
+    before, config = with_absolute_paths(before), with_absolute_paths(config)
     return [line for line in serialize.diff(before, config) if not line.startswith(FREE_FIELDS)]
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with absolute local paths of data and initial weights, which then hold in any working directory."""
+
+    def absolute(path: str) -> str:
+        is_local = path not in ("", SYNTHETIC) and "://" not in path
+        return os.path.abspath(path) if is_local else path
+
+    data = config.data
+    corpora = tuple(
+        replace(corpus, store=absolute(corpus.store), eval_store=corpus.eval_store and absolute(corpus.eval_store))
+        for corpus in data.corpora
+    )
+    eval_store = data.eval_store and absolute(data.eval_store)
+    data = replace(data, store=absolute(data.store), eval_store=eval_store, corpora=corpora)
+    # init_from may be the id of a model on a hub.
+    is_path = bool(config.init_from) and os.path.exists(config.init_from)
+    return replace(config, data=data, init_from=absolute(config.init_from) if is_path else config.init_from)
 
 
 def _names(filesystem, path: str) -> list[str]:

@@ -49,7 +49,7 @@ from jaxcoder.train.inputs import host_share, open_streams, prefetch_to_devices
 from jaxcoder.train.memory_estimate import saved_bytes
 from jaxcoder.train.profile import Profiler, ProfileSteps
 from jaxcoder.train.restore import OpenWeights, initial_weights, restore_or_initialize
-from jaxcoder.train.run_directory import RunDirectory
+from jaxcoder.train.run_directory import RunDirectory, with_absolute_paths
 from jaxcoder.train.run_end import record_run_end
 from jaxcoder.train.state import TrainState
 from jaxcoder.train.step_log import StepLog
@@ -87,7 +87,7 @@ class TrainSession:
         profile_steps: ProfileSteps | None,
         alter_batch: AlterBatch | None,
     ):
-        self.config = config
+        self.config = config = with_absolute_paths(config)
         self.directory = RunDirectory.of(config)
         self._accept_config_change, self._directory_is_shared = accept_config_change, directory_is_shared
         self._open_weights, self._profile_steps, self._alter_batch = open_weights, profile_steps, alter_batch
@@ -116,7 +116,7 @@ class TrainSession:
         self.mesh = make_mesh(self.config.mesh)
         self._stream, self._held_out_streams, self.tokenizer = open_streams(self.config)
         self.token_bytes = self._stream.token_bytes
-        host_check.check_data(self._stream, self._held_out_streams, self.group)
+        self._data = host_check.check_data(self._stream, self._held_out_streams, self.group)
 
     def _validate(self) -> None:
         validate(self.config, len(jax.devices()))
@@ -132,7 +132,10 @@ class TrainSession:
 
         def claim(_: object) -> None:
             self.directory.claim(
-                self.config, accept_config_change=self._accept_config_change, is_shared=self._directory_is_shared
+                self.config,
+                data=self._data,
+                accept_config_change=self._accept_config_change,
+                is_shared=self._directory_is_shared,
             )
             host_check.check_disk(self.directory.path, saved_bytes(self.config))
             stack.enter_context(acquire_run_lock(self.directory.path))
@@ -209,7 +212,7 @@ class TrainSession:
         config, directory, enter = self.config, self.directory, stack.enter_context
         self.writer = enter(contextlib.closing(self._open_writers()))
         if self.group.index == 0:
-            directory.adopt(config)
+            directory.adopt(config, self._data)
         self.events.write("ready", step=self.step, samples=self.samples)
         self.alarm_hooks = AlarmHooks(
             config, self._stream, directory, self.writer, step=self.step, samples=self.samples

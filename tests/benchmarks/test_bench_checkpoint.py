@@ -23,7 +23,8 @@ def test_a_save(tmp_path):
 
 
 @pytest.mark.slow
-def test_starting_again(tmp_path):
+def test_starting_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     _, starting = figures([*COMMAND, "--seq-len", "32"], tmp_path / "figures.json")
     assert len(starting["rows"]) == 3 and all(row["seconds"] > 0 for row in starting["rows"])
 

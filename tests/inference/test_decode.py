@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from jaxcoder.config import ComputeConfig, MeshConfig, ModelConfig
-from jaxcoder.errors import ConfigError
+from jaxcoder.errors import CheckpointError, ConfigError
 from jaxcoder.inference import decode
 from jaxcoder.inference.decode import Decoding, generate_tokens, in_compute_dtype, padded, padded_batch
 from jaxcoder.inference.sampling import GREEDY, Sampling
@@ -189,3 +189,9 @@ def test_a_mesh_changes_nothing(num_kv_heads, prompts):
     sharded = jax.tree.map(place, model, shapes)
     new = generate_tokens(sharded, prompts, max_new_tokens=12, sampling=sampling)
     assert [row.tokens for row in new] == [row.tokens for row in expected]
+
+
+def test_scores_that_are_not_finite_are_an_error(model):
+    broken = jax.tree.map(lambda weight: weight * jnp.nan, model)
+    with pytest.raises(CheckpointError, match="scores are NaN or infinite: its weights are damaged"):
+        generate_tokens(broken, [[1, 2, 3]], max_new_tokens=4)

@@ -266,3 +266,21 @@ def test_directories_with_other_names_than_steps_are_ignored(tmp_path):
     for name in ("0004", "0007", "٩", "007.tmp", "12x"):
         (Path(run.output_dir) / "checkpoints" / name).mkdir()
     assert train(dataclasses.replace(run, num_steps=7), accept_config_change=True).step == 7
+
+
+def test_the_same_store_by_another_path_is_the_same_run(stores, tmp_path, monkeypatch):
+    shutil.copytree(stores[0], tmp_path / "store")
+    monkeypatch.chdir(tmp_path)
+    run = config(tmp_path / "run", data=DataConfig(store="store"), num_steps=2)
+    train(run)
+    saved = json.loads(Path(run.output_dir, "config.json").read_text())
+    assert saved["data"]["store"] == str(tmp_path / "store")  # holds in any working directory
+    longer = dict(num_steps=2, checkpoint=CheckpointConfig(save_every_steps=1))
+    for store in ("./store", str(tmp_path / "store")):
+        assert train(dataclasses.replace(run, data=DataConfig(store=store), **longer)).step == 2
+    (tmp_path / "store").rename(tmp_path / "moved")
+    moved = dataclasses.replace(run, data=DataConfig(store="moved"))
+    assert train(moved).step == 2
+    assert json.loads(Path(run.output_dir, "config.json").read_text())["data"]["store"] == str(tmp_path / "moved")
+    with pytest.raises(ConfigError, match="another configuration: data.store"):
+        train(dataclasses.replace(run, data=DataConfig(store=stores[1])))
