@@ -1,10 +1,10 @@
-"""StarCoderBase trained on: the published fine-tunes, and the Python one at a size that one node can pay.
+"""The published fine-tunes of StarCoderBase, and the Python one for the 1B model.
 
     jaxcoder train starcoder --data PYTHON_STORE --init-from BASE --output-dir runs/python
 
-BASE is a run, a checkpoint or a directory in PyTorch format (`starcoderbase` as downloaded). The optimizer begins anew
-and the schedule too, as in the originals, whose step counter alone ran on (250,000 to 258,500; ours begins at 0). FIM
-rate, dropout, betas and weight decay are those of pre-training. `jaxcoder finetune` measures what other languages lose.
+BASE is a run, a checkpoint or a directory in Hugging Face format (`starcoderbase` as downloaded). Optimizer state and
+schedule are new, as in the originals (whose step counter continued from 250,000 to 258,500; here it starts at 0). FIM
+rate, dropout, betas and weight decay are those of pre-training. `jaxcoder finetune` also measures the other languages.
 """
 
 from dataclasses import replace
@@ -15,12 +15,12 @@ from jaxcoder.config import CheckpointConfig, EvalConfig, OptimizerConfig, RunCo
 
 
 def starcoder() -> RunConfig:
-    """StarCoder: StarCoderBase for 8,500 steps on Python, 35.65e9 tokens, which were two epochs.
+    """StarCoder: StarCoderBase for 8,500 steps on Python, 35.65e9 tokens, two epochs.
 
         jaxcoder train starcoder --data PYTHON_STORE --init-from BASE --output-dir runs/python
 
-    Warm-up is 500 steps in the original's script, 1,000 in its paper: ours is the script's. How often it saved is not
-    known: ours is every 500 steps.
+    The warm-up is 500 steps as in the original's script (its paper states 1,000). The original's interval of saves is
+    not published: 500 here.
 
     Cost: 512 A100 80 GB, 11,208 GPU hours.
     """
@@ -28,11 +28,11 @@ def starcoder() -> RunConfig:
 
 
 def starcoderbase_1b_python() -> RunConfig:
-    """StarCoderBase-1B on Python with StarCoder's schedule: nobody published such a run, it is ours.
+    """StarCoderBase-1B on Python with StarCoder's schedule; not a published run.
 
         jaxcoder train starcoderbase_1b_python --data PYTHON_STORE --init-from BASE --output-dir runs/1b-python
 
-    Cost: about 800 A100 hours (this figure is ours: parameters x tokens at the rate of the 15B run).
+    Cost: about 800 A100 hours (estimated: parameters x tokens at the rate of the 15B run).
     """
     return _python(starcoderbase_1b(), "starcoderbase_1b_python")
 
@@ -42,9 +42,9 @@ def starcoderplus() -> RunConfig:
 
         jaxcoder train starcoderplus --data STORE --init-from BASE --output-dir runs/plus
 
-    The shares of the three are not known here: give them as `data.corpora` in a function of your own.
+    The mixture weights are not published: set `data.corpora` in your own function.
 
-    Cost: 512 A100 80 GB; about 192,000 GPU hours (this figure is ours).
+    Cost: 512 A100 80 GB; about 192,000 GPU hours (estimated).
     """
     return replace(
         starcoderbase(),

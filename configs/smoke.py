@@ -1,10 +1,10 @@
-"""A run of seconds, to see that everything works on a machine."""
+"""A run of a few seconds that tests an installation."""
 
 from jaxcoder.config import ModelConfig, OptimizerConfig, RunConfig
 
 
 def smoke() -> RunConfig:
-    """Twenty steps of a model of 0.1M parameters, to try a machine.
+    """Twenty steps of a model of 0.1M parameters.
 
         jaxcoder train smoke --data synthetic
 

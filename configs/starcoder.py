@@ -1,14 +1,14 @@
-"""The published models of the family, as they were trained.
+"""The pre-training runs of the published models.
 
     jaxcoder train starcoderbase_1b --data.store STORE --output-dir runs/1b
 
-Every run read 1.0486e12 tokens at 8,192 (SantaCoder: 2.36e11 at 2,048) with AdamW (0.9, 0.95, 1e-8), weight decay 0.1,
-clipping at 1.0, dropout 0.1, FIM rate 0.5, a cosine to a tenth of the peak rate. The optimizer fields that are not
-written out are those defaults. Meshes and microbatches are left to you: they change nothing but rounding. The
-originals took one window a GPU at a time (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2; the others none).
+Every run trained on 1.0486e12 tokens with 8,192 of context (SantaCoder: 2.36e11 with 2,048), AdamW (0.9, 0.95, 1e-8),
+weight decay 0.1, gradient clipping at 1.0, dropout 0.1, FIM rate 0.5, and a cosine schedule to a tenth of the peak. These
+are the defaults of the fields that are not set here. Mesh and microbatch size are not set: they affect rounding only. The
+originals had one window per GPU (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2; the others data parallel).
 
-A cost that is marked as ours was not published: it is 6 FLOPs x parameters x tokens at the 84.7e12 a second that each
-A100 of the 15B run came to. `jaxcoder train NAME --dry-run` shows what a run needs before it is paid for.
+Estimated costs are 6 FLOPs x parameters x tokens at 84.7e12 FLOP/s per A100, the rate of the 15B run. `jaxcoder train NAME
+--dry-run` prints the resources of a run.
 """
 
 from jaxcoder.config import CheckpointConfig, EvalConfig, ModelConfig, OptimizerConfig, RunConfig
@@ -30,7 +30,7 @@ def starcoderbase_7b() -> RunConfig:
 
         jaxcoder train starcoderbase_7b --data STORE --output-dir runs/7b
 
-    Cost: 512 A100 80 GB; about 151,000 GPU hours (this figure is ours).
+    Cost: 512 A100 80 GB; about 151,000 GPU hours (estimated).
     """
     model = ModelConfig(num_layers=42, embed_dim=4096, num_heads=32, head_dim=128, mlp_dim=16384, init_std=0.015625)
     return _starcoder("starcoderbase_7b", model, num_steps=250_000, global_batch_size=512, rates=(3e-4, 3e-5))
@@ -41,7 +41,7 @@ def starcoderbase_3b() -> RunConfig:
 
         jaxcoder train starcoderbase_3b --data STORE --output-dir runs/3b
 
-    Cost: 256 A100 80 GB; about 63,000 GPU hours (this figure is ours).
+    Cost: 256 A100 80 GB; about 63,000 GPU hours (estimated).
     """
     model = ModelConfig(num_layers=36, embed_dim=2816, num_heads=22, head_dim=128, mlp_dim=11264, init_std=0.01884)
     return _starcoder(
@@ -54,7 +54,7 @@ def starcoderbase_1b() -> RunConfig:
 
         jaxcoder train starcoderbase_1b --data STORE --output-dir runs/1b
 
-    Cost: 128 A100 80 GB; about 23,500 GPU hours (this figure is ours).
+    Cost: 128 A100 80 GB; about 23,500 GPU hours (estimated).
     """
     model = ModelConfig(num_layers=24, embed_dim=2048, num_heads=16, head_dim=128, mlp_dim=8192, init_std=0.02209)
     return _starcoder(
@@ -67,8 +67,8 @@ def tiny_starcoder_py() -> RunConfig:
 
         jaxcoder train tiny_starcoder_py --data STORE --output-dir runs/tiny
 
-    Its initialisation, learning rate and batch were not published: ours are the family's 1 / sqrt(embed_dim), those of
-    the 1B model, and 256 windows, which gives those tokens.
+    Initialization, learning rate and batch size are not published. Here: the family's 1 / sqrt(embed_dim), those of the
+    1B model, and 256 windows, which gives that number of tokens.
 
     Cost: 32 A100 for 18 hours, 576 GPU hours.
     """
@@ -81,7 +81,7 @@ def santacoder() -> RunConfig:
 
         jaxcoder train santacoder --data STORE --output-dir runs/santa
 
-    No floor of the learning rate was given: ours is zero, Megatron's default. It was trained in fp16; ours is bf16.
+    The final learning rate is not published: 0 here, Megatron's default. The original trained in fp16; here bf16.
 
     Cost: 96 V100 for 6.2 days, 14,300 GPU hours.
     """
@@ -114,7 +114,7 @@ def _starcoder(
     rates: tuple[float, float],
     every: int = 2500,
 ) -> RunConfig:
-    """rates: learning rate at the peak and at the end."""
+    """rates: peak and final learning rate. every: steps between saves, and between evaluations."""
     return RunConfig(
         name=name,
         model=model,

@@ -33,5 +33,5 @@ def run(args: argparse.Namespace) -> int | None:
     report = quickstart(args.output_dir, source=args.source, num_steps=args.steps, progress=ConsoleProgress())
     from jaxcoder.recipes.quickstart_report import show_report
 
-    show_report(Paths(root=args.output_dir), report)
+    show_report(Paths(args.output_dir), report)
     return None

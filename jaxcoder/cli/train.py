@@ -101,7 +101,7 @@ def _dry_run(args: argparse.Namespace, config: "RunConfig") -> None:
     runtime.initialize(share_accelerator=True, debug=args.debug)
     import jax
 
-    from jaxcoder.recipes.start import open_weights
+    from jaxcoder.recipes.initial_weights import open_weights
     from jaxcoder.train.dry_run import dry_run
 
     cost = cost_of(docstring_of(args.config))

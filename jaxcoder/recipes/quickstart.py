@@ -1,21 +1,22 @@
-"""The whole road in a few minutes: real code on this machine -> a small StarCoder that completes it.
+"""The complete pipeline in a few minutes: from source files on this machine to a small StarCoder that completes code.
 
     <dir>/corpus/      train.parquet and held_out.parquet
     <dir>/tokenizer/   byte-level BPE
     <dir>/store/       token stores of both
-    <dir>/checkpoints/ with config.json and metrics.jsonl beside: <dir> is the training run's directory too
+    <dir>/checkpoints/ <dir> is also the training run's directory, with config.json and metrics.jsonl
     <dir>/hf/          the weights in PyTorch format
     <dir>/loss.png     the loss curve
-    <dir>/report.json  what is shown at the end
+    <dir>/report.json  the results that are printed
 
-Every stage leaves its result whole or not at all, so the same command, run again after any interruption, goes on where
-it was.
+Each stage writes its result atomically and skips what exists, so the same command resumes after an interruption.
 """
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jaxcoder.config import RunConfig
 from jaxcoder.config.load import load_run
@@ -31,7 +32,7 @@ from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.tokenizer.train import train_tokenizer
 
 CORPUS_BYTES = 20_000_000
-"""More than the model reads in its few minutes, and as much as the tokenizer needs."""
+"""Enough for the tokenizer, and more than the model reads."""
 HELD_OUT_FRACTION = 0.02
 SEED = 0
 LOCK = ".quickstart.lock"
@@ -39,61 +40,41 @@ LOCK = ".quickstart.lock"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Paths:
-    """Where the parts of a quickstart lie."""
+    """Files of a quickstart in the directory `root`."""
 
-    root: Path
-
-    @property
-    def settings(self) -> Path:
-        return self.root / "quickstart.json"
-
-    @property
-    def train_documents(self) -> Path:
-        return self.root / "corpus" / "train.parquet"
-
-    @property
-    def held_out_documents(self) -> Path:
-        return self.root / "corpus" / "held_out.parquet"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "tokenizer"
-
-    @property
-    def train_store(self) -> Path:
-        return self.root / "store" / "train"
-
-    @property
-    def held_out_store(self) -> Path:
-        return self.root / "store" / "held_out"
+    def __init__(self, root: Path):
+        self.root = root
+        self.settings = root / "quickstart.json"
+        self.train_documents = root / "corpus" / "train.parquet"
+        self.held_out_documents = root / "corpus" / "held_out.parquet"
+        self.tokenizer = root / "tokenizer"
+        self.train_store = root / "store" / "train"
+        self.held_out_store = root / "store" / "held_out"
 
 
-def quickstart(
-    output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress
-) -> dict[str, object]:
-    """Runs all stages and returns the report that it also writes and shows.
+def quickstart(output_dir: Path, *, source: Path | None, num_steps: int | None, progress: Progress) -> dict[str, Any]:
+    """Runs all stages and returns the contents of report.json.
 
     Args:
-        source: a tree of code; None takes the running interpreter's library and installed packages.
-        num_steps: optimizer steps; None means the configuration's.
+        source: a tree of code; default the library and installed packages of this interpreter.
+        num_steps: optimizer steps; default the configuration's.
     Raises ConfigError if `output_dir` holds anything but a quickstart with these arguments.
     """
-    paths = Paths(root=output_dir)
+    paths = Paths(output_dir)
     config = load_run("quickstart")
     num_steps = config.num_steps if num_steps is None else num_steps
     settings = {"source": str(source.resolve()) if source else None, "num_steps": num_steps}
-    check_claim(paths, settings)
+    check_directory(paths, settings)
     with acquire_run_lock(str(paths.root), lock=LOCK):
-        claim(paths, settings)
-        return stages(paths, config, source=source, num_steps=num_steps, progress=progress)
+        write_text(paths.settings, json.dumps(settings, indent=1) + "\n")
+        return run_stages(paths, config, source=source, num_steps=num_steps, progress=progress)
 
 
-def stages(
+def run_stages(
     paths: Paths, config: RunConfig, *, source: Path | None, num_steps: int, progress: Progress
-) -> dict[str, object]:
-    """From the code to the report, in a directory that is ours; what is there already is not made again."""
+) -> dict[str, Any]:
+    """Runs the stages whose results do not exist yet; returns the contents of report.json."""
     summary = gather(
         [source] if source else None,
         paths.root / "corpus",
@@ -107,7 +88,11 @@ def stages(
         f"{summary.held_out_documents:,} files of {len(summary.held_out_packages)} packages, "
         f"{format_bytes(summary.held_out_bytes)}"
     )
-    tokenizer = make_tokenizer(paths, config.model.vocab_size, progress)
+    if not paths.tokenizer.exists():
+        texts = (document.text for document in read_documents(paths.train_documents))
+        with atomic_directory(paths.tokenizer) as directory:
+            train_tokenizer(texts, config.model.vocab_size, progress).save(directory)
+    tokenizer = Tokenizer.load(paths.tokenizer)
     logger.info(f"Tokenizer: {tokenizer.vocab_size:,} tokens, byte-level BPE ({paths.tokenizer})")
     store = build_store(paths.train_documents, tokenizer, paths.train_store, seed=SEED, progress=progress)
     build_store(paths.held_out_documents, tokenizer, paths.held_out_store, seed=SEED, progress=progress)
@@ -118,63 +103,38 @@ def stages(
     from jaxcoder.recipes.pretrain import pretrain
     from jaxcoder.recipes.quickstart_report import make_report
 
-    config = fitted(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
+    config = adapt_config(config, paths, num_steps=num_steps, vocab_size=tokenizer.vocab_size)
     result = pretrain(config, directory_is_shared=True)
     result.raise_late_stop()
     return make_report(paths, result.eval_metrics, progress)
 
 
-def check_claim(paths: Paths, settings: dict[str, object]) -> None:
-    """Raises ConfigError if the directory holds something else, or what other arguments have made."""
+def check_directory(paths: Paths, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the directory holds other files, or results of other arguments."""
     if paths.root.is_file():
         raise ConfigError(f"`{paths.root}` is a file: give another --output-dir.")
-    made = {path.name for path in paths.root.iterdir() if not is_left_over(path.name)} if paths.root.is_dir() else set()
-    made -= {paths.settings.name, LOCK}
-    if not made:
-        return  # of other arguments, such as a misspelt source, nothing came
-    if not paths.settings.exists():
-        raise ConfigError(f"`{paths.root}` holds something else: give an empty or new --output-dir.")
-    before = read_claim(paths)
+    names = (
+        {path.name for path in paths.root.iterdir() if not is_left_over(path.name)} if paths.root.is_dir() else set()
+    )
+    if not names - {paths.settings.name, LOCK}:
+        return  # no results yet: the arguments may change, for example after a misspelt --source
+    try:
+        before = json.loads(paths.settings.read_text())
+        arguments = "no --source" if before["source"] is None else f"--source {before['source']}"
+        arguments += f", --steps {before['num_steps']}"
+    except FileNotFoundError:
+        raise ConfigError(f"`{paths.root}` holds other files: give an empty or new --output-dir.") from None
+    except (ValueError, TypeError, KeyError):
+        before, arguments = None, f"{paths.settings.name} is damaged"
     if before != settings:
         raise ConfigError(
-            f"`{paths.root}` holds a quickstart with other arguments ({spelled(before)}): give another --output-dir, "
+            f"`{paths.root}` holds a quickstart with other arguments ({arguments}): give another --output-dir, "
             "delete it, or repeat those arguments to continue it."
         )
 
 
-def claim(paths: Paths, settings: dict[str, object]) -> None:
-    """The directory belongs to one quickstart: its arguments are written into it first."""
-    if read_claim(paths) != settings:
-        write_text(paths.settings, json.dumps(settings, indent=1) + "\n")
-
-
-def read_claim(paths: Paths) -> dict[str, object] | None:
-    """The arguments that the directory was claimed with; None without readable ones."""
-    try:
-        return json.loads(paths.settings.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def spelled(settings: dict[str, object] | None) -> str:
-    """The arguments as one types them."""
-    if not isinstance(settings, dict):
-        return "which cannot be read"
-    source = "no --source" if settings.get("source") is None else f"--source {settings['source']}"
-    return f"{source}, --steps {settings.get('num_steps')}"
-
-
-def make_tokenizer(paths: Paths, vocab_size: int, progress: Progress) -> Tokenizer:
-    """Trains the tokenizer, or opens the one that is there."""
-    if not paths.tokenizer.exists():
-        texts = (document.text for document in read_documents(paths.train_documents))
-        with atomic_directory(paths.tokenizer) as directory:
-            train_tokenizer(texts, vocab_size, progress).save(directory)
-    return Tokenizer.load(paths.tokenizer)
-
-
-def fitted(config: RunConfig, paths: Paths, *, num_steps: int, vocab_size: int) -> RunConfig:
-    """The configuration for this corpus and these devices."""
+def adapt_config(config: RunConfig, paths: Paths, *, num_steps: int, vocab_size: int) -> RunConfig:
+    """The configuration for these stores and devices."""
     import jax
 
     devices = jax.devices()

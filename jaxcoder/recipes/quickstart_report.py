@@ -1,11 +1,10 @@
-"""What a quickstart shows at the end: how good the small model is, what it writes, and where everything lies."""
+"""Results of a quickstart: held-out metrics, completions, the exported weights and the loss curve."""
 
 import json
 import lzma
 import shlex
 import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from jaxcoder.convert.to_hf import to_hf
 from jaxcoder.evaluation.infilling import infill_scores, single_line_gaps
@@ -16,12 +15,10 @@ from jaxcoder.io.atomic import write_text
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import read_documents
 from jaxcoder.protocols import Progress
+from jaxcoder.recipes.quickstart import Paths
 from jaxcoder.report.curve import draw_curve
 from jaxcoder.runtime import command_name
 from jaxcoder.train.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from jaxcoder.recipes.quickstart import Paths
 
 NUM_GAPS = 64
 PROMPTS = ("def main(", "import os\nimport sys\n\n\nclass ")
@@ -31,20 +28,20 @@ INFILLS = (
 )
 
 
-def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progress) -> dict[str, object]:
-    """Evaluates, converts, draws; everything that `show_report` prints, as plain JSON."""
+def make_report(paths: Paths, eval_metrics: dict[str, float], progress: Progress) -> dict[str, Any]:
+    """Generates, exports and draws; writes and returns report.json."""
     documents = list(read_documents(paths.held_out_documents))
     model, _, tokenizer = load_model(paths.root)
-    # Suffix first: prefix and middle then stand side by side, which so small a model needs.
+    # SPM order, where prefix and middle are adjacent: easier than PSM for a small model.
     generator = TextGenerator(model, tokenizer, truncate=True, spm=True)
-    likely = Sampling(temperature=0.5, top_p=0.9)
+    sampling = Sampling(temperature=0.5, top_p=0.9)
     gaps = single_line_gaps(documents, count=NUM_GAPS, seed=0)
     progress.start("Completing and infilling", len(gaps) + len(PROMPTS) + len(INFILLS), "prompts")
     scores = infill_scores(generator, gaps)
     progress.advance(len(gaps))
-    completions = generator.complete(PROMPTS, max_new_tokens=48, sampling=likely)
+    completions = generator.complete(PROMPTS, max_new_tokens=48, sampling=sampling)
     progress.advance(len(PROMPTS))
-    infills = generator.infill(INFILLS, max_new_tokens=24, stop=("\n",), sampling=likely)
+    infills = generator.infill(INFILLS, max_new_tokens=24, stop=("\n",), sampling=sampling)
     progress.advance(len(INFILLS))
     progress.finish()
 
@@ -66,21 +63,25 @@ def make_report(paths: "Paths", eval_metrics: dict[str, float], progress: Progre
         "checkpoints": directory.checkpoints,
         "pytorch": str(hf),
     }
-    write_json(paths.root / "report.json", report)
+    write_text(paths.root / "report.json", json.dumps(report, indent=1) + "\n")
     return report
 
 
 def xz_bits_per_byte(documents: list[Document]) -> float:
-    """What `xz -9e` needs for the same files, one behind the other."""
+    """Bits per byte of the concatenated files compressed by `xz -9e`."""
     text = "".join(document.text for document in documents).encode()
     return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / max(len(text), 1)
 
 
-def show_report(paths: "Paths", report: dict) -> None:
-    """Prints the report for a person, with the commands to go on with."""
+def show_report(paths: Paths, report: dict[str, Any]) -> None:
+    """Prints the report and example commands."""
     held_out, infill, program = report["held_out"], report["infill"], command_name()
     width = min(shutil.get_terminal_size().columns, 100)
-    print("\n" + " what it learned ".center(width, "-"))
+
+    def heading(title: str) -> None:
+        print("\n" + f" {title} ".center(width, "-"))
+
+    heading("results")
     print(
         f"held-out files ({held_out['files']}): loss {held_out['eval/loss']:.3f} nats per token, "
         f"{held_out['eval/bits_per_byte']:.3f} bits per byte (xz -9e needs {held_out['xz_bits_per_byte']:.3f})"
@@ -90,17 +91,17 @@ def show_report(paths: "Paths", report: dict) -> None:
         f"exact match {infill['exact_match']:.1%}"
     )
     for prompt, text in report["completions"]:
-        print("\n" + " completion: >>> written by the model <<< ".center(width, "-"))
+        heading("completion: >>> written by the model <<<")
         print(f"{prompt}>>>{text}<<<")
     for prefix, middle, suffix in report["infills"]:
-        print("\n" + " infill: >>> written by the model <<< ".center(width, "-"))
+        heading("infill: >>> written by the model <<<")
         print(f"{prefix}>>>{middle}<<<{suffix}")
-    print("\n" + " where it is ".center(width, "-"))
+    heading("files")
     print(f"loss curve      {report['loss_curve']}")
     print(f"checkpoint      {report['checkpoints']}")
     print(f"PyTorch format  {report['pytorch']}")
     print(f"report          {paths.root / 'report.json'}")
-    print("\n" + " go on with ".center(width, "-"))
+    heading("next commands")
     root, pytorch, store, longer = map(
         shlex.quote, (str(paths.root), report["pytorch"], str(paths.train_store), f"{paths.root}-longer")
     )
@@ -108,7 +109,3 @@ def show_report(paths: "Paths", report: dict) -> None:
     print(f"{program} complete {pytorch} --prefix 'def add(a, b): return ' --suffix '  # the sum'")
     print(f"{program} checkpoint inspect {root}")
     print(f"{program} train quickstart --data {store} --num-steps 5000 --output-dir {longer}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1) + "\n")

@@ -2,7 +2,7 @@
 
 Weights of `init_from` are opened and compared with the run before anything is computed. Only the weights are used:
 optimizer, step, data and schedule start from zero. jaxcoder checkpoints are opened here; for other formats `train`
-takes an opener (`jaxcoder/recipes/start.py`).
+takes an opener (`jaxcoder/recipes/initial_weights.py`).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The fine-tune at tiny size: languages measured before and after, interruptions, what is refused."""
+"""Fine-tuning a tiny model: metrics of every language before and after, interruptions, errors."""
 
 import dataclasses
 import json
@@ -48,23 +48,23 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Stores of Python and C, and a run on both that the fine-tune begins with, in two formats."""
+def root(tmp_path_factory):
+    """Stores of Python and C, and a base run on both, as a checkpoint and in Hugging Face format."""
     root = tmp_path_factory.mktemp("finetune")
     tokenizer = train_tokenizer(PYTHON + C, 400)
     texts = {"Python": PYTHON, "C": C}
     documents = {lang: [Document.from_text(text, lang=lang) for text in texts[lang]] for lang in texts}
-    parts = {
+    subsets = {
         "both": documents["Python"][:50] + documents["C"][:50],
         "python": documents["Python"][:50],
         "held_out": documents["Python"][50:] + documents["C"][50:],
         "held_out_c": documents["C"][50:],
     }
-    for name, part in parts.items():
-        write_documents(part, root / f"{name}.parquet")
+    for name, selected in subsets.items():
+        write_documents(selected, root / f"{name}.parquet")
         build_store(root / f"{name}.parquet", tokenizer, root / name, seed=0)
     write_documents(documents["C"], root / "c.parquet")
-    build_store(root / "c.parquet", train_tokenizer(C, 300), root / "foreign", seed=0)
+    build_store(root / "c.parquet", train_tokenizer(C, 300), root / "other_tokenizer", seed=0)
     run = dataclasses.replace(
         smoke(),
         output_dir=str(root / "base"),
@@ -79,19 +79,21 @@ def place(tmp_path_factory):
     return root
 
 
-def test_languages_before_and_after_a_python_fine_tune(place, capsys):
-    """By the command line, from PyTorch format; a second time, nothing is done again and the same is shown."""
-    output = place / "tuned"
-    command = ["finetune", str(place / "hf"), "--data", str(place / "python"), "--output-dir", str(output), *OVERRIDES]
-    command += ["--steps", "40", "--held-out", str(place / "held_out"), "--held-out", str(place / "held_out_c")]
+def test_languages_before_and_after_a_python_fine_tune(root, capsys):
+    """From Hugging Face format; a second call computes nothing and prints the same table."""
+    output = root / "tuned"
+    command = ["finetune", str(root / "hf"), "--data", str(root / "python"), "--output-dir", str(output), *OVERRIDES]
+    command += ["--steps", "40", "--held-out", str(root / "held_out"), "--held-out", str(root / "held_out_c")]
     assert main(command) == 0
-    shown = capsys.readouterr().out
+    printed = capsys.readouterr().out
     report = json.loads((output / "retention.json").read_text())
     python, c = report["languages"]
     assert (python["name"], python["is_trained_on"], c["name"], c["is_trained_on"]) == ("Python", True, "C", False)
     assert python["after"] < python["before"] and c["change"] > python["change"]
     assert report["before"]["eval/lang/C/tokens"] == report["after"]["eval/lang/C/tokens"] == c["tokens"]
-    assert (output / "retention.txt").read_text() in shown and "Python*" in shown and "Of 1 other language" in shown
+    assert (
+        (output / "retention.txt").read_text() in printed and "Python*" in printed and "of 1 other languages" in printed
+    )
     evaluated = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in evaluated if "eval/lang/C/bits_per_byte" in line]
     assert steps == [10, 20, 30, 40]
@@ -101,44 +103,44 @@ def test_languages_before_and_after_a_python_fine_tune(place, capsys):
     assert json.loads((output / "retention.json").read_text())["languages"] == report["languages"]
 
 
-def test_interrupted_between_its_stages_it_goes_on(place, tmp_path, monkeypatch):
-    """A stop after the first evaluation: it is not repeated, and the result is that of an undisturbed one."""
-    stores = dict(store=str(place / "python"), held_out=[str(place / "held_out")])
+def test_resumes_after_an_interruption_between_stages(root, tmp_path, monkeypatch):
+    """After the first evaluation: it is not repeated, and the result equals that of an uninterrupted run."""
+    stores = dict(store=str(root / "python"), held_out=[str(root / "held_out")])
     arguments = dict(**stores, num_steps=40, overrides=OVERRIDES)
-    whole = finetune(str(place / "base"), output_dir=str(tmp_path / "whole"), **arguments)
-    parts = dict(output_dir=str(tmp_path / "parts"), **arguments)
+    expected = finetune(str(root / "base"), output_dir=str(tmp_path / "uninterrupted"), **arguments)
+    interrupted = dict(output_dir=str(tmp_path / "interrupted"), **arguments)
     with monkeypatch.context() as patch:
         patch.setattr(finetune_module, "pretrain", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            finetune(str(place / "base"), **parts)
-    assert not (tmp_path / "parts" / "retention.json").exists()
+            finetune(str(root / "base"), **interrupted)
+    assert not (tmp_path / "interrupted" / "retention.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_module, "HeldOut", lambda *_: pytest.fail("measured again"))
-        assert finetune(str(place / "base"), **parts) == whole
+        patch.setattr(finetune_module, "HeldOut", lambda *_: pytest.fail("evaluated again"))
+        assert finetune(str(root / "base"), **interrupted) == expected
 
 
-def test_what_cannot_be_is_refused_before_anything_is_written(place, tmp_path):
-    base, output = str(place / "base"), tmp_path / "run"
-    stores = dict(store=str(place / "python"), held_out=[str(place / "held_out")])
+def test_errors_before_anything_is_written(root, tmp_path):
+    base, output = str(root / "base"), tmp_path / "run"
+    stores = dict(store=str(root / "python"), held_out=[str(root / "held_out")])
     arguments = dict(**stores, output_dir=str(output), num_steps=2)
     for changes, error, expected in (
         (dict(held_out=[]), ConfigError, "there is no held-out store: give `--held-out STORE`"),
-        (dict(held_out=[str(place / "gone")]), DataError, "There is no token store at"),
-        (dict(held_out=[str(place / "foreign")]), JaxcoderError, "trained with another tokenizer"),
+        (dict(held_out=[str(root / "missing")]), DataError, "There is no token store at"),
+        (dict(held_out=[str(root / "other_tokenizer")]), JaxcoderError, "trained with another tokenizer"),
         (dict(num_steps=0), ConfigError, "--steps is 0"),
         (dict(overrides=["--seed", "-1"]), ConfigError, "seed is -1"),
     ):
         with pytest.raises(error, match=expected):
             finetune(base, **(arguments | changes))
-    with pytest.raises(JaxcoderError, match="nowhere`, which does not exist"):
-        finetune("nowhere", **arguments)
+    with pytest.raises(JaxcoderError, match="missing`, which does not exist"):
+        finetune("missing", **arguments)
     assert not output.exists()
-    (tmp_path / "thesis.tex").write_text("")
+    (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ConfigError, match="contains other files"):
         finetune(base, **(arguments | dict(output_dir=str(tmp_path))))
 
 
-def test_options_under_another_name(capsys):
+def test_fields_that_have_an_option_of_the_command(capsys):
     base = ["finetune", "x", "--data", "a", "--held-out", "b"]
     assert main([*base, "--num-steps", "3"]) == 2 and "--num-steps is set by --steps" in capsys.readouterr().err
     assert main([*base, "--data.store", "c"]) == 2 and "--data.store is set by --data" in capsys.readouterr().err
@@ -153,10 +155,10 @@ def test_the_table():
     assert languages[1] == LanguageChange(name="C", is_trained_on=False, tokens=1000, before=1.2, after=1.26)
     lines = table(languages)
     assert lines[1].split() == ["Python*", "1,000", "1.0000", "0.9000", "-10.0%"]
-    assert lines[-1] == "Of 2 other languages, 1 became worse; the one that changed for the worst is C, by +5.0%."
+    assert lines[-1] == "1 of 2 other languages got worse; largest change: C, +5.0%."
 
 
-def test_help_and_what_is_left_out(capsys):
+def test_help_and_missing_options(capsys):
     assert main(["finetune", "x", "--help"]) == 0
     assert "--optimizer.peak-learning-rate" in capsys.readouterr().out
     assert main(["finetune", "x"]) == 2 and "no training data: give `--data STORE`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Infilling measured while training: on which lines, on meshes, and refused in time."""
+"""Infilling as an evaluation of training runs: metrics, meshes, tokenizers without FIM tokens."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def make_store(root, tokenizer, texts) -> str:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> str:
-    """Every file's only line to ask for is the same one."""
+    """Files whose only suitable line is LINE."""
     texts = [f"x{n} = {n}\n" + LINE + "# end\n" for n in range(40)]
     return make_store(tmp_path_factory.mktemp("store"), train_tokenizer([*texts, json.__doc__], 400), texts)
 
@@ -59,20 +59,20 @@ def test_infilling_is_a_metric(store, tmp_path, caplog, monkeypatch):
     assert "infilled lines exact 0.0%" in caplog.text
 
 
-def test_every_mesh_gives_the_same_answers(store, tmp_path, monkeypatch):
+def test_every_mesh_gives_the_same_metrics(store, tmp_path, monkeypatch):
     run = config(tmp_path, store)
     (infilling,) = evaluations(run)
-    found = []
-    everything = jax.devices()
+    metrics = []
+    devices = jax.devices()
     for size, mesh in ((1, MeshConfig(data=1, fsdp=1, tensor=1)), (8, MeshConfig(data=2, fsdp=2, tensor=2))):
         with monkeypatch.context() as patch:
-            patch.setattr(jax, "devices", lambda *_, size=size: everything[:size])
+            patch.setattr(jax, "devices", lambda *_, size=size: devices[:size])
             with jax.set_mesh(make_mesh(mesh)):
-                found.append(infilling(jax.jit(lambda: initial_state(run))().model))
-    assert found[0] == found[1]
+                metrics.append(infilling(jax.jit(lambda: initial_state(run))().model))
+    assert metrics[0] == metrics[1]
 
 
-def test_refused_without_fim_tokens(tmp_path):
+def test_error_without_fim_tokens(tmp_path):
     train_tokenizer([LINE], 300).save(tmp_path / "tokenizer")
     text = (tmp_path / "tokenizer" / "tokenizer.json").read_text().replace("<fim_", "<another_")
     tokenizer = Tokenizer(text.encode())

@@ -15,7 +15,7 @@ from jaxcoder.data.build import build_store
 from jaxcoder.errors import CheckpointError
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import write_documents
-from jaxcoder.recipes.start import open_weights
+from jaxcoder.recipes.initial_weights import open_weights
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train.loop import train

@@ -1,4 +1,4 @@
-"""Opens the weights that a run begins with, whichever format they have: what `train` is handed as `open_weights`."""
+"""Initial weights of a training run, from a checkpoint or a Hugging Face directory."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ from jaxcoder.train.restore import InitialWeights, open_checkpoint_weights
 
 
 def open_weights(path: str) -> InitialWeights:
-    """A run or checkpoint of ours, or a directory in PyTorch format, which is read unconverted.
+    """Opens a run, a checkpoint, or a directory in Hugging Face format (read without conversion on disk).
 
-    Raises CheckpointError or ConversionError, in one sentence, for anything else and for what is damaged.
+    Raises CheckpointError or ConversionError for anything else and for damaged files.
     """
     if not is_hf_directory(Path(path)):
         return open_checkpoint_weights(path)
@@ -21,6 +21,5 @@ def open_weights(path: str) -> InitialWeights:
     def load(abstract: Model) -> Model:
         return assemble_tree(abstract, weights.reader(), "params/")
 
-    has_tokenizer = (Path(path) / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(path) if has_tokenizer else None
+    tokenizer = Tokenizer.load(path) if (Path(path) / "tokenizer.json").is_file() else None
     return InitialWeights(path=path, model=weights.config, tokenizer=tokenizer, load=load)
