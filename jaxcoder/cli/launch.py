@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"jaxcoder launch {args.kind}: {KINDS[args.kind].summary}\n")
         for variable in variables(read(args.kind)):
             default = f" (default {variable.default})" if variable.default else ""
-            print(f"  {variable.option:<20} {variable.what}{default}")
+            print(f"  {variable.option:<20} {variable.help}{default}")
         print("\nAll other options are passed to `jaxcoder train`.")
         return 0
     values, arguments = split({variable.option for variable in variables(read(args.kind))}, args.overrides)

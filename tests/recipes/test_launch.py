@@ -1,4 +1,4 @@
-"""The launch files filled in: shell by shellcheck and a dry run, Kubernetes by its schemas, and what cannot be."""
+"""Launch files: scripts checked by shellcheck and run with fake clients, Kubernetes files by schemas, errors."""
 
 import os
 import shlex
@@ -26,9 +26,9 @@ def filled(kind: str, **more: str) -> str:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_variable_is_explained_and_takes_a_value(kind):
+def test_every_variable_has_help_and_takes_a_value(kind):
     for variable in variables(read(kind)):
-        assert len(variable.what) > 5, variable
+        assert len(variable.help) > 5, variable
         text = filled(kind, **{variable.option: "some-value"})
         (line,) = [line for n, line in enumerate(text.split("\n")) if n == variable.line]
         assert "some-value" in line and not line.startswith("##")
@@ -54,8 +54,8 @@ def test_shellcheck(kind, tmp_path):
 
 @pytest.fixture
 def clients(tmp_path, monkeypatch) -> Path:
-    """Programs on PATH that write down how they were called; gcloud says ACTIVE once there is something, and srun and
-    jaxcoder end with the code in the file `codes`, one a line."""
+    """Fake programs on PATH that log their arguments. gcloud reports ACTIVE after a create; srun and jaxcoder exit with
+    the next line of the file `codes`."""
     directory = tmp_path / "bin"
     directory.mkdir()
     log = tmp_path / "called"
@@ -90,38 +90,38 @@ def run_file(directory: Path, kind: str, codes: str = "", **environment: str) ->
     return subprocess.run(["bash", str(path)], env={**os.environ, **environment}, timeout=60).returncode
 
 
-def test_a_gpu_node_goes_on_after_faults_and_stops_for_good(clients):
+def test_gpu_node_restarts_after_crashes_only(clients):
     assert run_file(clients, "gpu-node", "75\n137\n0\n") == 0
     assert called(clients, "jaxcoder") == [["jaxcoder", "train", "smoke", *ARGUMENTS]] * 3
     assert run_file(clients, "gpu-node", "2\n0\n") == 2 and run_file(clients, "gpu-node", "143\n0\n") == 143
 
 
 def test_slurm_reads_every_directive():
-    """It stops at the first command."""
+    """sbatch stops parsing at the first command."""
     lines = filled("slurm").split("\n")
     first_command = next(n for n, line in enumerate(lines) if line and not line.startswith("#"))
     directives = [n for n, line in enumerate(lines) if line.startswith("#SBATCH")]
     assert len(directives) == 10 and directives[-1] < first_command
 
 
-def test_slurm_queues_again_what_was_stopped(clients):
+def test_slurm_requeues_unless_complete_or_failed(clients):
     job = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_ID": "77"}
-    for code, again in ((0, False), (2, False), (130, False), (143, True), (75, True), (137, True)):
+    for code, is_requeued in ((0, False), (2, False), (130, False), (143, True), (75, True), (137, True)):
         (clients / "called").unlink(missing_ok=True)
         assert run_file(clients, "slurm", f"{code}\n", **job) == code
-        assert called(clients, "scontrol") == [["scontrol", "requeue", "77"]] * again
+        assert called(clients, "scontrol") == [["scontrol", "requeue", "77"]] * is_requeued
     assert called(clients, "srun")[0][-len(ARGUMENTS) - 3 :] == ["jaxcoder", "train", "smoke", *ARGUMENTS]
 
 
-def test_tpu_vms_are_asked_for_used_and_given_back(clients):
-    """A fault starts the run again; another state of the queued resource asks for other TPUs."""
+def test_tpu_vms_are_created_used_and_deleted(clients):
+    """A crash restarts the run; a suspended queued resource is replaced."""
     assert run_file(clients, "tpu-vm", "1\n0\n") == 0
     verbs = [next(word for word in call if word in ("create", "ssh", "delete")) for call in called(clients, "gcloud")
              if "describe" not in call]  # fmt: skip
     assert verbs == ["create", "ssh", "ssh", "ssh", "ssh", "delete"]  # install and train, twice
     train = next(call[-1] for call in called(clients, "gcloud") if "train" in call[-1])
-    said = ["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")]
-    words = subprocess.run(said, capture_output=True, text=True).stdout.split("\n")[:-1]
+    command = ["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")]
+    words = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[:-1]
     assert words == ["train", "smoke", *ARGUMENTS]
     (clients / "state").write_text("SUSPENDED")
     (clients / "called").unlink()
@@ -130,19 +130,19 @@ def test_tpu_vms_are_asked_for_used_and_given_back(clients):
     assert "delete" in verbs[0] and "create" in verbs[1] and "--spot" in verbs[1]
 
 
-def test_scripts_say_what_is_not_filled_in(clients):
+def test_scripts_name_a_variable_that_is_not_set(clients):
     for kind in scripts():
         path = clients / KINDS[kind].file
         path.write_text(read(kind))
         done = subprocess.run(["bash", str(path)], capture_output=True, text=True, timeout=60)
-        assert done.returncode and "CONFIG" in done.stderr and "not filled in" in done.stderr
+        assert done.returncode and "CONFIG" in done.stderr and "is not set" in done.stderr
 
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML, of the extra `test`")
 
 
 def test_the_jobset():
-    """Outside, the fields of JobSet's v1alpha2 API; inside, a Job by Kubernetes' own schema."""
+    """The outer fields against JobSet's v1alpha2 API, the inner Job against Kubernetes' schema."""
     jobset = yaml.safe_load(filled("gke"))
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert set(jobset["spec"]) == {"failurePolicy", "replicatedJobs"}
@@ -159,11 +159,11 @@ def test_the_jobset():
     (exit_rule,) = spec["podFailurePolicy"]["rules"]
     assert exit_rule["onExitCodes"]["containerName"] == container["name"]
     validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate, of the extra `test`")
-    whole = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
-    validate.validate(whole, "1.31", strict=True)
+    manifest = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": spec}
+    validate.validate(manifest, "1.31", strict=True)
     spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] = ["two"]
     with pytest.raises(validate.ValidationError):
-        validate.validate(whole, "1.31", strict=True)
+        validate.validate(manifest, "1.31", strict=True)
 
 
 def test_skypilot():
@@ -172,25 +172,25 @@ def test_skypilot():
     assert task["resources"] == {"accelerators": "H100:8", "use_spot": True}
     shell = task["run"].replace("exec jaxcoder", 'printf \'%s\\n\' "$JAXCODER_COORDINATOR" "$JAXCODER_PROCESS_ID"')
     nodes = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
-    said = subprocess.run(["bash", "-c", shell], env={**os.environ, **nodes}, capture_output=True, text=True).stdout
-    assert said.split("\n")[:-1] == ["10.0.0.1:61439", "1", "train", "smoke", *ARGUMENTS]
+    printed = subprocess.run(["bash", "-c", shell], env={**os.environ, **nodes}, capture_output=True, text=True).stdout
+    assert printed.split("\n")[:-1] == ["10.0.0.1:61439", "1", "train", "smoke", *ARGUMENTS]
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "said"),
+    ("kind", "values", "message"),
     [
-        ("slurm", {}, r"`jaxcoder launch slurm` needs --config \(a configuration by name"),
+        ("slurm", {}, r"`jaxcoder launch slurm` needs --config \(name of a configuration"),
         ("gke", {"--config": "smoke", "--name": "a"}, r"needs --image .*, --topology .*, --hosts"),
         ("slurm", {"--config": "smoke", "--nodes": ""}, "--nodes is '': give one line of text"),
-        ("gke", {"--config": "smoke", "--name": "a: b"}, "which a YAML file would read as something else"),
+        ("gke", {"--config": "smoke", "--name": "a: b"}, "YAML needs a value of letters"),
     ],
 )
-def test_what_cannot_be_filled_in(kind, values, said):
-    with pytest.raises(ConfigError, match=said):
+def test_missing_and_invalid_values(kind, values, message):
+    with pytest.raises(ConfigError, match=message):
         fill(kind, values, [])
 
 
-def test_options_are_told_apart():
+def test_options_of_the_file_and_of_train():
     words = ["--nodes", "4", "--mesh.fsdp", "32", "--time=1:00", "--accept-config-change"]
     assert split({"--nodes", "--time"}, words) == (
         {"--nodes": "4", "--time": "1:00"}, ["--mesh.fsdp", "32", "--accept-config-change"]
@@ -210,4 +210,4 @@ def test_the_command(clients, capsys):
     assert main(["launch", "slurm", "--help"]) == 0 and "--gpus-per-node" in capsys.readouterr().out
     (clients / "bin" / "sky").unlink()
     assert main(["launch", "skypilot", "--config", "smoke"]) == 2
-    assert "`sky`, which is not on this machine" in capsys.readouterr().err
+    assert "`sky`, which is not installed" in capsys.readouterr().err

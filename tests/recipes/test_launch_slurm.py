@@ -1,6 +1,6 @@
-"""The SLURM file on a real SLURM of two nodes on this machine: runs, is asked to stop and queued again, goes on, ends.
+"""The SLURM launch file on a local SLURM cluster of two nodes: a job runs, is stopped, requeued and resumed.
 
-By hand: needs root, munge and slurm-wlm, and takes some minutes: a job that was queued again waits for two.
+Needs root, munge and slurm-wlm, and takes minutes: SLURM holds a requeued job for two minutes.
 
     apt install slurm-wlm && pytest -m slow tests/recipes/test_launch_slurm.py
 """
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to start SLURM's daemons"),
-    pytest.mark.skipif(HOST == "localhost", reason="needs a host name beside localhost, for a second node"),
+    pytest.mark.skipif(HOST == "localhost", reason="needs a host name other than localhost, for a second node"),
 ]
 
 CONFIGURATION = """
@@ -52,7 +52,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory) -> dict[str, str]:
-    """The environment that finds the cluster."""
+    """Environment variables of the cluster's clients."""
     directory = tmp_path_factory.mktemp("slurm")
     directory.joinpath("slurm.conf").write_text(CONFIGURATION.format(host=HOST, directory=directory))
     environment = {
@@ -74,7 +74,7 @@ def slurm(tmp_path_factory) -> dict[str, str]:
         os.kill(int(file.read_text()), 15)
 
 
-def say(command: list[str], environment: dict[str, str], directory: Path) -> str:
+def output_of(command: list[str], environment: dict[str, str], directory: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -94,7 +94,7 @@ def test_the_file_on_two_nodes(slurm, tmp_path):
         "--gpus-per-node", "0", "--time", "0:30:00", "--data", "synthetic", "--num-steps", "2000",
         "--output-dir", str(run),
     ]  # fmt: skip
-    job = say(command, slurm, tmp_path).split()[-1]
+    job = output_of(command, slurm, tmp_path).split()[-1]
     log = tmp_path / f"jaxcoder-{job}.log"
 
     def steps() -> list[int]:
@@ -103,16 +103,16 @@ def test_the_file_on_two_nodes(slurm, tmp_path):
         return [line["step"] for line in lines if "loss" in line]
 
     def state() -> str:
-        asked = ["squeue", "--noheader", "--format", "%T", "--states", "all", "--jobs", job]
-        return say(asked, slurm, tmp_path).strip()
+        query = ["squeue", "--noheader", "--format", "%T", "--states", "all", "--jobs", job]
+        return output_of(query, slurm, tmp_path).strip()
 
     wait_for(lambda: len(steps()) > 3, 240, log)
-    say(["scancel", "--signal", "TERM", job], slurm, tmp_path)  # as at the end of its time
+    output_of(["scancel", "--signal", "TERM", job], slurm, tmp_path)  # as at the time limit
     wait_for(lambda: state() == "PENDING", 120, log)
     saved = len(steps())
-    said = log.read_text()
-    assert said.count(f"stopped after step {saved}, which is saved") == 2 and "the job is queued again" in said
+    text = log.read_text()
+    assert text.count(f"stopped after step {saved}, which is saved") == 2 and "the job is requeued" in text
     wait_for(lambda: len(steps()) > saved + 3, 400, log)
     assert f"Continuing after step {saved}." in log.read_text() and steps() == list(range(1, len(steps()) + 1))
-    say(["scancel", job], slurm, tmp_path)  # for good
+    output_of(["scancel", job], slurm, tmp_path)
     wait_for(lambda: state() in ("", "CANCELLED"), 120, log)
