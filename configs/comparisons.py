@@ -75,8 +75,8 @@ def compare_2k() -> RunConfig:
         jaxcoder train compare_2k --data STORE --output-dir runs/2k
 
     Both train and evaluate on the same number of tokens in the same number of steps; this run has four times as many
-    windows of a quarter of the length. The StarCoder paper evaluates one model with 2K and with 8K of context; this pair
-    compares training with both. The papers have no such run: the settings are StarCoderBase-1B's for a tenth of the steps.
+    windows of a quarter of the length. The StarCoder paper evaluates one model with 2K and 8K of context; this pair
+    compares training with both. It is not in the papers: the settings are StarCoderBase-1B's for a tenth of the steps.
 
     Cost: about 2,300 A100 hours (estimated).
     """
