@@ -5,7 +5,7 @@
 Every run trained on 1.0486e12 tokens with 8,192 of context (SantaCoder: 2.36e11 with 2,048), AdamW (0.9, 0.95, 1e-8),
 weight decay 0.1, gradient clipping at 1.0, dropout 0.1, FIM rate 0.5, and a cosine schedule to a tenth of the peak.
 These are the defaults of the fields that are not set here. Mesh and microbatch size are not set: they affect rounding
-only. The originals had one window per GPU at a time (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2; others none).
+only. The originals had one window per GPU at a time (15B: tensor 4, pipeline 4, 32 replicas; 7B: tensor 2).
 
 Estimated costs are 6 FLOPs x parameters x tokens at 84.7e12 FLOP/s per A100, the rate of the 15B run. `jaxcoder train
 NAME --dry-run` prints the resources of a run.
