@@ -34,17 +34,8 @@ def source(tmp_path_factory) -> Path:
 
 def command(source: Path, output: Path, *extra: str) -> list[str]:
     steps = [] if "--steps" in extra else ["--steps", "6"]
-    base = [
-        sys.executable,
-        "-m",
-        "jaxcoder.cli.main",
-        "quickstart",
-        "--source",
-        str(source),
-        "--output-dir",
-        str(output),
-    ]
-    return [*base, *steps, *extra]
+    program = [sys.executable, "-m", "jaxcoder.cli.main", "quickstart"]
+    return [*program, "--source", str(source), "--output-dir", str(output), *steps, *extra]
 
 
 def environment() -> dict[str, str]:
@@ -81,14 +72,15 @@ def test_all_stages(uninterrupted):
     assert 0 <= report["infill"]["edit_similarity"] <= 1 and report["infill"]["count"] == 64
     assert len(report["completions"]) == len(report["infills"]) == 2
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    for text in (
+    messages = (
         "mesh of data 1 x fsdp 1 x tensor 1",
         "bits per byte",
         "xz -9e",
         "edit similarity",
         "complete",
         "inspect",
-    ):
+    )
+    for text in messages:
         assert text in printed, text
     for path in (output, output / "hf"):
         _, config, tokenizer = load_model(path)
