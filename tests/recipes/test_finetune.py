@@ -27,9 +27,9 @@ C = [
     f"static int f{i}(int x, int y)\n{{\n\tif (x > {i}) {{\n\t\treturn y * {i};\n\t}}\n\treturn x + {i};\n}}\n\n" * 4
     for i in range(60)
 ]
-OVERRIDES = (
-    "--global-batch-size 8 --eval.num-windows 16 --eval.every-steps 10 --optimizer.peak-learning-rate 1e-2".split()
-)
+OVERRIDES = [
+    "--global-batch-size=8", "--eval.num-windows=16", "--eval.every-steps=10", "--optimizer.peak-learning-rate=1e-2",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
