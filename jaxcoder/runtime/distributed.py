@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 
 from jaxcoder.errors import ConfigError, LostProcessError
 from jaxcoder.formatting import plural
@@ -12,6 +13,9 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 900
 """For the other processes: hosts of a pod fetch images and start minutes apart."""
+
+CONNECT_SECONDS = 300
+"""For JAX's own connection, once the roster is complete."""
 
 HEARTBEAT_SECONDS = 600
 """JAX ends the run if a process sends no heartbeat for so long; compiling has blocked heartbeats for 327 seconds."""
@@ -44,20 +48,41 @@ def initialize_distributed(
         logger.info(f"All {found.count} processes are connected: {_counted(hosts)}.")
     else:
         report_to_roster(found, timeout)
+    _bypass_proxy(found.coordinator)
+    failed = f"process {found.index} of {found.count} could not connect to the others at {found.coordinator}"
+    # If JAX cannot connect, its C++ code aborts the process: exit with a message before that.
+    deadline = threading.Timer(CONNECT_SECONDS, _exit_unconnected, (failed,))
+    deadline.daemon = True
+    deadline.start()
     try:
         jax.distributed.initialize(
             found.coordinator,
             found.count,
             found.index,
             cluster_detection_method="deactivate",
-            initialization_timeout=300,
+            initialization_timeout=CONNECT_SECONDS + 10,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except RuntimeError as error:
-        raise LostProcessError(
-            f"process {found.index} of {found.count} could not connect to the others: {str(error).splitlines()[0]}"
-        ) from error
+        raise LostProcessError(f"{failed}: {str(error).splitlines()[0]}") from error
+    finally:
+        deadline.cancel()
     return found.index
+
+
+def _bypass_proxy(coordinator: str) -> None:
+    """Excludes the coordinator from the proxies of the environment, which gRPC would use for it."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    for name in ("no_proxy", "no_grpc_proxy"):
+        excluded = [entry for entry in os.environ.get(name, "").split(",") if entry]
+        if name == "no_proxy" or excluded:  # gRPC reads no_proxy if no_grpc_proxy is not set
+            os.environ[name] = ",".join([*excluded, host] if host not in excluded else excluded)
+
+
+def _exit_unconnected(message: str) -> None:
+    text = f"jaxcoder: error: {message} within {CONNECT_SECONDS} seconds: check the firewall between the hosts.\n"
+    os.write(2, text.encode())
+    os._exit(LostProcessError.exit_code)
 
 
 def _tpu_pod_processes(timeout: float) -> Processes | None:
