@@ -7,6 +7,7 @@ Anything else is a bug and keeps its traceback.
 
 EXIT_USER_ERROR = 2
 EXIT_WATCHDOG = 75
+EXIT_SIGHUP = 129
 EXIT_CTRL_C = 130
 EXIT_SIGTERM = 143
 

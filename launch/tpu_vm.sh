@@ -54,7 +54,7 @@ while true; do
       if on_all_hosts "python3 -m pip install --quiet --upgrade '$INSTALL'"; then
         code=0
         # Every host runs the same command; JAX reads the process ids from the metadata server.
-        on_all_hosts "JAXCODER_TPU_POD=1 python3 -m jaxcoder.cli.main train ${CONFIG@Q} ${ARGUMENTS[*]@Q}" || code=$?
+        on_all_hosts "JAXCODER_TPU_POD=1 python3 -m jaxcoder train ${CONFIG@Q} ${ARGUMENTS[*]@Q}" || code=$?
         case $code in
           0 | 2 | 130)
             echo "the run exited with code $code; deleting its TPUs" >&2

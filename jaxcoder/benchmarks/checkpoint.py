@@ -202,7 +202,7 @@ def seconds_to_first_step(
     from jaxcoder.record.metrics import read_metrics
 
     command = [
-        sys.executable, "-m", "jaxcoder.cli.main", "train", config, "--data", "synthetic", "--steps", "1000",
+        sys.executable, "-m", "jaxcoder", "train", config, "--data", "synthetic", "--steps", "1000",
         "--global-batch-size", "1", "--model.max-seq-len", str(seq_len), "--output-dir", str(output), *settings,
     ]  # fmt: skip
     metrics, log = output / "metrics.jsonl", output.with_suffix(".log")

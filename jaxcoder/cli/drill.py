@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from jaxcoder import runtime
     from jaxcoder.drill.drill import FaultSchedule, clean_up, drill
-    from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted
+    from jaxcoder.errors import Interrupted
 
     seed = secrets.randbelow(1_000_000) if args.seed is None else args.seed
     only = args.only.split(",") if args.only else ()
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         report = drill(directory, plan, seed=seed)
     except KeyboardInterrupt as stop:
-        code = EXIT_SIGTERM if isinstance(stop, runtime.Terminated) else EXIT_CTRL_C
+        _, code = runtime.signal_of(stop)
         if not args.keep:
             shutil.rmtree(directory, ignore_errors=True)
         left = f"what they left is in {directory}" if args.keep else f"{directory} is removed"

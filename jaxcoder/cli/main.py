@@ -18,7 +18,7 @@ from types import ModuleType
 
 import jaxcoder
 from jaxcoder import runtime
-from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, Interrupted, JaxcoderError
+from jaxcoder.errors import Interrupted, JaxcoderError
 from jaxcoder.formatting import did_you_mean
 from jaxcoder.io.os_errors import explain_os_error
 from jaxcoder.record.console import clear_live_line, configure_logging
@@ -94,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        code = _dispatch(arguments)
+        with runtime.stop_signals_raise():
+            code = _dispatch(arguments)
         sys.stdout.flush()  # raises BrokenPipeError here rather than at exit
         return code
     except SystemExit as stop:  # argparse, after --help and --version
@@ -125,7 +126,7 @@ def explain(error: BaseException) -> JaxcoderError | None:
     if isinstance(error, JaxcoderError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        name, code = ("SIGTERM", EXIT_SIGTERM) if isinstance(error, runtime.Terminated) else ("Ctrl-C", EXIT_CTRL_C)
+        name, code = runtime.signal_of(error)
         message = f"stopped by {name}; everything saved so far is kept."
         return Interrupted(message, exit_code=code, resume_command=runtime.resume_command())
     # Before memory: tensorstore reports RESOURCE_EXHAUSTED for a full disk too.
@@ -156,8 +157,7 @@ def _dispatch(arguments: list[str]) -> int:
         raise UsageError(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}. See `jaxcoder --help`.")
     module = importlib.import_module(VERBS[verb][0])
     args = parse_verb(verb, module, arguments[verb_at + 1 :], options)
-    with runtime.sigterm_raises():
-        return module.run(args) or 0
+    return module.run(args) or 0
 
 
 def parse_verb(

@@ -39,7 +39,7 @@ class Trainer:
 
     directory: Path
     port: int
-    program: Sequence[str] = (sys.executable, "-m", "jaxcoder.cli.main")
+    program: Sequence[str] = (sys.executable, "-m", "jaxcoder")
 
     def start(self, run: "RunFiles", mesh: MeshConfig) -> "Start":
         """One process for each device of the mesh."""

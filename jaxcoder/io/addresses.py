@@ -1,7 +1,4 @@
-"""Addresses of files: local paths, gs:// and s3://, opened through fsspec.
-
-The clients of object stores (gcsfs, s3fs) are extras.
-"""
+"""Addresses of files: local paths, gs:// and s3://, opened through fsspec (gcsfs and s3fs are extras)."""
 
 import logging
 import os
@@ -15,7 +12,7 @@ _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 def open_address(path: str | os.PathLike):
     """(fsspec file system, path inside it).
 
-    MissingExtraError without the client; DataError for an unknown protocol, or a bucket at Google without credentials.
+    MissingExtraError without the client; DataError for an unknown protocol, or gs:// without credentials.
     """
     import fsspec
 
@@ -34,13 +31,13 @@ def open_address(path: str | os.PathLike):
 
 
 def is_local(fs) -> bool:
-    """Whether an fsspec file system is that of this machine."""
+    """Whether an fsspec file system is the local one."""
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _check_credentials(fs, path: str) -> None:
-    """DataError if gcsfs found no credentials: it would go on anonymously, and without a network retry for a minute."""
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it logs is raised as well
+    """DataError if gcsfs found no credentials: it would continue anonymously, and offline retry for a minute."""
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its log messages are raised as errors too
     is_anonymous = fs.credentials.method == "anon" and fs.credentials.token is None
     if is_anonymous and fs.base.startswith("https://storage.googleapis.com/"):  # not an emulator
         raise DataError(

@@ -1,4 +1,4 @@
-"""Files and directories that are written completely or not at all: under a temporary name first, then renamed."""
+"""Atomic writes of files and directories: under a temporary name, then renamed."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ from jaxcoder.io.os_errors import access_errors
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path in the same directory, which is made if needed.
+    """Yields a temporary path in the same directory, which is created if needed.
 
-    On success the file replaces `path`; on failure it is removed. Errors pass unchanged.
+    On success the file replaces `path`; on failure it is removed. Errors are not translated.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
@@ -32,7 +32,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """`atomic_path`, where an OSError becomes a DataError that names `path`."""
+    """`atomic_path`, with OSErrors as DataErrors that name `path`."""
     with access_errors(path, "write"), atomic_path(path) as temporary:
         yield temporary
 
@@ -55,12 +55,12 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a file is the temporary one of `atomic_path`: a process that is killed while it writes leaves it."""
+    """Whether a file is a temporary one of `atomic_path`, left by a process killed during a write."""
     return re.search(r"(^|/)\.[^/]+\.tmp\d+$", name) is not None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` as UTF-8, as `write_bytes` does."""
+    """`write_bytes` of `text` as UTF-8."""
     write_bytes(path, text.encode())
 
 
@@ -71,7 +71,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
         fs, inside = open_address(path)
         if not is_local(fs):
             with access_errors(path, "write"):
-                fs.pipe_file(inside, content)  # object stores replace an object at once
+                fs.pipe_file(inside, content)  # object stores replace objects atomically
             return
         path = inside
     with replacing(path) as temporary:

@@ -8,7 +8,7 @@ from jaxcoder.io.os_errors import access_errors
 
 
 def fingerprint_file(path: str | os.PathLike) -> dict:
-    """Name, size and SHA-256 of one file, local or not; its directory does not matter. DataError if unreadable."""
+    """Base name, size and SHA-256 of one file, local or remote. DataError if unreadable."""
     path = os.fspath(path)
     fs, inside = open_address(path)
     digest, size = hashlib.sha256(), 0

@@ -1,8 +1,7 @@
-"""A document: what travels from the corpus to the token store.
+"""A document of a corpus: a list of parts, each ordinary text or one special token.
 
-A document is a list of parts, and a part is ordinary text or one special token. Structure (file names, notebook cells,
-commit messages) is carried by special parts; nothing ever looks for a sentinel inside text, so text that happens to
-spell one stays text.
+Special parts mark structure (file names, notebook cells, commit messages). Sentinels are never parsed out of text, so
+text that spells one stays text.
 """
 
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from jaxcoder.errors import DataError
 class Part:
     """Ordinary `text`, or the special token named `special` (StarCoder's spelling); never both.
 
-    ids: the ids of the text, where something else than its text decides them (it was encoded elsewhere, in other
-    pieces). They count for the tokenizer that they belong to; any other refuses them.
+    ids: the ids of the text, if they are given instead of computed. Encoding with another tokenizer is an error.
     """
 
     text: str = ""
@@ -32,7 +30,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """One document and where it came from; `lang` is the language's name in lower case ("python")."""
+    """One document and its origin. lang: name of the language in lower case ("python")."""
 
     parts: tuple[Part, ...]
     repo_name: str = ""
@@ -51,9 +49,9 @@ class Document:
 
 
 def well_formed(text: str) -> str:
-    """`text` with surrogates replaced: a pair becomes its character, a lone one U+FFFD (UTF-8 cannot hold either).
+    """`text` with surrogates (from JSON escapes and file names) replaced, so that it can be encoded as UTF-8.
 
-    Such strings come from JSON escapes and from file names; everything else passes unchanged.
+    A pair becomes its character, a lone surrogate U+FFFD.
     """
     if text.isascii():
         return text

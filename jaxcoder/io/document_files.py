@@ -1,10 +1,10 @@
-"""Documents in files: parquet, JSON lines, or a directory of both.
+"""Documents in files: parquet, JSON lines, or a directory of both; local, gs:// or s3:// (through fsspec).
 
 A row has `parts: list<struct<special: string, text: string>>`, or plain `content: string` for one text part, and
-`repo_name`, `path`, `lang` where known. A text part may bring its `ids: list<int32>`. Local paths, `gs://` and `s3://`
-are read alike, through fsspec.
+`repo_name`, `path`, `lang` where known. A text part may have `ids: list<int32>`.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,9 +24,9 @@ Paths = str | os.PathLike | Sequence[str | os.PathLike]
 
 
 def read_documents(paths: Paths) -> Iterator[Document]:
-    """Documents of one path or several, in order; the files of a directory (and below) in the order of their names.
+    """Documents of one path or several, in order; the files of a directory (recursively) are sorted by name.
 
-    Raises DataError, naming the file and the row or line, for whatever cannot be read.
+    Raises DataError, naming the file and the row or line, for unreadable input.
     """
     for file in document_files(paths):
         rows = _parquet_rows(file) if file.endswith(".parquet") else _json_rows(file)
@@ -35,7 +35,7 @@ def read_documents(paths: Paths) -> Iterator[Document]:
 
 
 def document_files(paths: Paths) -> list[str]:
-    """The files that `read_documents` reads. DataError for a path that is missing or holds no documents."""
+    """The files that `read_documents` reads. DataError for a path that is missing or has no documents."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     return [file for path in paths for file in _files_of(os.fspath(path))]
@@ -44,11 +44,12 @@ def document_files(paths: Paths) -> list[str]:
 def write_documents(
     documents: Iterable[Document], path: str | os.PathLike, *, plain: bool = False, with_ids: bool = False
 ) -> int:
-    """Write documents to one local `.parquet` or `.jsonl` file, atomically; returns how many.
+    """Write documents to one local `.parquet` or `.jsonl` file, atomically and deterministically; returns their number.
 
-    Plain files have the column `content` and take documents of text only; the others have `parts`, whose ids are
-    written `with_ids` only. The same documents give the same bytes. Raises DataError for another suffix, a special part
-    in a plain file, ids that would be lost, or a failed write.
+    plain: write the column `content`, for documents without special parts, instead of `parts`.
+    with_ids: write the ids of parts.
+
+    Raises DataError for another suffix, a special part in a plain file, ids that would be lost, or a failed write.
     """
     path = Path(path)
     if path.suffix not in (".parquet", ".jsonl"):
@@ -68,14 +69,14 @@ def _files_of(path: str) -> list[str]:
         else:
             files = sorted(file for file in fs.find(root) if file.endswith(SUFFIXES))
     if not files:
-        raise DataError(f"The directory {path} holds no documents: give one with {', '.join(SUFFIXES)} files.")
+        raise DataError(f"The directory {path} has no documents: give one with {', '.join(SUFFIXES)} files.")
     if not files[0].endswith(SUFFIXES):
         raise DataError(f"{path} is not a file of documents: it must end in one of {', '.join(SUFFIXES)}.")
     held_out = [file for file in files if os.path.basename(file).startswith("held_out.")]
     if held_out and len(files) > len(held_out):
         raise DataError(
-            f"The directory {path} holds {os.path.basename(held_out[0])} next to other documents, and reading both "
-            "would mix held-out documents with the rest: name the files that are meant, such as its train.parquet."
+            f"The directory {path} has {os.path.basename(held_out[0])} next to other documents, and reading both would "
+            "mix held-out documents with the rest: name the files to read, such as its train.parquet."
         )
     return [fs.unstrip_protocol(file) if "://" in path else file for file in files]
 
@@ -89,22 +90,20 @@ def _parquet_rows(file: str) -> Iterator[tuple[str, dict]]:
         with fsspec.open(file, "rb") as stream:
             table = pq.ParquetFile(stream)
             columns = document_columns(table.schema_arrow.names, file)
-            row = 0
-            for batch in table.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns, use_threads=False):
-                for values in batch.to_pylist():
-                    yield f"row {row}", values
-                    row += 1
+            batches = table.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns, use_threads=False)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((f"row {number}", row) for number, row in enumerate(rows))
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} is not a readable parquet file ({error}): write it again.") from error
 
 
 def document_columns(names: Sequence[str], file: str) -> list[str]:
-    """The columns of a parquet file that make a document. DataError, naming `file`, if it has no text."""
+    """The columns of a parquet file that documents use. DataError, naming `file`, if it has no text."""
     body = next((name for name in ("parts", "content") if name in names), None)
     if body is None:
         raise DataError(
-            f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one that "
-            "holds the text to `content`."
+            f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one "
+            "with the text to `content`."
         )
     return [body, *(field for field in ORIGIN_FIELDS if field in names)]
 
@@ -127,9 +126,9 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
 
 
 def document_of_row(row: object, where: str) -> Document:
-    """A row of a file as a document; `where` names it in errors. DataError if it is none."""
+    """A row of a file as a document; `where` names the row in errors. DataError if it is not a document."""
     if not isinstance(row, dict) or ("parts" not in row and "content" not in row):
-        raise DataError(f"{where} has no `parts` or `content`: each row must hold one of them.")
+        raise DataError(f"{where} has no `parts` or `content`: each row must have one of them.")
     origin = {field: row.get(field) or "" for field in ORIGIN_FIELDS}
     if not all(isinstance(value, str) for value in origin.values()):
         raise DataError(f"{where}: {', '.join(ORIGIN_FIELDS)} must be strings or absent.")
@@ -160,9 +159,7 @@ def _is_part(part: object) -> bool:
 def _row(document: Document, plain: bool, with_ids: bool, path: Path) -> dict:
     origin = {field: well_formed(getattr(document, field)) for field in ORIGIN_FIELDS}
     if not with_ids and any(part.ids is not None for part in document.parts):
-        raise DataError(
-            f"Cannot write {document.path or 'a document'} with the ids that it brings to {path}: write it with_ids."
-        )
+        raise DataError(f"Cannot write {document.path or 'a document'} with its ids to {path}: write it with_ids.")
     if not plain:
         parts: list[dict[str, object]] = [
             {"special": part.special, "text": well_formed(part.text)} for part in document.parts
@@ -188,7 +185,7 @@ def _write_parquet(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool
     schema = pa.schema([body, *((field, pa.string()) for field in ORIGIN_FIELDS)])
     count = 0
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for group in _in_groups(rows, _ROWS_PER_GROUP):
+        while group := list(itertools.islice(rows, _ROWS_PER_GROUP)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
             count += len(group)
     return count
@@ -201,14 +198,3 @@ def _write_jsonl(rows: Iterator[dict], path: Path, plain: bool, with_ids: bool) 
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-def _in_groups(rows: Iterator[dict], size: int) -> Iterator[list[dict]]:
-    group: list[dict] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group

@@ -6,7 +6,7 @@
     spent     step (last one known), seconds: since process_started, by category, cumulative
     saved     step, blocked (seconds exposed to a step), seconds (until committed), bytes
     profile   first, last, directory
-    end       step, reason (finished, SIGTERM, Ctrl-C, watchdog, error), message, process
+    end       step, reason (finished, SIGTERM, SIGHUP, Ctrl-C, watchdog, error), message, process
 
 Each has "time" (Unix seconds), "attempt" (hex id of one start) and "event". Readers skip torn lines and lines that are
 no events, and return events of later versions unchanged.

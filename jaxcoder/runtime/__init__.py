@@ -20,7 +20,14 @@ from jaxcoder.runtime.environment import (
 from jaxcoder.runtime.process_group import ProcessGroup
 from jaxcoder.runtime.resources import explain_out_of_memory, is_out_of_memory, out_of_memory_explained
 from jaxcoder.runtime.run_lock import acquire_run_lock
-from jaxcoder.runtime.signals import CoordinatedStop, GracefulStop, Terminated, on_signal, sigterm_raises
+from jaxcoder.runtime.signals import (
+    CoordinatedStop,
+    GracefulStop,
+    Terminated,
+    on_signal,
+    signal_of,
+    stop_signals_raise,
+)
 from jaxcoder.runtime.watchdog import Watchdog
 
 __all__ = [
@@ -46,6 +53,7 @@ __all__ = [
     "process_started",
     "resume_command",
     "share_cache",
-    "sigterm_raises",
+    "signal_of",
+    "stop_signals_raise",
     "user_cache",
 ]

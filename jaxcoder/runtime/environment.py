@@ -136,8 +136,8 @@ def command_name(program: str | None = None) -> str:
     """The command of this program (or `program`), quoted for a shell; its bare name if it is on PATH."""
     program = sys.argv[0] if program is None else program
     name = os.path.basename(program)
-    if name.endswith(".py"):  # python -m jaxcoder.cli.main
-        return shlex.join([sys.executable, "-m", "jaxcoder.cli.main"])
+    if name.endswith(".py"):  # python -m jaxcoder
+        return shlex.join([sys.executable, "-m", "jaxcoder"])
     on_path = shutil.which(name)
     if on_path and os.path.exists(program) and os.path.samefile(on_path, program):
         program = name

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxcoder import errors
-from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM, EXIT_USER_ERROR, JaxcoderError, LostProcessError
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGHUP, EXIT_SIGTERM, EXIT_USER_ERROR, JaxcoderError, LostProcessError
 
 _runs = itertools.count()
 
@@ -130,7 +130,7 @@ class ProcessGroup:
         # A stop by a signal is no failure: all stop after the same step, and process 0 may need minutes more to commit
         # the checkpoint.
         ended = {int(index): json.loads(text) for index, text in self.posted("ended").items()}
-        stopped = (EXIT_SIGTERM, EXIT_CTRL_C)
+        stopped = (EXIT_SIGTERM, EXIT_SIGHUP, EXIT_CTRL_C)
         return {i: end for i, end in sorted(ended.items()) if i != self.index and end["exit_code"] not in stopped}
 
     def check_failed(self) -> None:

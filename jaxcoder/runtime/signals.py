@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a stop after a complete step, the same in all processes of a run."""
+"""SIGTERM, SIGHUP and Ctrl-C: a stop after a complete step, the same in all processes of a run."""
 
 import contextlib
 import itertools
@@ -10,12 +10,25 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGTERM
+from jaxcoder.errors import EXIT_CTRL_C, EXIT_SIGHUP, EXIT_SIGTERM
 from jaxcoder.runtime.process_group import ProcessGroup
+
+STOP_SIGNALS = {
+    signal.SIGINT: ("Ctrl-C", EXIT_CTRL_C),
+    signal.SIGTERM: ("SIGTERM", EXIT_SIGTERM),
+    signal.SIGHUP: ("SIGHUP", EXIT_SIGHUP),  # the terminal was closed
+}
+"""Signal -> (name, exit code)."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals to handle: without SIGHUP under `nohup`, which ignores it."""
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and ignores_hangup)]
 
 
 class GracefulStop:
-    """SIGTERM or Ctrl-C requests a stop, for which the loop polls; a second Ctrl-C raises KeyboardInterrupt.
+    """A signal of STOP_SIGNALS requests a stop, for which the loop polls; a second Ctrl-C raises KeyboardInterrupt.
 
         with GracefulStop() as stop:
             for step in ...:
@@ -27,8 +40,6 @@ class GracefulStop:
     handlers are restored at the end.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self, notice: str = "finishing this step and saving; Ctrl-C again stops at once"):
         self.notice = notice
         self.requested: int | None = None
@@ -37,14 +48,12 @@ class GracefulStop:
 
     @property
     def exit_code(self) -> int:
-        """143 after SIGTERM, 130 after Ctrl-C, 0 without a request."""
-        if self.requested is None:
-            return 0
-        return EXIT_SIGTERM if self.requested == signal.SIGTERM else EXIT_CTRL_C
+        """143 after SIGTERM, 129 after SIGHUP, 130 after Ctrl-C, 0 without a request."""
+        return 0 if self.requested is None else STOP_SIGNALS[signal.Signals(self.requested)][1]
 
     def __enter__(self) -> "GracefulStop":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+            self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -59,7 +68,7 @@ class GracefulStop:
                 raise KeyboardInterrupt
             return
         self.requested = number
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        name, _ = STOP_SIGNALS[signal.Signals(number)]
         # os.write, because the handler may interrupt a print that has the lock of the stream.
         with contextlib.suppress(OSError):
             os.write(2, f"\njaxcoder: {name}: {self.notice}\n".encode())
@@ -143,36 +152,63 @@ class CoordinatedStop:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM outside a `GracefulStop`, handled like Ctrl-C."""
+    """SIGTERM or SIGHUP outside a `GracefulStop`; handled like Ctrl-C by all code that cleans up after Ctrl-C."""
+
+    def __init__(self, number: int = signal.SIGTERM):
+        super().__init__()
+        self.number = number
+
+
+def signal_of(error: KeyboardInterrupt) -> tuple[str, int]:
+    """(name, exit code) of the signal that raised `error`."""
+    return STOP_SIGNALS[signal.Signals(error.number if isinstance(error, Terminated) else signal.SIGINT)]
 
 
 @contextlib.contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM inside the block raises `Terminated`, so that files are closed and temporary ones removed.
+def stop_signals_raise() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise `Terminated` and Ctrl-C KeyboardInterrupt, so that files are closed and
+    temporary ones removed.
 
-    Python drops an exception that a handler raises inside certain callbacks (JAX has one on every garbage collection):
-    SIGTERM or Ctrl-C is then sent again.
+    A signal is sent again where an exception would be lost or do harm: Python drops an exception that a handler raises
+    inside certain callbacks (JAX has one on every garbage collection), and inside an import it can abort the process in
+    C++ code.
     """
 
     def handle(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        if _is_importing(frame):
+            send_again(number, after=0.1)
+        else:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
-    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
-            previous_hook(unraisable)
-            return
-        number = signal.SIGTERM if isinstance(unraisable.exc_value, Terminated) else signal.SIGINT
-        again = threading.Timer(0.05, os.kill, (os.getpid(), number))  # after the callback
+    def send_again(number: int, after: float) -> None:
+        again = threading.Timer(after, os.kill, (os.getpid(), number))
         again.daemon = True
         again.start()
+
+    def dropped(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            send_again(error.number if isinstance(error, Terminated) else signal.SIGINT, after=0.05)
+        else:
+            previous_hook(unraisable)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous, previous_hook = signal.signal(signal.SIGTERM, handle), sys.unraisablehook
+    handled = [number for number in stop_signals() if signal.getsignal(number) != signal.SIG_IGN]
+    previous, previous_hook = {number: signal.signal(number, handle) for number in handled}, sys.unraisablehook
     sys.unraisablehook = dropped
     try:
         yield
     finally:
         sys.unraisablehook = previous_hook
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -8,7 +8,8 @@ Reference: bigcode-tokenizer, starcoder/train_bpe_tokenizer.py.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from jaxcoder.errors import ConfigError, DataError
@@ -57,12 +58,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 49152, progress: Pro
     )
     feed = _Feed(texts, progress)
     progress.start("Training the tokenizer", None, "bytes")
-    backend.train_from_iterator(iter(feed), trainer)
+    _in_thread(lambda: backend.train_from_iterator(iter(feed), trainer))
     if not feed.num_bytes:
         raise DataError("There is no text to train a tokenizer on: give documents that are not empty.")
     tokenizer = Tokenizer(backend.to_str(pretty=True).encode(), origin="the trained tokenizer")
     progress.finish(f"Tokenizer of {tokenizer.vocab_size} tokens from {format_bytes(feed.num_bytes)}")
     return tokenizer
+
+
+def _in_thread(work: Callable[[], object]) -> None:
+    """Runs `work` in a thread, so that Ctrl-C interrupts the wait: the Rust code of the trainer does not handle it."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if errors:
+        raise errors[0]
 
 
 class _Feed:

@@ -137,6 +137,8 @@ def save_on_failure(session: TrainSession) -> Iterator[None]:
             raise
         saved = ""
         if session.group.count == 1 and not isinstance(error, CheckpointError):
+            if not session.directory.recreate(session.config, session.data):
+                raise
             save(session)
             wait_for_save(session)
             saved = f" Step {session.step:,} is saved."

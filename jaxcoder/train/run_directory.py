@@ -11,6 +11,7 @@
 <output_dir>/.compiled/       compilation cache of a run of several processes
 """
 
+import errno
 import json
 import os
 import re
@@ -46,6 +47,7 @@ class RunDirectory:
         self.profile = f"{self.path}/profile"
         self.events_file = f"{self.path}/events.jsonl"
         self.compiled = f"{self.path}/.compiled"
+        self._identity: tuple[int, int] | None = None
 
     def stacks_file(self, step: int, process: int) -> str:
         """File of the stack traces of a hung process; a local path, even if the run's directory is remote."""
@@ -89,8 +91,7 @@ class RunDirectory:
                     "run: give an empty or new one with --output-dir."
                 )
             filesystem.makedirs(parent, exist_ok=True)
-            write_text(self.data_file, json.dumps(data))
-            write_text(self.config_file, serialize.to_json(config))
+            self.adopt_new(config, data)
             return
         with filesystem.open(path, "r") as file:
             text = file.read()
@@ -103,6 +104,38 @@ class RunDirectory:
                 f"`{self.path}` is a run with another configuration: {'; '.join(changed)}. Give another --output-dir, "
                 "or --accept-config-change to continue it with the new one."
             )
+
+    def identify(self) -> None:
+        """Remembers the local directory, for `check`; call it once it exists."""
+        self._identity = self._current_identity()
+
+    def check(self) -> None:
+        """Raises FileNotFoundError if the directory was deleted, moved or replaced since `identify`."""
+        if self._identity is not None and self._current_identity() != self._identity:
+            raise FileNotFoundError(errno.ENOENT, f"the output directory `{self.path}` was deleted during the run")
+
+    def recreate(self, config: RunConfig, data: Sequence[str]) -> bool:
+        """Makes a deleted directory again, for a last checkpoint. False if there is another one in its place."""
+        if self._current_identity() is not None:
+            return self._current_identity() == self._identity
+        os.makedirs(self.path)
+        self.adopt_new(config, data)
+        self.identify()
+        return True
+
+    def adopt_new(self, config: RunConfig, data: Sequence[str]) -> None:
+        """Writes the files that make a directory a run's."""
+        write_text(self.data_file, json.dumps(list(data)))
+        write_text(self.config_file, serialize.to_json(config))
+
+    def _current_identity(self) -> tuple[int, int] | None:
+        if "://" in self.path:
+            return None
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _saved_data(self) -> list[str] | None:
         """The fingerprints of the run's token stores; None for runs of releases that did not save them."""

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 import jax
 
 from jaxcoder.errors import (
-    EXIT_CTRL_C,
-    EXIT_SIGTERM,
     CheckpointError,
     Interrupted,
     JaxcoderError,
@@ -18,7 +16,8 @@ from jaxcoder.errors import (
 )
 from jaxcoder.io.os_errors import is_disk_full
 from jaxcoder.record.event_log import CategoryTimer, EventLog
-from jaxcoder.runtime import ProcessGroup, Terminated, Watchdog, is_out_of_memory
+from jaxcoder.runtime import ProcessGroup, Watchdog, is_out_of_memory, signal_of
+from jaxcoder.runtime.signals import STOP_SIGNALS
 
 _SILENCE_SECONDS = 12.0  # until a process that has ended has missed its heartbeats
 
@@ -49,12 +48,10 @@ def record_run_end(
 
 
 def exit_reason(error: BaseException) -> str:
-    """ "SIGTERM", "Ctrl-C" or "error"."""
+    """ "SIGTERM", "SIGHUP", "Ctrl-C" or "error"."""
     if isinstance(error, Interrupted):
-        return {EXIT_SIGTERM: "SIGTERM", EXIT_CTRL_C: "Ctrl-C"}.get(error.exit_code, "error")
-    if isinstance(error, Terminated):
-        return "SIGTERM"
-    return "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "error"
+        return {code: name for name, code in STOP_SIGNALS.values()}.get(error.exit_code, "error")
+    return signal_of(error)[0] if isinstance(error, KeyboardInterrupt) else "error"
 
 
 def find_lost(error: Exception, group: ProcessGroup, watchdog: Watchdog) -> JaxcoderError | None:

@@ -58,6 +58,7 @@ AlterBatch = Callable[[int, Batch], Batch]
 """(step, this process's share of its batch) -> what is trained on instead."""
 
 _HOSTS_EVERY = 30.0  # seconds between two records of the slowest host
+_DIRECTORY_EVERY = 5.0  # seconds between two checks that the output directory still exists
 _FAILURE_SECONDS = 20.0  # in which all processes report the failure of an evaluation
 _RECENT_RECORDS = 50  # of metrics.jsonl, among which is the evaluation of the restored step
 
@@ -92,6 +93,7 @@ class TrainSession:
         self._accept_config_change, self._directory_is_shared = accept_config_change, directory_is_shared
         self._open_weights, self._profile_steps, self._alter_batch = open_weights, profile_steps, alter_batch
         self._next_hosts = time.monotonic() + _HOSTS_EVERY
+        self._next_directory_check = 0.0
 
     def __enter__(self) -> "TrainSession":
         with contextlib.ExitStack() as stack:
@@ -116,7 +118,7 @@ class TrainSession:
         self.mesh = make_mesh(self.config.mesh)
         self._stream, self._held_out_streams, self.tokenizer = open_streams(self.config)
         self.token_bytes = self._stream.token_bytes
-        self._data = host_check.check_data(self._stream, self._held_out_streams, self.group)
+        self.data = host_check.check_data(self._stream, self._held_out_streams, self.group)
 
     def _validate(self) -> None:
         validate(self.config, len(jax.devices()))
@@ -133,10 +135,11 @@ class TrainSession:
         def claim(_: object) -> None:
             self.directory.claim(
                 self.config,
-                data=self._data,
+                data=self.data,
                 accept_config_change=self._accept_config_change,
                 is_shared=self._directory_is_shared,
             )
+            self.directory.identify()
             host_check.check_disk(self.directory.path, saved_bytes(self.config))
             stack.enter_context(acquire_run_lock(self.directory.path))
 
@@ -212,7 +215,7 @@ class TrainSession:
         config, directory, enter = self.config, self.directory, stack.enter_context
         self.writer = enter(contextlib.closing(self._open_writers()))
         if self.group.index == 0:
-            directory.adopt(config, self._data)
+            directory.adopt(config, self.data)
         self.events.write("ready", step=self.step, samples=self.samples)
         self.alarm_hooks = AlarmHooks(
             config, self._stream, directory, self.writer, step=self.step, samples=self.samples
@@ -286,6 +289,9 @@ class TrainSession:
                 "saved", step=saved.step, blocked=saved.blocked, seconds=saved.seconds, bytes=saved.num_bytes
             )
         self.timer.write(self.step)
+        if time.monotonic() > self._next_directory_check:
+            self._next_directory_check = time.monotonic() + _DIRECTORY_EVERY
+            self.directory.check()
         if time.monotonic() > self._next_hosts and (work := self.watchdog.host_work()) is not None:
             self._next_hosts = time.monotonic() + _HOSTS_EVERY
             self.writer.write(

@@ -106,7 +106,7 @@ def test_bad_files_are_named(tmp_path):
 
     with pytest.raises(DataError, match="does not exist"):
         list(read_documents(tmp_path / "none.parquet"))
-    with pytest.raises(DataError, match="holds no documents"):
+    with pytest.raises(DataError, match="has no documents"):
         list(read_documents(tmp_path))
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="not a file of documents"):

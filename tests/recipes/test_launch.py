@@ -120,7 +120,7 @@ def test_tpu_vms_are_created_used_and_deleted(clients):
              if "describe" not in call]  # fmt: skip
     assert verbs == ["create", "ssh", "ssh", "ssh", "ssh", "delete"]  # install and train, twice
     train = next(call[-1] for call in called(clients, "gcloud") if "train" in call[-1])
-    command = ["bash", "-c", train.replace("python3 -m jaxcoder.cli.main", "printf '%s\\n'")]
+    command = ["bash", "-c", train.replace("python3 -m jaxcoder", "printf '%s\\n'")]
     words = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[:-1]
     assert words == ["train", "smoke", *ARGUMENTS]
     (clients / "state").write_text("SUSPENDED")

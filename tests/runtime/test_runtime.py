@@ -152,7 +152,7 @@ def test_a_signal_inside_a_callback_that_cannot_fail_is_not_lost(number, name):
         "def callback(phase, info):\n"
         f"    gc.callbacks.clear(); os.kill(os.getpid(), {int(number)}); time.sleep(0)\n"
         "try:\n"
-        "    with runtime.sigterm_raises():\n"
+        "    with runtime.stop_signals_raise():\n"
         "        gc.callbacks.append(callback); gc.collect(); time.sleep(20)\n"
         "except KeyboardInterrupt as error: print(type(error).__name__)\n"
     )
@@ -196,7 +196,7 @@ def test_resume_command_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runtime.resume_command([str(program), "train"]) == "jaxcoder train"
     assert runtime.resume_command([".venv/bin/jaxcoder", "train"]) == ".venv/bin/jaxcoder train"
-    assert "-m jaxcoder.cli.main train" in runtime.resume_command(["/x/jaxcoder/cli/main.py", "train"])
+    assert "-m jaxcoder train" in runtime.resume_command(["/x/jaxcoder/cli/main.py", "train"])
 
 
 # --- memory and disk -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def test_parts_may_bring_their_ids(tokenizer, tmp_path, suffix):
     filename = tokenizer.special_id("<filename>")
     assert ids == [*tokenizer.encode("x"), filename, *letters, *tokenizer.encode("def")]
     assert len(letters) == 3 != len(tokenizer.encode("def"))
-    with pytest.raises(DataError, match="with the ids"):
+    with pytest.raises(DataError, match="with its ids"):
         write_documents(documents, tmp_path / f"other{suffix}")
 
 

@@ -1,0 +1,7 @@
+"""`python -m jaxcoder`: the `jaxcoder` command."""
+
+import sys
+
+from jaxcoder.cli import run_command
+
+sys.exit(run_command())

@@ -1,0 +1,92 @@
+"""Signals at any moment of a command: it saves or ends with a message and the right exit code, without a traceback."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+TRAIN = [sys.executable, "-m", "jaxcoder", "train", "smoke", "--data", "synthetic", "--steps", "100000"]
+
+
+def start(command, **options) -> subprocess.Popen:
+    def dispositions():  # a shell that starts the tests with `&` ignores SIGINT, and the child would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=dispositions, **options
+    )
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.6])
+def test_ctrl_c_while_modules_are_imported(tmp_path, seconds):
+    process = start([*TRAIN, "--output-dir", str(tmp_path / "run")])
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said and "stopped" in said, said
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    process = start([*TRAIN, "--output-dir", str(tmp_path / "run")])
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"loss"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGHUP)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 129 and "SIGHUP: finishing this step and saving" in said, said
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+    (end,) = [e for line in (tmp_path / "run" / "events.jsonl").open() if (e := json.loads(line))["event"] == "end"]
+    assert end["reason"] == "SIGHUP"
+
+
+def test_an_output_directory_that_is_deleted_during_a_run(tmp_path):
+    run = tmp_path / "run"
+    process = start([*TRAIN, "--output-dir", str(run)])
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    os.rename(run, tmp_path / "deleted")
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75 and "was deleted during the run" in said and "is saved" in said, said
+    assert "Traceback" not in said
+    (step,) = [int(path.name) for path in (run / "checkpoints").iterdir()]
+    again = subprocess.run(
+        [*TRAIN[:-1], str(step + 1), "--accept-config-change", "--output-dir", str(run)], capture_output=True, text=True
+    )
+    assert again.returncode == 0 and f"Continuing after step {step}" in again.stderr.replace(",", ""), again.stderr
+
+
+def test_tokenizer_training_stops_at_once(tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    letters = random.Random(0)
+    words = ("".join(letters.choices("abcdefghijklmnop", k=9)) for _ in range(1_200_000))  # many pairs to merge
+    texts.write_text(json.dumps({"content": " ".join(words)}) + "\n")
+    process = start(
+        [
+            sys.executable,
+            "-m",
+            "jaxcoder",
+            "tokenizer",
+            "train",
+            str(texts),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--vocab-size",
+            "49152",
+        ]
+    )
+    time.sleep(8)
+    assert process.poll() is None, process.communicate()[0]
+    process.send_signal(signal.SIGINT)
+    since = time.monotonic()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - since < 3 and not (tmp_path / "out").exists(), said
