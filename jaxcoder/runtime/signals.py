@@ -27,6 +27,17 @@ def stop_signals() -> list[signal.Signals]:
     return [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and ignores_hangup)]
 
 
+def exit_on_ctrl_c() -> None:
+    """Makes Ctrl-C exit at once, without a traceback: for a program that has not started its work."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"\njaxcoder: stopped by Ctrl-C.\n")
+        os._exit(EXIT_CTRL_C)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)
+
+
 class GracefulStop:
     """A signal of STOP_SIGNALS requests a stop, for which the loop polls; a second Ctrl-C raises KeyboardInterrupt.
 
