@@ -27,7 +27,8 @@ from jaxcoder.corpus.sources import (
 from jaxcoder.corpus.split import KeptFile, choose_held_out, keyed_hash, packages_of, without_copies
 from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.formatting import format_bytes
-from jaxcoder.io.atomic import write_text
+from jaxcoder.io import manifests
+from jaxcoder.io.atomic import write_bytes
 from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document import Document, well_formed
 from jaxcoder.io.document_files import write_documents
@@ -37,6 +38,7 @@ from jaxcoder.protocols import SILENT, Progress
 TRAIN_FILE = "train.parquet"
 HELD_OUT_FILE = "held_out.parquet"
 MANIFEST_FILE = "manifest.json"
+_SCHEMA = {"format": str, "request": dict, "summary": dict, "sha256": dict}
 FORMAT = "jaxcoder corpus 1"
 
 
@@ -235,7 +237,7 @@ def _write(
         "summary": {name: value for name, value in asdict(summary).items() if name not in ("output_dir", "reused")},
         "sha256": {name: fingerprint_file(output_dir / name)["sha256"] for name in sides},
     }
-    write_text(output_dir / MANIFEST_FILE, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    write_bytes(output_dir / MANIFEST_FILE, manifests.seal(manifest))
     progress.finish(f"Wrote {len(files):,} documents to {output_dir}")
 
 
@@ -261,12 +263,13 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
     strange = sorted(name for name in names - own_files if not name.startswith("."))
     if strange:
         raise DataError(
-            f"The output directory {output_dir} holds something else ({strange[0]}): choose another or a new one."
+            f"The output directory {output_dir} contains other files ({strange[0]}): choose another or a new one."
         )
     try:
-        manifest = json.loads((output_dir / MANIFEST_FILE).read_bytes())
-        if manifest["format"] != FORMAT:
+        content = (output_dir / MANIFEST_FILE).read_bytes()
+        if json.loads(content)["format"] != FORMAT:
             raise DataError(f"The corpus in {output_dir} is of another format: choose another output directory.")
+        manifest = manifests.unseal(content, str(output_dir / MANIFEST_FILE), schema=_SCHEMA, advice="delete it")
         summary = CorpusSummary(output_dir, reused=True, **manifest["summary"])
         is_complete = all(
             fingerprint_file(output_dir / name)["sha256"] == digest for name, digest in manifest["sha256"].items()
@@ -279,7 +282,7 @@ def _finished(output_dir: Path, request: dict) -> CorpusSummary | None:
             f"{key} {before.get(key)!r}, not {request[key]!r}" for key in request if before.get(key) != request[key]
         ]
         raise DataError(
-            f"The corpus in {output_dir} was gathered otherwise ({'; '.join(changed)}): choose another output "
-            "directory, or delete that one."
+            f"The corpus in {output_dir} was gathered with other arguments ({'; '.join(changed)}): choose another "
+            "output directory, or delete that one."
         )
     return summary if is_complete else None

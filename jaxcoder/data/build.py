@@ -30,6 +30,7 @@ from jaxcoder.data.input_slices import Slice, absolute, file_layout, plan_slices
 from jaxcoder.data.randomness import check_seed
 from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, parse_manifest
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.io import manifests
 from jaxcoder.io.atomic import is_left_over
 from jaxcoder.io.checksums import fingerprint_file
 from jaxcoder.io.document_files import Paths, document_files
@@ -308,7 +309,7 @@ def _write_manifest(directory: Directory, settings: dict, counts: dict, shards: 
     for name in ("tokens/zarr.json", "token_bytes.npy", *small):
         entry = fingerprint_file(directory / name)
         files[name] = {"bytes": entry["bytes"], "sha256": entry["sha256"]}
-    directory.write(MANIFEST, _json({"settings": settings, **counts, "files": dict(sorted(files.items()))}))
+    directory.write(MANIFEST, manifests.seal({"settings": settings, **counts, "files": dict(sorted(files.items()))}))
 
 
 def _json(content: dict | list) -> bytes:

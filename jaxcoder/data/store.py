@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxcoder.data.directory import Directory
 from jaxcoder.errors import DataError
+from jaxcoder.io import manifests
 from jaxcoder.io.os_errors import is_access_error
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
@@ -31,8 +32,16 @@ MANIFEST = "manifest.json"
 WORK = "work"  # temporary files of an incomplete build
 CHUNK_TOKENS = 8192  # unit of compression and checksum: a random window of 8192 tokens reads one or two
 _CACHE_BYTES = 64 << 20
-_COUNTS = ("num_tokens", "num_documents", "text_bytes")
-_NEEDED_SETTINGS = ("vocab_size", "tokenizer_fingerprint", "shard_tokens")
+_SCHEMA = {
+    "num_tokens": int,
+    "num_documents": int,
+    "text_bytes": int,
+    "files": dict,
+    "settings.vocab_size": int,
+    "settings.tokenizer_fingerprint": str,
+    "settings.shard_tokens": int,
+    "settings.inputs": list,
+}
 _ANEW = "copy it again, or delete the directory and run `jaxcoder data build` again"
 
 
@@ -190,26 +199,26 @@ class TokenStore:
 
 
 def parse_manifest(content: bytes, origin: str) -> dict:
-    """The manifest of a store of this release. Raises DataError for anything else."""
+    """The manifest of a store of this release. Raises DataError for anything else, and if it was altered."""
     try:
-        manifest = json.loads(content)
-        settings = manifest["settings"]
+        settings = json.loads(content)["settings"]
         version = settings["format_version"] if settings["format"] == FORMAT else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         version = None
     if version is None:
         raise DataError(
-            f"{origin} is not the manifest of a token store: give a directory made by `jaxcoder data build`."
+            f"{origin} is damaged, or not the manifest of a token store: give a directory made by "
+            "`jaxcoder data build`."
         )
     if version != FORMAT_VERSION:
         raise DataError(
             f"{origin} has format version {version}, but this release reads version {FORMAT_VERSION}: build the store "
             "again, or use the release of jaxcoder that wrote it."
         )
-    missing = [name for name in ("files", *_COUNTS) if name not in manifest]
-    missing += [f"settings.{name}" for name in _NEEDED_SETTINGS if name not in settings]
-    if missing:
-        raise DataError(f"{origin} is damaged: it has no {', '.join(missing)}; {_ANEW}.")
+    manifest = manifests.unseal(content, origin, schema=_SCHEMA, advice=_ANEW)
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise DataError(f"{origin} is damaged (files.{name} has no bytes and sha256): {_ANEW}.")
     return manifest
 
 

@@ -83,7 +83,7 @@ def test_deterministic_and_reused(tmp_path):
     assert again.reused and _contents(tmp_path / "a") == _contents(tmp_path / "b")
     assert again.train_documents == first.train_documents and again.lines()[1:] == first.lines()[1:]
     for arguments in ({"seed": 5}, {"max_bytes": 100}, {"held_out_fraction": 0.2}, {"languages": ["c"]}):
-        with pytest.raises(DataError, match=f"gathered otherwise .{next(iter(arguments))}"):
+        with pytest.raises(DataError, match=f"gathered with other arguments .{next(iter(arguments))}"):
             gather([tree], tmp_path / "a", **arguments)
 
 
@@ -174,7 +174,7 @@ def test_output_directory_of_something_else(tmp_path):
     tree = _tree(tmp_path / "code")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
-    with pytest.raises(DataError, match=r"something else \(thesis.tex\)"):
+    with pytest.raises(DataError, match=r"other files \(thesis.tex\)"):
         gather([tree], tmp_path / "out")
     assert _contents(tmp_path / "out") == {"thesis.tex": b"precious"}
     (tmp_path / "file").write_text("precious")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxcoder.data.build import build_store
@@ -44,9 +45,9 @@ def test_a_manifest_that_lacks_something(store, tmp_path, name):
     copy = damaged(store, tmp_path)
     manifest = json.loads((copy / "manifest.json").read_text())
     within = manifest["settings"] if name.startswith("settings.") else manifest
-    del within[name.removeprefix("settings.")]
+    del within[name.removeprefix("settings.")], manifest["sha256_of_this_file"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=f"is damaged: it has no {name}; copy it again"):
+    with pytest.raises(DataError, match=f"has no {name} of type .*: copy it again"):
         TokenStore.open(copy)
 
 
@@ -54,6 +55,10 @@ def test_a_manifest_that_contradicts_the_array(store, tmp_path):
     copy = damaged(store, tmp_path)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["num_tokens"] += 1
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="manifest.json was altered"):
+        TokenStore.open(copy)
+    del manifest["sha256_of_this_file"]  # as an earlier release wrote it
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"its array has {store.num_tokens} tokens, but manifest.json has"):
         TokenStore.open(copy)
@@ -155,3 +160,21 @@ def test_does_not_import_jax():
     imports = "import sys, jaxcoder.data.build, jaxcoder.data.stream\n"
     code = imports + "assert not {'jax', 'grain', 'pyarrow', 'tensorstore'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_flipped_bits_of_a_manifest_are_found(store, tmp_path):
+    copy = damaged(store, tmp_path)
+    original = (copy / "manifest.json").read_bytes()
+    draw = np.random.default_rng(0)
+    refused = 0
+    for position, bit in zip(draw.integers(0, len(original), 200), draw.integers(0, 8, 200), strict=True):
+        content = bytearray(original)
+        content[position] ^= 1 << bit
+        (copy / "manifest.json").write_bytes(content)
+        try:
+            opened = TokenStore.open(copy)
+        except DataError:
+            refused += 1
+        else:  # a change of white space
+            assert opened.manifest == store.manifest
+    assert refused > 150
