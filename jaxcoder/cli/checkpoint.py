@@ -1,9 +1,9 @@
-"""Look into a checkpoint.
+"""Inspect and verify a checkpoint.
 
 `inspect` prints what a checkpoint holds: its step, the number of parameters, the run and mesh that it comes from, the
 config, and the table of its arrays with the layers folded together. It reads a few small files and needs no device.
 
-  jaxcoder checkpoint inspect runs/quickstart                      the newest one of a run
+  jaxcoder checkpoint inspect runs/quickstart                      the latest of a run
   jaxcoder checkpoint inspect runs/quickstart --step 200           another one
   jaxcoder checkpoint inspect runs/quickstart/checkpoints/200 --verify
 
@@ -14,7 +14,6 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `checkpoint inspect`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{inspect}", required=True)
     inspect = verbs.add_parser("inspect", help="describe a checkpoint, and verify its files")
     inspect.add_argument("path", metavar="PATH", help="a run's directory, its checkpoints, or one step")
@@ -22,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Carry out the verb."""
+def run(args: argparse.Namespace) -> None:
     from jaxcoder.checkpoint.inspect import choose, describe
 
     directory = choose(args.path, args.step)
@@ -44,4 +42,4 @@ def _verify(directory) -> None:
     progress.finish()
     if damage is not None:
         raise CheckpointError(f"{directory} is damaged: {damage}; use another step.")
-    print(f"\nAll {len(manifest.files)} files are as they were written.")
+    print(f"\nAll {len(manifest.files)} files match their checksums.")

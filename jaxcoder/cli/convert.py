@@ -1,23 +1,22 @@
-"""Turn a checkpoint into PyTorch-format weights, or such weights into a checkpoint.
+"""Convert checkpoints to and from Hugging Face format.
 
 `to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors in fp32,
-generation_config.json and the tokenizer. `from-hf` makes a checkpoint of such a directory, or of a model on the Hugging
-Face hub. Neither needs torch, and weights move bit by bit: there and back gives the same file. Models of the GPTBigCode
-family only (SantaCoder, StarCoder, StarCoderBase, tiny_starcoder_py).
+generation_config.json and the tokenizer. `from-hf` converts such a directory, or a model of the Hugging Face hub, to a
+checkpoint. Neither needs torch, and a round trip is bit-exact. GPTBigCode models only (SantaCoder, StarCoder,
+StarCoderBase, tiny_starcoder_py).
 
-  jaxcoder convert to-hf runs/quickstart exported            the newest checkpoint of a run
+  jaxcoder convert to-hf runs/quickstart exported            the latest checkpoint of a run
   jaxcoder convert to-hf runs/quickstart/checkpoints/200 exported
   jaxcoder convert from-hf exported imported
   jaxcoder convert from-hf bigcode/tiny_starcoder_py imported
 
-`jaxcoder complete` and its like take either kind of directory as it is, so converting is for other people's programs
-and for training on.
+`jaxcoder complete` reads both formats without conversion.
 """
 
 import argparse
 
 _TO_EPILOG = """\
-  jaxcoder convert to-hf runs/quickstart exported            the newest checkpoint of a run
+  jaxcoder convert to-hf runs/quickstart exported            the latest checkpoint of a run
   jaxcoder convert to-hf runs/quickstart exported --overwrite --max-shard-gb 2
 """
 
@@ -28,34 +27,37 @@ _FROM_EPILOG = """\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `convert to-hf` and `convert from-hf`."""
     verbs = parser.add_subparsers(dest="verb", metavar="{to-hf,from-hf}", required=True)
-    to = verbs.add_parser(
-        "to-hf", help="a checkpoint of ours -> a directory that transformers opens", epilog=_TO_EPILOG
-    )
+    to = verbs.add_parser("to-hf", help="convert a checkpoint to a Hugging Face directory", epilog=_TO_EPILOG)
     to.add_argument("source", metavar="SOURCE", help="a run's directory, its checkpoints, or one step")
     to.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
-    to.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest whole one)")
+    to.add_argument("--step", type=int, metavar="N", help="step of a run (default: the latest complete one)")
     to.add_argument(
-        "--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest file of weights (default: %(default)s)"
+        "--max-shard-gb",
+        type=float,
+        default=5.0,
+        metavar="GB",
+        help="maximum size of a weights file (default: %(default)s)",
     )
     from_ = verbs.add_parser(
-        "from-hf", help="such a directory, or a model of the hub -> a checkpoint of ours", epilog=_FROM_EPILOG
+        "from-hf", help="convert a Hugging Face directory or hub model to a checkpoint", epilog=_FROM_EPILOG
     )
     from_.add_argument(
         "source", metavar="SOURCE", help="a directory with config.json and weights, or a hub id: bigcode/starcoder"
     )
     from_.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
     for verb in (to, from_):
-        verb.add_argument("--overwrite", action="store_true", help="replace what is at the destination")
+        verb.add_argument("--overwrite", action="store_true", help="replace the destination")
 
 
-def run(args: argparse.Namespace) -> int | None:
-    """Carry out the verb."""
+def run(args: argparse.Namespace) -> None:
     from jaxcoder import runtime
 
     runtime.initialize(debug=args.debug)
-    return _to_hf(args) if args.verb == "to-hf" else _from_hf(args)
+    if args.verb == "to-hf":
+        _to_hf(args)
+    else:
+        _from_hf(args)
 
 
 def _to_hf(args: argparse.Namespace) -> None:
@@ -64,7 +66,7 @@ def _to_hf(args: argparse.Namespace) -> None:
     from jaxcoder.record.console import ConsoleProgress
 
     if not args.max_shard_gb > 0:
-        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}, but it has to be larger than 0.")
+        raise ConfigError(f"--max-shard-gb is {args.max_shard_gb}, but must be larger than 0.")
     summary = to_hf(
         args.source,
         args.destination,

@@ -1,4 +1,4 @@
-"""The sub-verbs of `jaxcoder data` that look: `inspect` into stores, `show` at samples, `trace` steps and files."""
+"""`jaxcoder data inspect`, `show` and `trace`."""
 
 import argparse
 import json
@@ -21,14 +21,14 @@ _INSPECT_EPILOG = """\
   jaxcoder data inspect runs/my-run                 every store of a run
 """
 _SHOW_EPILOG = """\
-Parts of fill-in-the-middle are coloured, special tokens stand out; text that merely spells one has a backslash.
+FIM parts are colored and special tokens highlighted; text that spells a special token has a backslash.
 
   jaxcoder data show runs/my-run --step 120
   jaxcoder data show quickstart --data store --step 1 --row 3
 """
 _TRACE_EPILOG = """\
-The files in the batch of a step, or every step whose batch held a file or a repository, done and to come. Nothing was
-recorded for this: a sample is a function of seed and number, and the function is followed backwards.
+Lists the files in the batch of a step, or all completed and future steps whose batch contains a file or repository.
+This needs no recorded data: a sample is an invertible function of seed and index.
 
   jaxcoder data trace runs/my-run --step 120
   jaxcoder data trace runs/my-run --repository octocat/hello
@@ -37,36 +37,33 @@ recorded for this: a sample is a function of seed and number, and the function i
 
 
 def add_verbs(verbs) -> None:
-    """Declare `inspect`, `show` and `trace`."""
-    inspect = verbs.add_parser("inspect", help="say what token stores hold", epilog=_INSPECT_EPILOG)
-    inspect.add_argument("stores", nargs="+", metavar="STORE", help="token stores, or a run for those it reads")
-    inspect.add_argument("--verify", action="store_true", help="compare every file with its hash (reads all of it)")
-    inspect.add_argument("--picture", metavar="PNG", help="draw the distribution of document lengths into this file")
+    inspect = verbs.add_parser("inspect", help="summarize token stores", epilog=_INSPECT_EPILOG)
+    inspect.add_argument("stores", nargs="+", metavar="STORE", help="token stores, or runs whose stores to inspect")
+    inspect.add_argument("--verify", action="store_true", help="compare every file with its hash")
+    inspect.add_argument("--picture", metavar="PNG", help="plot the distribution of document lengths")
 
     show = verbs.add_parser("show", help="print training samples as the model sees them", epilog=_SHOW_EPILOG)
     _add_run(show)
-    show.add_argument("--step", type=int, required=True, help="1 is the first")
+    show.add_argument("--step", type=int, required=True, help="step of the batch, from 1")
     show.add_argument("--row", type=int, help="row of the batch (default: all)")
 
-    trace = verbs.add_parser("trace", help="from a step to its files, from a file to its steps", epilog=_TRACE_EPILOG)
+    trace = verbs.add_parser("trace", help="list the files of a step, or the steps of a file", epilog=_TRACE_EPILOG)
     _add_run(trace)
-    trace.add_argument("--step", type=int, help="list the files of this step's batch")
-    trace.add_argument("--row", type=int, help="with --step: of this row alone")
-    trace.add_argument("--file", metavar="PATH", help="list the steps that hold this file (path, or repository/path)")
-    trace.add_argument("--repository", metavar="NAME", help="list the steps that hold a file of this repository")
-    trace.add_argument("--json", action="store_true", help="a JSON object a line")
+    trace.add_argument("--step", type=int, help="list the files in the batch of this step")
+    trace.add_argument("--row", type=int, help="with --step: only this row")
+    trace.add_argument(
+        "--file", metavar="PATH", help="list the steps that contain this file (path, or repository/path)"
+    )
+    trace.add_argument("--repository", metavar="NAME", help="list the steps that contain a file of this repository")
+    trace.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_OR_CONFIG", help="a run's directory, a run's name, or FILE.py[:FUNCTION]")
-    parser.add_argument("--data", metavar="STORE", help="token store, in place of the configuration's")
-
-
-# --- inspect ---------------------------------------------------------------------------------------------------------
+    parser.add_argument("--data", metavar="STORE", help="token store to use instead of the configured ones")
 
 
 def inspect(args: argparse.Namespace) -> None:
-    """Carry out `data inspect`."""
     from jaxcoder.data.lengths import draw_lengths
     from jaxcoder.data.open import store_paths
     from jaxcoder.data.store import TokenStore
@@ -76,15 +73,15 @@ def inspect(args: argparse.Namespace) -> None:
     for store in stores:
         if args.verify:
             store.verify()
-            print(f"All {len(store.manifest['files'])} files are as they were written.")
+            print(f"All {len(store.manifest['files'])} files match their hashes.")
         print(summary(store))
         print(_languages(store) + "\n")
         print(_lengths(store) + "\n")
     if len(stores) > 1:
         tokens, documents = sum(s.num_tokens for s in stores), sum(s.num_documents for s in stores)
-        print(f"together {tokens:,} tokens of {documents:,} documents")
+        print(f"total {tokens:,} tokens of {documents:,} documents")
     if args.picture:
-        print(f"Drew the lengths of documents in {draw_lengths(stores, args.picture)}")
+        print(f"Wrote the plot of document lengths to {draw_lengths(stores, args.picture)}")
 
 
 def summary(store: "TokenStore") -> str:
@@ -94,7 +91,7 @@ def summary(store: "TokenStore") -> str:
     return (
         f"{store.path}: {store.num_tokens:,} tokens of {store.num_documents:,} documents, {store.text_bytes:,} "
         f"bytes of text ({store.bytes_per_token:.2f} a token), {on_disk:,} bytes on disk\n"
-        f"vocabulary {store.vocab_size:,}, tokenizer {store.tokenizer_fingerprint[:12]}, made from {inputs}"
+        f"vocabulary {store.vocab_size:,}, tokenizer {store.tokenizer_fingerprint[:12]}, inputs {inputs}"
     )
 
 
@@ -122,11 +119,7 @@ def _lengths(store: "TokenStore", width: int = 40) -> str:
     return "\n".join(lines)
 
 
-# --- show and trace --------------------------------------------------------------------------------------------------
-
-
 def show(args: argparse.Namespace) -> None:
-    """Carry out `data show`."""
     from jaxcoder.data.trace import describe_row
 
     tracer = _tracer(args)
@@ -167,9 +160,8 @@ def _print_colored(window, tokenizer, names: frozenset[str]) -> None:
 
 
 def trace(args: argparse.Namespace) -> None:
-    """Carry out `data trace`."""
     if (args.step is None) == (args.file is None and args.repository is None):
-        raise ConfigError("give either --step, or --file or --repository: the one asks for files, the other for steps.")
+        raise ConfigError("give either --step, or --file or --repository.")
     tracer = _tracer(args)
     if args.step is not None:
         _trace_step(tracer, args)
@@ -206,11 +198,11 @@ def _trace_documents(tracer: "Tracer", args: argparse.Namespace) -> None:
     documents = sum(len(rows) for _, rows in found)
     print(
         f"{plural(documents, 'document')} in {', '.join(paths[corpus] for corpus, _ in found)}: "
-        f"held by {len(readings):,} samples of {len({reading.step for reading in readings}):,} steps of "
-        f"{tracer.num_steps:,}, {len(done):,} of them in the {last:,} steps done so far."
+        f"in {len(readings):,} samples of {len({reading.step for reading in readings}):,} of "
+        f"{tracer.num_steps:,} steps; {len(done):,} samples in the {last:,} completed steps."
     )
     for reading in readings:
-        state = "done" if reading.step <= last else "to come"
+        state = "done" if reading.step <= last else "future"
         where = f"  {paths[reading.corpus]}" if len(paths) > 1 else ""
         print(f"step {reading.step:>9,}  row {reading.row:>5}  epoch {reading.epoch}  {state}{where}")
 
@@ -227,7 +219,6 @@ def _tracer(args: argparse.Namespace) -> "Tracer":
 
 
 def _is_run(name: str) -> bool:
-    """Whether `name` is the directory of a run."""
     return _exists(f"{name.rstrip('/')}/config.json")
 
 
@@ -237,7 +228,7 @@ def _config_of(name: str) -> "RunConfig":
 
         return from_json(_text(f"{name.rstrip('/')}/config.json"), source=f"{name}/config.json")
     if os.path.isdir(name):
-        raise DataError(f"The directory {name} is no run: it has no config.json; give one that `jaxcoder train` wrote.")
+        raise DataError(f"{name} is not the directory of a run: it has no config.json.")
     from jaxcoder.config.load import load_run
 
     return load_run(name)
@@ -250,7 +241,7 @@ def _history(name: str, config: "RunConfig") -> "StepHistory":
     logged: dict[int, int] = {}
     metrics = f"{name.rstrip('/')}/metrics.jsonl"
     if _is_run(name) and _exists(metrics):
-        # A line written again after a restart replaces the one before it and those that followed.
+        # After a restart, the later record of a step replaces the earlier one.
         for record in read_metrics(metrics):
             if "samples" in record:
                 logged[record["step"]] = record["samples"]

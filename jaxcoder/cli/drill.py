@@ -1,13 +1,13 @@
-"""Disturb a real training run in every way that a pod does, and see what survives.
+"""Inject faults into a real training run and check that it recovers.
 
-    jaxcoder drill                              50 faults, some 25 minutes on two cores
-    jaxcoder drill --faults 3                   a minute or two
+    jaxcoder drill                              50 faults, about 25 minutes on two cores
+    jaxcoder drill --faults 3                   about two minutes
     jaxcoder drill --only kill-one,stop-one --faults 10 --seed 7
 
-A small model is trained by several real processes over loopback, once undisturbed and once under fire: killed, stopped,
-their checkpoints damaged, their disk full, their batches spoilt. After every fault the same command starts the run
-again, and in the end its weights must be those of the undisturbed run, bit for bit. `jaxcoder drill --kinds` lists what
-is done. Exit code 1 if anything did not survive; its directory is then left as it is.
+A small model is trained by several processes on this machine, once without faults and once with: killed or stopped
+processes, damaged checkpoints, a full disk, bad batches. After every fault the same command resumes the run, and the
+final weights must be bit-identical to those of the run without faults. `jaxcoder drill --kinds` lists the faults. The
+exit code is 1 if a check failed; the directory is then kept.
 """
 
 import argparse
@@ -23,14 +23,16 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--faults", type=int, default=50, metavar="N", help="how many (default %(default)s)")
-    parser.add_argument("--seed", type=int, help="which ones, and when (default: another one each time, and said)")
-    parser.add_argument("--only", metavar="KIND,...", help="only these kinds, in turn")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="of the run (default %(default)s)")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new (default: runs/drill-DATE-TIME)")
-    parser.add_argument("--keep", action="store_true", help="keep the runs, their logs and checkpoints in any case")
-    parser.add_argument("--kinds", action="store_true", help="list the kinds of faults and stop")
-    # A process of the drill's own run: the trainer, with the batches that go bad.
+    parser.add_argument("--faults", type=int, default=50, metavar="N", help="number of faults (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of the schedule of faults (default: random, logged)")
+    parser.add_argument("--only", metavar="KIND,...", help="only these kinds, in turns")
+    parser.add_argument(
+        "--processes", type=int, default=2, metavar="N", help="processes of the run (default %(default)s)"
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new directory (default: runs/drill-DATE-TIME)")
+    parser.add_argument("--keep", action="store_true", help="keep runs, logs and checkpoints after a success too")
+    parser.add_argument("--kinds", action="store_true", help="list the kinds of faults and exit")
+    # Used by the drill for its own training processes.
     parser.add_argument("--process-of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mesh", help=argparse.SUPPRESS)
     add_process_arguments(parser)
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         _, code = runtime.signal_of(stop)
         if not args.keep:
             shutil.rmtree(directory, ignore_errors=True)
-        left = f"what they left is in {directory}" if args.keep else f"{directory} is removed"
-        message = f"the drill was stopped; its processes are ended, {left}."
+        left = f"their files are in {directory}" if args.keep else f"{directory} was removed"
+        message = f"the drill was stopped, its processes were ended; {left}."
         raise Interrupted(message, exit_code=code) from stop
     print(report.text())
     if report.has_failed:
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    """What `jaxcoder train` does, on the drill's configuration."""
+    """`jaxcoder train` with the configuration and the bad batches of a drill."""
     from jaxcoder.drill.setup import read
 
     config, bad_batches = read(args.process_of, str(args.output_dir), [int(size) for size in args.mesh.split(",")])

@@ -15,6 +15,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 import jaxcoder
 from jaxcoder import runtime
@@ -27,7 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "quickstart": ("jaxcoder.cli.quickstart", "run the whole pipeline at a small size on local code"),
     "train": ("jaxcoder.cli.train", "train a model, or resume a run"),
     "plan": ("jaxcoder.cli.plan", "estimate memory and speed of a run on other hardware"),
-    "launch": ("jaxcoder.cli.launch", "start a run on a pod, a cluster or several processes"),
+    "launch": ("jaxcoder.cli.launch", "start a run on a pod, a cluster or in several processes"),
     "report": ("jaxcoder.cli.report", "summarize a run and write its HTML report"),
     "doctor": ("jaxcoder.cli.doctor", "diagnose the problems of a run"),
     "finetune": ("jaxcoder.cli.finetune", "fine-tune weights and measure the change per language"),
@@ -53,11 +54,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations that suggests the nearest spelling and raises UsageError instead of
     exiting. Sub-parsers have the same class."""
 
-    def __init__(self, *args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs):
-        super().__init__(*args, allow_abbrev=allow_abbrev, formatter_class=formatter_class, **kwargs)
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
         self.passes_unknown = False
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message.rstrip('.')}. See `{self.prog} --help`.")
 
     def parse_known_args(self, args=None, namespace=None):
@@ -130,8 +132,8 @@ def explain(error: BaseException) -> JaxcoderError | None:
         message = f"stopped by {name}; everything saved so far is kept."
         return Interrupted(message, exit_code=code, resume_command=runtime.resume_command())
     # Before memory: tensorstore reports RESOURCE_EXHAUSTED for a full disk too.
-    if message := explain_os_error(error, runtime.resume_command()):
-        return JaxcoderError(message)
+    if explanation := explain_os_error(error, runtime.resume_command()):
+        return JaxcoderError(explanation)
     return runtime.explain_out_of_memory(error, None) if runtime.is_out_of_memory(error) else None
 
 

@@ -1,15 +1,14 @@
-"""Plan a run on hardware that is not there: whether it fits, how fast it goes, what it costs.
+"""Estimate the memory, speed and cost of a run on other hardware.
 
     jaxcoder plan starcoderbase --topology v5p:8x8x8
     jaxcoder plan starcoderbase --topology v5e:16x16 --mesh.tensor 4 --microbatch-size 64 --json plan.json
     jaxcoder plan starcoderbase_7b --topology v6e:8x8 --search --minutes 20
     jaxcoder plan starcoderbase --topology h100:8x8                           8 nodes of 8 GPUs
-    jaxcoder plan --calibration                                               the model beside published runs
+    jaxcoder plan --calibration                                               compare the time model with published runs
 
-The real training step is compiled for the chips of the topology (one to five minutes, in a process of its own; what the
-compiler said is kept). Memory, FLOPs and transfers are the compiler's, times a model's. It needs the extra `plan` for
-TPUs (Linux on x86_64) and `cuda` for GPUs, and no accelerator; `--no-compile` needs neither. CONFIG and its fields are
-those of `jaxcoder train`.
+The training step is compiled for the topology in a separate process (one to five minutes; results are cached). Memory,
+FLOPs and transfers are the compiler's; times come from a model. This needs the extra `plan` for TPUs (Linux on x86_64)
+or `cuda` for GPUs, and no accelerator; `--no-compile` needs neither. CONFIG and its fields are as in `jaxcoder train`.
 """
 
 import argparse
@@ -24,19 +23,28 @@ PASSES_UNKNOWN_ARGUMENTS = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="name of a run, or FILE.py[:FUNCTION]")
     parser.add_argument("--topology", metavar="NAME", help="v4, v5e, v5p, v6e, tpu7x with a shape, or a100, h100, h200")
-    parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that shape (TPUs; default 1)")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="number of TPU slices (default 1)")
     parser.add_argument(
-        "--network", type=float, metavar="GB/S", help="of one device, between slices or nodes (default: the maker's)"
+        "--network",
+        type=float,
+        metavar="GB/S",
+        help="bandwidth per device between slices or nodes (default: the vendor's)",
     )
-    parser.add_argument("--no-compile", action="store_true", help="only the model's figures, in a second")
-    parser.add_argument("--no-cache", action="store_true", help="compile again what was compiled before")
+    parser.add_argument("--no-compile", action="store_true", help="use the model only, in about a second")
+    parser.add_argument("--no-cache", action="store_true", help="ignore cached compilations")
     parser.add_argument("--search", action="store_true", help="rank meshes, microbatches and remat; compile the best")
     parser.add_argument(
-        "--compile-all", action="store_true", help="--search: compile every layout, and judge the model's ranking"
+        "--compile-all",
+        action="store_true",
+        help="with --search: compile every layout, and evaluate the model's ranking",
     )
-    parser.add_argument("--minutes", type=float, default=30.0, metavar="M", help="for compiling (default 30)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything as JSON")
-    parser.add_argument("--calibration", action="store_true", help="print the model beside published runs, and stop")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, metavar="M", help="time limit for compiling (default 30)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON")
+    parser.add_argument(
+        "--calibration", action="store_true", help="compare the time model with published runs, and exit"
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int | None:
     if not args.minutes > 0:
         raise ConfigError(f"--minutes is {args.minutes:g}: give more than 0.")
     if args.compile_all and (args.no_compile or not args.search):
-        raise ConfigError("--compile-all is for --search, and not with --no-compile: leave it out, or add --search.")
+        raise ConfigError("--compile-all is for --search without --no-compile: remove it, or add --search.")
     if args.network is not None and not args.network > 0:
         raise ConfigError(f"--network is {args.network:g}: give the GB/s of one device, more than 0.")
     from jaxcoder.plan.topology import parse_topology
@@ -71,7 +79,7 @@ def run(args: argparse.Namespace) -> int | None:
 
 
 def _plan(args: argparse.Namespace, config, topology) -> int:
-    """0 if it fits, or can be made to; 1 if not."""
+    """Returns 0 if the run fits or options were found with which it does, else 1."""
     from jaxcoder.plan.make import find_fit, make_plan, prepare
     from jaxcoder.plan.report import lines_of, to_json
 
@@ -102,7 +110,7 @@ def _search(args: argparse.Namespace, config, topology) -> int:
 
 
 def _compiler(args: argparse.Namespace):
-    """Compiles with a line of progress, within what is left of --minutes."""
+    """A function that compiles with a progress line, within the rest of --minutes."""
     from jaxcoder.plan.compile import check_compiler, compile_step, is_cached
     from jaxcoder.record.console import ConsoleProgress
 

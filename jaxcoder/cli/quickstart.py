@@ -1,11 +1,11 @@
 """Train a small StarCoder on the code of this machine, from raw files to completions, in a few minutes.
 
-    jaxcoder quickstart                      on the Python files of this interpreter: about six minutes on two cores
+    jaxcoder quickstart                      Python files of this interpreter; about six minutes on two cores
     jaxcoder quickstart --source ~/my_project --output-dir runs/mine
-    jaxcoder quickstart --steps 60 --output-dir runs/short     the same road, a worse model, a minute
+    jaxcoder quickstart --steps 60 --output-dir runs/short     a worse model, in a minute
 
-Interrupt it whenever you like: the same command goes on where it was. At the end it shows how well the model predicts
-files it has not seen, what it writes, and the commands to go on with.
+The same command resumes an interrupted quickstart. At the end it prints the held-out loss, some completions, and the
+commands to try next.
 """
 
 import argparse
@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-dir", type=Path, default=Path("runs/quickstart"), metavar="DIR", help="default: runs/quickstart"
     )
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the configuration's)")
-    parser.add_argument("--source", type=Path, metavar="DIR", help="a tree of code instead of this interpreter's")
+    parser.add_argument(
+        "--source", type=Path, metavar="DIR", help="source tree (default: the code of this interpreter)"
+    )
 
 
 def run(args: argparse.Namespace) -> int | None:

@@ -1,7 +1,7 @@
-"""Train a tokenizer, try one, or compare some on a corpus.
+"""Train, inspect and compare tokenizers.
 
 A tokenizer is trained on documents: the files that `jaxcoder corpus gather` writes, or any parquet or .jsonl file with
-a column `content`. It is a byte-level BPE like StarCoder's, saved in files that `transformers` and others open too.
+a column `content`. It is a byte-level BPE like StarCoder's, in files that `transformers` reads too.
 
   jaxcoder tokenizer train corpus/train.parquet --output-dir tokenizer --vocab-size 4096
   jaxcoder tokenizer show tokenizer --text "def f(x): return x + 12"
@@ -15,7 +15,7 @@ from jaxcoder.formatting import format_table
 
 _TRAIN_EPILOG = """\
 The vocabulary includes the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
-model does better with fewer: the quickstart uses 4096. More text than 64 MB hardly changes the result, so larger inputs
+model needs fewer: the quickstart uses 4096. More text than 64 MB hardly changes the result, so larger inputs
 are sampled evenly and reproducibly; --max-megabytes changes the limit. 8192 tokens from 20 MB take about 5 seconds,
 49152 from 64 MB about 17.
 
@@ -45,10 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     train = verbs.add_parser("train", help="learn a vocabulary from documents", epilog=_TRAIN_EPILOG)
     train.add_argument("documents", nargs="+", help="parquet or .jsonl files, or directories of them")
-    train.add_argument("--output-dir", required=True, type=Path, help="where to write; new, empty, or a tokenizer's")
-    train.add_argument("--vocab-size", type=int, default=49152, help="tokens in all (default: %(default)s)")
+    train.add_argument(
+        "--output-dir", required=True, type=Path, help="directory to write; new, empty, or a tokenizer's"
+    )
+    train.add_argument("--vocab-size", type=int, default=49152, help="number of tokens (default: %(default)s)")
     train.add_argument("--max-megabytes", type=float, default=64.0, help="text to read (default: %(default)s)")
-    train.add_argument("--seed", type=int, default=0, help="of the sample of larger inputs (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0, help="sampling seed for larger inputs (default: %(default)s)")
     train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in --output-dir")
     show = verbs.add_parser("show", help="describe a tokenizer, and encode a text", epilog=_SHOW_EPILOG)
     show.add_argument("tokenizer", type=Path, help="directory or tokenizer.json")
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument("--tokenizer", action="append", required=True, help="tokenizer.json or directory; repeatable")
     report.add_argument("--output", action="append", default=[], metavar="FILE", help=".png or .json file; repeatable")
     report.add_argument("--max-megabytes", type=float, default=64.0, help="text to measure (default: %(default)s)")
-    report.add_argument("--seed", type=int, default=0, help="of the sample of larger corpora (default: %(default)s)")
+    report.add_argument("--seed", type=int, default=0, help="sampling seed for larger corpora (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -72,16 +74,13 @@ def _train(args: argparse.Namespace) -> None:
     from jaxcoder.tokenizer.train import sample_texts, train_tokenizer
 
     if not 0 < args.max_megabytes < float("inf"):
-        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")
+        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but must be a positive number.")
     check_output_directory(args.output_dir, overwrite=args.overwrite)
     texts = sample_texts(args.documents, max_bytes=int(args.max_megabytes * 1e6), seed=args.seed)
     tokenizer = train_tokenizer(texts, args.vocab_size, ConsoleProgress())
     tokenizer.save(args.output_dir)
     if tokenizer.vocab_size < args.vocab_size:
-        print(
-            f"The text had pairs for {tokenizer.vocab_size} tokens only, not {args.vocab_size}: a model for this "
-            f"tokenizer needs no more than that."
-        )
+        print(f"The text has pairs for {tokenizer.vocab_size} tokens only, not {args.vocab_size}: use that vocab_size.")
     print(f"Wrote the tokenizer ({tokenizer.vocab_size} tokens) to {args.output_dir}")
 
 
@@ -103,7 +102,7 @@ def _report(args: argparse.Namespace) -> None:
     from jaxcoder.tokenizer.report import check_output, tokenizer_report
 
     if not 0 < args.max_megabytes < float("inf"):
-        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but it must be a positive number.")
+        raise ConfigError(f"--max-megabytes is {args.max_megabytes}, but must be a positive number.")
     for output in args.output:
         check_output(output)
     report = tokenizer_report(

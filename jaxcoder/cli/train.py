@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int | None:
     config = config_of(args)
     if args.dry_run:
-        return _dry_run(args, config)
+        _dry_run(args, config)
+        return None
     index = start_processes(args)
 
     from jaxcoder.recipes.pretrain import pretrain

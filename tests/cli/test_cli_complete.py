@@ -71,14 +71,14 @@ def test_text_from_files_is_exact(complete, tmp_path, loaded):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "Nothing to complete is given"),
+        ([], "There is no prompt"),
         (["--prefix-file", "-", "--suffix-file", "-"], "cannot both be read"),
         (["--prefix", "a", "--prefix-file", "b"], "not allowed with"),
         (["--prefix-file", "no-such-file"], "No such file"),
         (["--prefix", "a", "--stop", ""], "stop string is empty"),
         (["--prefix", "a", "--num-samples", "0"], "--num-samples is 0"),
-        (["--prefix", "a", "--num-samples", "2"], "no effect without a temperature"),
-        (["--prefix", "a", "--top-p", "0.5"], "no effect without a temperature"),
+        (["--prefix", "a", "--num-samples", "2"], "no effect with greedy decoding"),
+        (["--prefix", "a", "--top-p", "0.5"], "no effect with greedy decoding"),
         (["--prefix", "a", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--prefix", "a", "--temperature", "-1"], "temperature -1.0"),
         (["--prefix", "a", "--temperature", "hot"], "--temperature is 'hot', but must be a number"),
@@ -102,9 +102,9 @@ def test_a_tokenizer_of_another_model_is_warned_of(complete, tmp_path, loaded):
     assert "warning" not in complete(*options)[2]
     train_tokenizer(["something else altogether"], 280).save(tmp_path)
     code, _, status = complete(*options)
-    assert code == 0 and f"warning: {tmp_path} is not the tokenizer that lies beside the model" in status
+    assert code == 0 and f"warning: {tmp_path} differs from the tokenizer of the model" in status
 
 
 def test_a_prompt_that_is_too_long_may_be_cut(complete):
     code, _, status = complete("--prefix", "a = 1\n" * 64, "--truncate", "--max-new-tokens", "4")
-    assert code == 0 and "of the prompt" in status
+    assert code == 0 and "4 tokens in" in status and "after a prompt of 60" in status  # 64 positions, 4 new

@@ -279,7 +279,7 @@ def test_command_line_there_and_back(tmp_path, tokenizer, capsys):
     assert "--overwrite" in capsys.readouterr().err
     assert main(["checkpoint", "inspect", str(tmp_path / "ours"), "--verify"]) == 0
     said = capsys.readouterr().out
-    assert "step         0" in said and "files are as they were written" in said
+    assert "step         0" in said and "files match their checksums" in said
 
 
 def test_inspect(tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_inspect(tmp_path, capsys):
         "params/h/00..02/attn/kv/kernel",
         "24x2x1x6",
         "optimizer/count",
-        "files are as they were written",
+        "files match their checksums",
     ):
         assert words in said, words
     largest = max((run / "checkpoints" / "5").rglob("*"), key=lambda path: path.stat().st_size)

@@ -29,7 +29,7 @@ def test_builds_and_inspects(tokenizer, documents_file, tmp_path, capsys):
     capsys.readouterr()
     assert not run("inspect", tmp_path / "store", "--verify")
     printed = capsys.readouterr().out
-    assert "files are as they were written" in printed
+    assert "files match their hashes" in printed
     row = next(line for line in printed.splitlines() if line.startswith("python"))
     assert row.split() == ["python", "1,200", f"{store.num_tokens:,}", f"{store.text_bytes:,}"]
 

@@ -84,5 +84,5 @@ def test_inspect_draws_and_adds_up(store, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run("inspect", store.path, store.path, "--picture", tmp_path / "lengths.png")
     printed = capsys.readouterr().out
-    assert f"together {2 * store.num_tokens:,} tokens of 2,400 documents" in printed
+    assert f"total {2 * store.num_tokens:,} tokens of 2,400 documents" in printed
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

@@ -160,7 +160,7 @@ def test_bad_commands(run_directory, tmp_path):
     for words in (("--step", 1, "--file", "x"), ()):
         with pytest.raises(ConfigError, match="give either --step, or --file or --repository"):
             run("trace", run_directory, *words)
-    with pytest.raises(DataError, match="is no run: it has no config.json"):
+    with pytest.raises(DataError, match="is not the directory of a run: it has no config.json"):
         run("trace", tmp_path, "--step", 1)
     with pytest.raises(ConfigError, match="data.store is not set"):
         run("show", "smoke", "--step", 1)
