@@ -26,6 +26,8 @@ from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
+ROLES = ("bos_token", "eos_token", "pad_token")
+"""Tokens whose ids are in config.json."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,14 @@ def to_hf(
     _check(Path(checkpoint), manifest)
     tokenizer = Tokenizer.load(checkpoint / TOKENIZER) if (checkpoint / TOKENIZER).is_dir() else None
     end_of_text = 0 if tokenizer is None else tokenizer.eos_id
+    ids = dict.fromkeys(("bos_token", "eos_token"), end_of_text)
+    if tokenizer is not None:
+        ids |= {role: id_ for role in ROLES if (id_ := tokenizer.role_id(role)) is not None}
+    roles: dict[str, object] = {f"{role}_id": id_ for role, id_ in ids.items()}
     dtype = dtype or str(manifest.metadata.get("dtype", "float32"))
     if dtype not in DTYPES:
         raise ConversionError(f"the dtype {dtype} is not supported: give one of {', '.join(DTYPES)}.")
-    keys = hf_config(config, end_of_text=end_of_text, dtype=dtype)
+    keys = hf_config(config, end_of_text=end_of_text, dtype=dtype) | roles
     itemsize = DTYPES[dtype].itemsize
     shards = _shards(entries(config), config, max_shard_bytes, itemsize)
     problems: list[str] = []
@@ -81,8 +87,7 @@ def to_hf(
         check_finite(problems, str(checkpoint), allow_non_finite)
         if len(shards) > 1:
             _write_json(output / "model.safetensors.index.json", _index(shards, itemsize * num_parameters))
-        generation = {"bos_token_id": end_of_text, "eos_token_id": end_of_text, "_from_model_config": True}
-        _write_json(output / "generation_config.json", generation)
+        _write_json(output / "generation_config.json", roles | {"_from_model_config": True})
         if tokenizer is not None:
             tokenizer.save(output)
         _write_json(output / "config.json", keys)

@@ -24,6 +24,7 @@ from jaxcoder.data.directory import Directory
 from jaxcoder.errors import DataError
 from jaxcoder.io import manifests
 from jaxcoder.io.os_errors import is_access_error
+from jaxcoder.tokenizer.portable import parse_settings
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 FORMAT = "jaxcoder token store"
@@ -134,8 +135,9 @@ class TokenStore:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the store, from its own copy."""
-        name = "tokenizer/tokenizer.json"
-        return Tokenizer(self._checked(name), origin=self.directory / name)
+        name, config = "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"
+        settings = parse_settings(self._checked(config), self.path) if config in self.manifest["files"] else None
+        return Tokenizer(self._checked(name), origin=self.directory / name, settings=settings)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Raises DataError unless `tokenizer` is the one of the store."""

@@ -21,7 +21,7 @@ SPLIT_PATTERN = r"\p{N}|'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=
 # Beyond some hundred thousand whitespace characters in a row tiktoken's regex engine overflows its stack and panics.
 _LONGEST_WHITESPACE = 50_000
 
-_HOSTILE_TEXTS = (
+HOSTILE_TEXTS = (
     "def f(x):\n    return x  # 12 tabs\t\t\n\n\n\tx = 3.14\r\n",
     "  1   2\t3 \n4\n\n5 a1b22c333 0x1F １２³½ ٣٤ x²",
     "it's we're I'll you'd I'm they've 't 'S '' ' s don'ts '\u00e9",
@@ -64,7 +64,7 @@ def tiktoken_encoder(spec: dict, ranks: dict[bytes, int], reference: Encode) -> 
     if reason:
         return None, reason
     encode = _build(ranks, reference)
-    for text in (*_HOSTILE_TEXTS, *_texts_of_tokens(ranks)):
+    for text in (*HOSTILE_TEXTS, *_texts_of_tokens(ranks)):
         if encode(text) != reference(text):
             return None, f"tiktoken gives other ids for {text[:30]!r}"
     return encode, ""

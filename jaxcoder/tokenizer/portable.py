@@ -11,25 +11,54 @@ vocab.json and merges.txt are for older loaders.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxcoder.errors import DataError
 from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.encoders import merge_pairs
 from jaxcoder.tokenizer.special_tokens import END_OF_TEXT
 
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SETTINGS = (
+    *_ROLES,
+    "additional_special_tokens",
+    "chat_template",
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+)
+"""Keys of a tokenizer_config.json that are kept."""
+
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def tokenizer_files(content: bytes, spec: dict, specials: tuple[str, ...]) -> dict[str, bytes]:
-    """The content of TOKENIZER_FILES by name; `content` is tokenizer.json, `spec` the same parsed."""
-    roles = {role: END_OF_TEXT for role in ("bos_token", "eos_token", "unk_token") if END_OF_TEXT in specials}
+def parse_settings(content: bytes, origin: str) -> dict[str, Any]:
+    """A tokenizer_config.json. Raises DataError if it is not an object."""
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"The tokenizer_config.json of {origin} is not JSON ({error}): fix or remove it.") from error
+    if not isinstance(settings, dict):
+        raise DataError(f"The tokenizer_config.json of {origin} is not an object: fix or remove it.")
+    return settings
+
+
+def tokenizer_files(
+    content: bytes, spec: dict, specials: tuple[str, ...], settings: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The content of TOKENIZER_FILES by name. content: tokenizer.json; spec: the same parsed. settings: those that
+    replace the defaults."""
+    defaults = {role: END_OF_TEXT for role in ("bos_token", "eos_token", "unk_token") if END_OF_TEXT in specials}
+    roles = defaults | {role: settings[role] for role in _ROLES if settings.get(role) is not None}
     special_tokens_map = {"additional_special_tokens": list(specials), **roles}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_input_names": ["input_ids", "attention_mask"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
+        **{key: value for key, value in settings.items() if value is not None},
         **special_tokens_map,
     }
     vocab = spec["model"]["vocab"]

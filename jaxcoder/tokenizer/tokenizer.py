@@ -8,10 +8,11 @@ Ids are Python ints in [0, vocab_size).
 import functools
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from jaxcoder.io.atomic import write_bytes
 from jaxcoder.io.document import Document, Part, well_formed
 from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer import encoders
+from jaxcoder.tokenizer.portable import SETTINGS, parse_settings
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
     FIM_MIDDLE,
@@ -30,6 +32,8 @@ from jaxcoder.tokenizer.special_tokens import (
     SPECIAL_TOKENS,
     hyphenated,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class FimIds(NamedTuple):
@@ -50,16 +54,28 @@ class Tokenizer:
     special_ids: ids of the special tokens.
     """
 
-    def __init__(self, content: bytes, *, origin: str = "the tokenizer"):
-        """`content` is a tokenizer.json; `origin` names it in errors. Raises DataError if it cannot be used."""
-        self._content = content
+    def __init__(self, content: bytes, *, origin: str = "the tokenizer", settings: Mapping[str, Any] | None = None):
+        """content: a tokenizer.json. origin: names it in errors. settings: its tokenizer_config.json, of which
+        `portable.SETTINGS` are kept.
+
+        Raises DataError if it cannot be used, or if `tokenizers` gives other ids than the file or alters text.
+        """
         self._origin = origin
+        self.settings = {key: value for key, value in (settings or {}).items() if key in SETTINGS}
         self._spec = spec = _parse(content, origin)
+        if spec["model"].get("dropout"):
+            # Training-time BPE dropout would make the ids of a text random.
+            logger.warning(f"{origin} has BPE dropout {spec['model']['dropout']}, which is turned off.")
+            spec["model"]["dropout"] = None
+            content = json.dumps(spec, ensure_ascii=False, indent=2).encode()
+        self._content = content
         known = {*SPECIAL_TOKENS, *map(hyphenated, SPECIAL_TOKENS)}
-        self._reference = encoders.tokenizers_encoder(_backend(spec, known, origin))
+        backend = _backend(spec, known, origin)
+        self._reference = encoders.tokenizers_encoder(backend)
         self.fingerprint = hashlib.sha256(content).hexdigest()
         vocab: dict[str, int] = spec["model"]["vocab"]
         added = spec["added_tokens"]
+        _check_ids(vocab, added, backend, origin)
         self._special = {t["content"]: t["id"] for t in added if t.get("special") or t["content"] in known}
         self.special_ids = frozenset(self._special.values())
         ordinary = {token: id_ for token, id_ in vocab.items() if id_ not in self.special_ids}
@@ -67,6 +83,7 @@ class Tokenizer:
         self._bytes = {id_: token for token, id_ in ranks.items()}
         self._bytes |= {token["id"]: token["content"].encode() for token in added}
         self.vocab_size = max(self._bytes) + 1
+        self._check_text_is_unchanged(ranks)
         fast, self.encoder_reason = encoders.tiktoken_encoder(spec, ranks, self._reference)
         self._encode = fast or self._reference
         self.encoder_name = "tiktoken" if fast else "tokenizers"
@@ -84,27 +101,46 @@ class Tokenizer:
                 if fs.isdir(file):
                     location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
                 content = fs.cat_file(file)
+                config = f"{file.rpartition('/')[0]}/tokenizer_config.json"
+                settings = fs.cat_file(config) if location.endswith("/tokenizer.json") and fs.exists(config) else b"{}"
         except DataError as error:
             reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__) or "it cannot be opened"
             raise DataError(
                 f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
                 "contains it, such as the output of `jaxcoder tokenizer train`."
             ) from error
-        return cls(content, origin=location)
+        return cls(content, origin=location, settings=parse_settings(settings, location))
 
     def __reduce__(self):
-        return functools.partial(Tokenizer, origin=self._origin), (self._content,)
+        return functools.partial(Tokenizer, origin=self._origin, settings=self.settings), (self._content,)
 
     def files(self) -> dict[str, bytes]:
         """The files for transformers 4 and 5 and other loaders, by name; tokenizer.json is unchanged."""
         from jaxcoder.tokenizer.portable import tokenizer_files
 
-        return tokenizer_files(self._content, self._spec, tuple(self._special))
+        return tokenizer_files(self._content, self._spec, tuple(self._special), self.settings)
 
     def save(self, directory: str | Path) -> None:
         """Writes `files` into a directory, whose other files are kept. DataError if that fails."""
         for name, content in self.files().items():
             write_bytes(f"{os.fspath(directory)}/{name}", content)
+
+    def role_id(self, role: str) -> int | None:
+        """Id of the token that the settings give a role such as "eos_token"; None if they do not."""
+        token = self.settings.get(role)
+        name = token.get("content") if isinstance(token, dict) else token
+        return self._special.get(name) if isinstance(name, str) else None
+
+    def _check_text_is_unchanged(self, ranks: dict[bytes, int]) -> None:
+        """Raises DataError if a text does not survive encoding and decoding, except for bytes without a token."""
+        for text in encoders.HOSTILE_TEXTS:
+            expected = bytes(byte for byte in text.encode() if bytes([byte]) in ranks)
+            ids = self._reference(text)
+            if (found := self.decode_bytes(ids)) != expected or ids != self._reference(text):
+                raise DataError(
+                    f"{self._origin} alters text ({text[:20]!r} becomes {found[:20]!r}): jaxcoder needs a tokenizer "
+                    "without a normalizer and without a prefix space."
+                )
 
     @property
     def eos_id(self) -> int:
@@ -217,6 +253,19 @@ def _parse(content: bytes, origin: str) -> dict:
             "one with `jaxcoder tokenizer train`."
         )
     return spec
+
+
+def _check_ids(vocab: dict[str, int], added: list[dict], backend: Any, origin: str) -> None:
+    """Raises DataError for ids that are not those of `tokenizers`, or that no array can have."""
+    for token, id_ in [*vocab.items(), *((token["content"], token["id"]) for token in added)]:
+        if not isinstance(id_, int) or not 0 <= id_ < 2**31:
+            raise DataError(f"{origin} has the id {id_} for {token!r}: ids must be from 0 to 2**31 - 1.")
+    for token in added:
+        if (found := backend.token_to_id(token["content"])) != token["id"]:
+            raise DataError(
+                f"{origin} has the id {token['id']} for the added token {token['content']!r}, but `tokenizers` gives "
+                f"it {found}: added tokens must have the ids that follow the vocabulary, each its own."
+            )
 
 
 def _bytes_of_tokens(vocab: dict[str, int], origin: str) -> dict[bytes, int]:

@@ -198,3 +198,32 @@ def test_files_that_the_safetensors_library_refuses(directory):
         with pytest.raises(ConversionError, match="not a valid safetensors file"):
             open_hf_weights(directory)
         os.remove(directory / "model.safetensors")
+
+
+def test_the_settings_of_a_tokenizer_survive(directory, tmp_path):
+    """StarChat's end token, chat template and added tokens come back as they were."""
+    tokenizer = train_tokenizer(["some text " * 50], 280)
+    spec = json.loads(tokenizer.files()["tokenizer.json"])
+    end = max(spec["model"]["vocab"].values()) + 1
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": end, "content": "<|end|>"})
+    settings = {
+        "eos_token": {"content": "<|end|>", "lstrip": False}, "pad_token": "<fim_pad>", "bos_token": "<|endoftext|>",
+        "chat_template": "{{ messages }}", "additional_special_tokens": ["<|end|>"], "model_max_length": 8192,
+    }  # fmt: skip
+    configure(directory, vocab_size=end + 1)
+    rewrite(
+        directory, lambda t: {n: np.resize(a, (end + 1, 24)) if n == WTE else a for n, a in t.items() if "lm_" not in n}
+    )
+    for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", settings)):
+        (directory / name).write_text(json.dumps(content))
+    from_hf(directory, tmp_path / "jax")
+    to_hf(tmp_path / "jax", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    assert {key: back[key] for key in settings if key != "additional_special_tokens"} == {
+        key: value for key, value in settings.items() if key != "additional_special_tokens"
+    }
+    assert "<|end|>" in back["additional_special_tokens"]
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == generation["eos_token_id"] == end
+    assert config["pad_token_id"] == 4 and config["bos_token_id"] == 0

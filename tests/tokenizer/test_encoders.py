@@ -3,12 +3,16 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxcoder.errors import DataError
 from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "failing_inputs" / "tokenizers"
 
 # Characters on which the two splits could part: digits of all kinds, blanks of all kinds, quotes, marks, letters.
 HOSTILE = (
@@ -78,14 +82,14 @@ def _changed(tokenizer, change) -> Tokenizer:
     "change, reason",
     [
         (lambda s: s["pre_tokenizer"]["pretokenizers"].pop(0), "its pre-tokenizer is not StarCoder's"),
-        (lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "pre-tokenizer"),
-        (lambda s: s.update(pre_tokenizer=None), "pre-tokenizer"),
-        (lambda s: s.update(normalizer={"type": "NFC"}), "it has a normalizer"),
         (lambda s: s["model"]["merges"].reverse(), "order of its merges"),
         (lambda s: s["model"]["merges"].pop(), "tokens that no merge makes"),
         (lambda s: s["model"].update(ignore_merges=True), "ignore_merges"),
         (
-            lambda s: s["added_tokens"].append(dict(s["added_tokens"][0], id=9000, content="import", special=False)),
+            lambda s: s["added_tokens"].append(
+                s["added_tokens"][0]
+                | {"id": max(s["model"]["vocab"].values()) + 1, "content": "unused words", "special": False}
+            ),
             "added tokens that are not special",
         ),
     ],
@@ -95,6 +99,55 @@ def test_other_tokenizers_keep_the_slow_encoder_and_say_why(tokenizer, change, r
     assert other.encoder_name == "tokenizers"
     assert reason in other.encoder_reason
     assert other.encode("return") == other._reference("return")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
+        lambda s: s.update(pre_tokenizer=None),
+        lambda s: s.update(normalizer={"type": "NFC"}),
+        lambda s: s.update(normalizer={"type": "Lowercase"}),
+    ],
+)
+def test_tokenizers_that_alter_text_are_refused(tokenizer, change):
+    with pytest.raises(DataError, match="alters text .*: jaxcoder needs a tokenizer without a normalizer"):
+        _changed(tokenizer, change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s, id_: s["added_tokens"].append(s["added_tokens"][0] | {"id": 600 + id_, "content": "x"}), "gives it"),
+        (
+            lambda s, id_: s["added_tokens"].append(s["added_tokens"][0] | {"id": id_ - 5, "content": "TODO:"}),
+            "gives it",
+        ),
+        (lambda s, id_: s["model"]["vocab"].update({"zz": 2**31}), "must be from 0 to 2\\*\\*31 - 1"),
+        (lambda s, id_: s["model"]["vocab"].update({"zz": -1}), "expected u32"),
+    ],
+)
+def test_ids_that_are_not_those_of_the_library_are_refused(tokenizer, change, message):
+    with pytest.raises(DataError, match=message):
+        _changed(tokenizer, lambda spec: change(spec, max(spec["model"]["vocab"].values()) + 1))
+
+
+def test_bpe_dropout_is_turned_off(tokenizer, caplog):
+    other = _changed(tokenizer, lambda spec: spec["model"].update(dropout=0.5))
+    assert "BPE dropout 0.5, which is turned off" in caplog.text
+    text = "def function(argument): return argument" * 20
+    assert other.encode(text) == tokenizer.encode(text)
+    assert json.loads(other.files()["tokenizer.json"])["model"]["dropout"] is None
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared folder of failing inputs")
+def test_failing_inputs():
+    for name in ("ids_behind_a_gap", "added_token_with_a_taken_id"):
+        with pytest.raises(DataError, match="gives it"):
+            Tokenizer.load(SHARED / f"{name}.json")
+    assert Tokenizer.load(SHARED / "bpe_dropout.json").encode("def f(x):") == Tokenizer.load(
+        SHARED / "bpe_dropout.json"
+    ).encode("def f(x):")
 
 
 def test_a_byte_without_a_symbol_is_dropped_as_the_reference_drops_it(tokenizer):
