@@ -7,13 +7,17 @@ import sys
 from typing import TYPE_CHECKING
 
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.formatting import plural
+from jaxcoder.formatting import format_table, plural
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+
     from jaxcoder.config import RunConfig
-    from jaxcoder.data.schedule import StepHistory
     from jaxcoder.data.store import TokenStore
-    from jaxcoder.data.trace import Tracer
+    from jaxcoder.data.trace import TracedRow, Tracer
+    from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 _INSPECT_EPILOG = """\
   jaxcoder data inspect store --picture lengths.png
@@ -68,8 +72,10 @@ def inspect(args: argparse.Namespace) -> None:
     from jaxcoder.data.open import store_paths
     from jaxcoder.data.store import TokenStore
 
-    paths = [path for name in args.stores for path in (store_paths(_config_of(name)) if _is_run(name) else [name])]
-    stores = [TokenStore.open(path) for path in paths]
+    stores = []
+    for name in args.stores:
+        config = run_config(name)
+        stores += [TokenStore.open(path) for path in (store_paths(config) if config else [name])]
     for store in stores:
         if args.verify:
             store.verify()
@@ -99,50 +105,46 @@ def _languages(store: "TokenStore", most: int = 20) -> str:
     from jaxcoder.data.lengths import by_language
 
     rows = by_language(store)
-    lines = [f"{'language':<20}{'documents':>14}{'tokens':>18}{'bytes':>18}"]
-    lines += [f"{name or '(none)':<20}{docs:>14,}{tokens:>18,}{size:>18,}" for name, docs, tokens, size in rows[:most]]
-    if len(rows) > most:
-        lines.append(f"and {len(rows) - most} more")
-    return "\n".join(lines)
+    table = format_table(
+        ["language", "documents", "tokens", "bytes"], [(name or "(none)", *counts) for name, *counts in rows[:most]]
+    )
+    return table + (f"\nand {len(rows) - most} more" if len(rows) > most else "")
 
 
 def _lengths(store: "TokenStore", width: int = 40) -> str:
-    """A bar for each power of two."""
+    """A histogram with one bin for each power of two."""
     from jaxcoder.data.lengths import length_bins
 
     documents, tokens = length_bins(store)
-    lines = [f"{'tokens in a document':<20}{'documents':>14}{'tokens':>18}  share of documents"]
+    rows = []
     for k in range(int((documents > 0).argmax()), len(documents)):
-        share = documents[k] / max(documents.sum(), 1)
-        bar = "#" * round(width * share) or ("." if documents[k] else "")
-        lines.append(f"{f'{2**k:,} to {2 ** (k + 1) - 1:,}':<20}{documents[k]:>14,}{tokens[k]:>18,}  {bar}")
-    return "\n".join(lines)
+        bar = "#" * round(width * documents[k] / max(documents.sum(), 1)) or ("." if documents[k] else "")
+        rows.append((f"{2**k:,} to {2 ** (k + 1) - 1:,}", int(documents[k]), int(tokens[k]), bar))
+    return format_table(["tokens in a document", "documents", "tokens", "share of documents"], rows)
 
 
 def show(args: argparse.Namespace) -> None:
     from jaxcoder.data.trace import describe_row
 
     tracer = _tracer(args)
-    stream, is_terminal = tracer.stream, sys.stdout.isatty()
+    stream = tracer.stream
     names = frozenset(stream.tokenizer.decode([id_]) for id_ in stream.tokenizer.special_ids)
-    rows = tracer.batch(args.step) if args.row is None else [tracer.row(args.step, args.row)]
-    for traced in rows:
+    for traced in _rows(tracer, args):
         print(f"step {args.step} " + "\n".join(describe_row(stream, traced)))
-        (_print_colored if is_terminal else _print_plain)(stream.sample(traced.sample), stream.tokenizer, names)
+        print_window(stream.sample(traced.sample), stream.tokenizer, names)
 
 
-def _print_plain(window, tokenizer, names: frozenset[str]) -> None:
-    from jaxcoder.data.show import labeled_texts, printable
-
-    print("".join(printable(part, names) for part in labeled_texts(window, tokenizer)) + "\n")
-
-
-def _print_colored(window, tokenizer, names: frozenset[str]) -> None:
+def print_window(window: "np.ndarray", tokenizer: "Tokenizer", special_names: frozenset[str]) -> None:
+    """Prints the text of a window of ids, int32 [length]; on a terminal in colors, after a legend."""
     from rich.console import Console
     from rich.text import Text
 
     from jaxcoder.data import show as kinds
 
+    parts = [(part.kind, kinds.printable(part, special_names)) for part in kinds.labeled_texts(window, tokenizer)]
+    if not sys.stdout.isatty():
+        print("".join(text for _, text in parts) + "\n")
+        return
     styles = {
         kinds.TEXT: "",
         kinds.PREFIX: "cyan",
@@ -153,10 +155,7 @@ def _print_colored(window, tokenizer, names: frozenset[str]) -> None:
     }
     console = Console(highlight=False, soft_wrap=True)
     console.print(Text("  ").join(Text(kind, style=style) for kind, style in styles.items()))
-    text = Text()
-    for part in kinds.labeled_texts(window, tokenizer):
-        text.append(kinds.printable(part, names), style=styles[part.kind])
-    console.print(text, end="\n\n")
+    console.print(Text.assemble(*((text, styles[kind]) for kind, text in parts)), end="\n\n")
 
 
 def trace(args: argparse.Namespace) -> None:
@@ -173,8 +172,7 @@ def _trace_step(tracer: "Tracer", args: argparse.Namespace) -> None:
     from jaxcoder.data.trace import describe_batch, describe_row
 
     if args.json:
-        rows = tracer.batch(args.step) if args.row is None else [tracer.row(args.step, args.row)]
-        for traced in rows:
+        for traced in _rows(tracer, args):
             place = {**traced.place._asdict(), "corpus": tracer.stream.stores[traced.place.corpus].path}
             documents = [document._asdict() for document in traced.documents]
             print(json.dumps({"step": args.step, **traced._asdict(), "place": place, "documents": documents}))
@@ -183,6 +181,10 @@ def _trace_step(tracer: "Tracer", args: argparse.Namespace) -> None:
     else:
         for line in describe_batch(tracer, args.step):
             print(line)
+
+
+def _rows(tracer: "Tracer", args: argparse.Namespace) -> "Iterable[TracedRow]":
+    return tracer.batch(args.step) if args.row is None else [tracer.row(args.step, args.row)]
 
 
 def _trace_documents(tracer: "Tracer", args: argparse.Namespace) -> None:
@@ -208,59 +210,45 @@ def _trace_documents(tracer: "Tracer", args: argparse.Namespace) -> None:
 
 
 def _tracer(args: argparse.Namespace) -> "Tracer":
-    from jaxcoder.config.load import with_store
+    from jaxcoder.config.load import load_run, with_store
     from jaxcoder.data.open import open_stream
+    from jaxcoder.data.schedule import StepHistory
     from jaxcoder.data.trace import Tracer
 
-    config = _config_of(args.run)
+    config, logged = run_config(args.run), {}
+    if config is not None:
+        logged = _logged_samples(args.run)
+    elif os.path.isdir(args.run):
+        raise DataError(f"{args.run} is not the directory of a run: it has no config.json.")
+    else:
+        config = load_run(args.run)
     if args.data is not None:
         config = with_store(config, args.data)
-    return Tracer(open_stream(config), _history(args.run, config), config.num_steps)
+    history = StepHistory(config.global_batch_size, config.data.stages, sorted(logged.items()))
+    return Tracer(open_stream(config), history, config.num_steps)
 
 
-def _is_run(name: str) -> bool:
-    return _exists(f"{name.rstrip('/')}/config.json")
-
-
-def _config_of(name: str) -> "RunConfig":
-    if _is_run(name):
-        from jaxcoder.config.serialize import from_json
-
-        return from_json(_text(f"{name.rstrip('/')}/config.json"), source=f"{name}/config.json")
-    if os.path.isdir(name):
-        raise DataError(f"{name} is not the directory of a run: it has no config.json.")
-    from jaxcoder.config.load import load_run
-
-    return load_run(name)
-
-
-def _history(name: str, config: "RunConfig") -> "StepHistory":
-    from jaxcoder.data.schedule import StepHistory
-    from jaxcoder.record.metrics import read_metrics
-
-    logged: dict[int, int] = {}
-    metrics = f"{name.rstrip('/')}/metrics.jsonl"
-    if _is_run(name) and _exists(metrics):
-        # After a restart, the later record of a step replaces the earlier one.
-        for record in read_metrics(metrics):
-            if "samples" in record:
-                logged[record["step"]] = record["samples"]
-    return StepHistory(config.global_batch_size, config.data.stages, sorted(logged.items()))
-
-
-def _exists(path: str) -> bool:
+def run_config(name: str) -> "RunConfig | None":
+    """The configuration of the run in the directory `name`; None if it has no config.json."""
+    from jaxcoder.config.serialize import from_json
     from jaxcoder.io.addresses import open_address
     from jaxcoder.io.os_errors import access_errors
 
+    path = f"{name.rstrip('/')}/config.json"
     fs, inside = open_address(path)
     with access_errors(path):
-        return fs.exists(inside)
+        return from_json(fs.read_text(inside), source=path) if fs.exists(inside) else None
 
 
-def _text(path: str) -> str:
+def _logged_samples(run_dir: str) -> dict[int, int]:
+    """Step -> samples consumed, from metrics.jsonl; of records of the same step, the last counts."""
     from jaxcoder.io.addresses import open_address
     from jaxcoder.io.os_errors import access_errors
+    from jaxcoder.record.metrics import read_metrics
 
+    path = f"{run_dir.rstrip('/')}/metrics.jsonl"
     fs, inside = open_address(path)
-    with access_errors(path), fs.open(inside, "r") as file:
-        return file.read()
+    with access_errors(path):
+        if not fs.exists(inside):
+            return {}
+    return {record["step"]: record["samples"] for record in read_metrics(path) if "samples" in record}

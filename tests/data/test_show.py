@@ -56,7 +56,7 @@ def test_colours_on_a_terminal(tokenizer, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     fim = tokenizer.fim
     ids = np.array([fim.prefix, *tokenizer.encode("[red]a"), fim.suffix, fim.middle], np.int32)
-    data_look._print_colored(ids, tokenizer, frozenset())
+    data_look.print_window(ids, tokenizer, frozenset())
     assert "\x1b[36m[red]a" in terminal.getvalue() and "\x1b[7m<fim_prefix>" in terminal.getvalue()
 
 

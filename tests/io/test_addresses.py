@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import fsspec
 import pytest
 
-from jaxcoder.cli.data_look import _is_run
+from jaxcoder.cli.data_look import run_config
 from jaxcoder.errors import DataError
 from jaxcoder.io.addresses import open_address
 
@@ -32,4 +32,4 @@ def test_looking_for_a_run_where_access_is_refused(monkeypatch):
 
     monkeypatch.setattr(fsspec, "url_to_fs", lambda path: (SimpleNamespace(exists=refuse), "bucket/store"))
     with pytest.raises(DataError, match="Cannot read s3://bucket/store/config.json.*give credentials"):
-        _is_run("s3://bucket/store")
+        run_config("s3://bucket/store")
