@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="{inspect}", required=True)
     inspect = verbs.add_parser("inspect", help="describe a checkpoint, and verify its files")
     inspect.add_argument("path", metavar="PATH", help="a run's directory, its checkpoints, or one step")
-    inspect.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the newest complete one)")
+    inspect.add_argument("--step", type=int, metavar="N", help="which step of a run (default: the latest complete one)")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its checksum")
 
 

@@ -20,6 +20,8 @@ context. Sample k of a seed does not depend on --num-samples. With --json each l
 import argparse
 import logging
 import sys
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxcoder.cli.start import start_jax
@@ -74,8 +76,6 @@ def run(args: argparse.Namespace) -> int | None:
     prompt = _prompt(args)
     _check(args)  # before the weights are read
 
-    import time
-
     generator = _load(args)
     start = time.perf_counter()
     answer = _print_all if args.json or args.num_samples > 1 else _stream
@@ -110,13 +110,10 @@ def _text(text: str | None, file: str | None, name: str) -> str | None:
     """The text, or the content of the file without newline translation."""
     from jaxcoder.errors import DataError
 
-    if file is not None:
-        name = "standard input" if file == "-" else file
-        if file == "-":
-            content = sys.stdin.buffer.read()
-        else:
-            with open(file, "rb") as opened:
-                content = opened.read()
+    if file == "-":
+        name, content = "standard input", sys.stdin.buffer.read()
+    elif file is not None:
+        name, content = file, Path(file).read_bytes()
     elif text is not None:
         name, content = f"--{name}", text.encode(errors="surrogateescape")
     else:

@@ -11,7 +11,7 @@ def start_jax(*, debug: bool) -> None:
     from jaxcoder import runtime
 
     runtime.initialize(debug=debug)
-    _warn_of_unseen()
+    _warn_of_unused_accelerator()
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,15 +44,14 @@ def start_processes(args: argparse.Namespace) -> int:
         timeout=args.initialization_timeout,
     )
     if index == 0:
-        _warn_of_unseen()
+        _warn_of_unused_accelerator()
     else:
         configure_logging("error")  # process 0 logs for all
     return index
 
 
-def _warn_of_unseen() -> None:
+def _warn_of_unused_accelerator() -> None:
     from jaxcoder import runtime
 
-    unseen = runtime.check_accelerator()
-    if unseen:
-        logger.warning(unseen)
+    if warning := runtime.check_accelerator():
+        logger.warning(warning)

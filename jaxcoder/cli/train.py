@@ -8,7 +8,7 @@
     jaxcoder train starcoderbase --data STORE --mesh.fsdp 64 --dry-run     its requirements, on any machine
 
 STORE is a directory made by `jaxcoder data build`. All files of a run are in its output directory. The same command
-resumes it from the newest checkpoint after Ctrl-C, a kill or a crash. `jaxcoder train CONFIG --help` lists all fields.
+resumes it from the latest checkpoint after Ctrl-C, a kill or a crash. `jaxcoder train CONFIG --help` lists all fields.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`jaxcoder complete`: what goes to which stream, and one sentence for what cannot be done."""
+"""`jaxcoder complete`: output streams and error messages."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from jaxcoder.tokenizer.train import train_tokenizer
 
 @pytest.fixture(scope="module")
 def loaded():
-    # The configuration of the tests of inference, so that what they compiled serves here too.
+    # As in tests/inference, to share compiled programs.
     config = ModelConfig(
         num_layers=2, embed_dim=32, num_heads=2, head_dim=16, mlp_dim=64, vocab_size=304, max_seq_len=64, init_std=0.3
     )
@@ -25,7 +25,7 @@ def loaded():
 
 @pytest.fixture
 def complete(loaded, monkeypatch, capsys):
-    """Runs the verb on a tiny model; gives (exit code, standard output, standard error)."""
+    """Runs the verb on a tiny model; returns (exit code, standard output, standard error)."""
     import jaxcoder.inference.load
 
     monkeypatch.setattr(jaxcoder.inference.load, "load_model", lambda path, *, compute, step: loaded)
@@ -38,7 +38,7 @@ def complete(loaded, monkeypatch, capsys):
     return run
 
 
-def test_the_answer_alone_is_on_standard_output(complete):
+def test_only_the_completion_is_on_standard_output(complete):
     code, out, status = complete("--prefix", "def area(", "--max-new-tokens", "12")
     assert code == 0 and "MODEL: 2 layers" in status and "tokens in" in status
     code, as_json, _ = complete("--prefix", "def area(", "--max-new-tokens", "12", "--json")
@@ -47,7 +47,7 @@ def test_the_answer_alone_is_on_standard_output(complete):
     assert set(answer) == {"text", "finish_reason", "tokens", "log_prob", "prompt_tokens", "sample"}
 
 
-def test_samples_come_again(complete):
+def test_samples_are_reproducible(complete):
     options = ("--prefix", "a", "--temperature", "1.5", "--seed", "5", "--max-new-tokens", "12", "--json")
     _, two, _ = complete(*options, "--num-samples", "2")
     _, one, _ = complete(*options)
@@ -90,7 +90,7 @@ def test_text_from_files_is_exact(complete, tmp_path, loaded):
         (["--prefix", "\udcff"], "not UTF-8"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(complete, arguments, message):
+def test_errors_are_one_sentence(complete, arguments, message):
     code, out, error = complete(*arguments)
     assert code == 2 and out == "" and "Traceback" not in error
     assert message in error.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""The command line's entry: verbs, help, suggestions, and how every kind of failure ends."""
+"""The entry point of the command line: verbs, help, suggestions, errors and exit codes."""
 
 import argparse
 import errno
@@ -23,7 +23,7 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__f
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Puts a verb `fake` into the table: a module whose `run` is given by the test."""
+    """Adds a verb `fake` with the `run` of the test."""
 
     def put(
         run, *, passes_unknown=False, add_arguments=None, doc="does a thing.\n\nexample:\n  jaxcoder fake --size 100%\n"
@@ -58,9 +58,9 @@ def raising(error):
 
 def test_help_lists_every_verb(capsys):
     assert cli.main(["--help"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name, (_, summary) in cli.VERBS.items():
-        assert name in said and summary in said
+        assert name in printed and summary in printed
 
 
 def test_no_verb_is_an_error_that_shows_help(capsys):
@@ -73,11 +73,11 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("jaxcoder 0.")
 
 
-def test_help_of_a_verb_teaches(verb, capsys):
+def test_help_of_a_verb_shows_examples(verb, capsys):
     verb(lambda args: None)
     assert cli.main(["fake", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "does a thing." in said and "example:\n  jaxcoder fake --size 100%" in said and "--debug" in said
+    printed = capsys.readouterr().out
+    assert "does a thing." in printed and "example:\n  jaxcoder fake --size 100%" in printed and "--debug" in printed
 
 
 @pytest.mark.parametrize("name", cli.VERBS)
@@ -85,8 +85,8 @@ def test_every_verb_of_the_table_answers_help(name, capsys):
     if importlib.util.find_spec(cli.VERBS[name][0]) is None:
         pytest.skip(f"the verb {name} is not written yet")
     assert cli.main([name, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert f"jaxcoder {name}" in said and len(said.splitlines()) > 8
+    printed = capsys.readouterr().out
+    assert f"jaxcoder {name}" in printed and len(printed.splitlines()) > 8
 
 
 def test_help_is_quick():
@@ -132,11 +132,11 @@ def test_runs_the_verb(verb):
         (["fake", "--size"], "expected one argument"),
     ],
 )
-def test_misspellings_are_answered(verb, capsys, arguments, expected):
+def test_misspellings_get_suggestions(verb, capsys, arguments, expected):
     verb(lambda args: None)
     assert cli.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("jaxcoder: error: ") and expected in said and len(said.splitlines()) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("jaxcoder: error: ") and expected in printed and len(printed.splitlines()) == 1
 
 
 def nested_arguments(parser):
@@ -145,7 +145,7 @@ def nested_arguments(parser):
     build.add_argument("--output")
 
 
-def test_sub_verbs_have_the_same_manners(verb, capsys):
+def test_sub_verbs_get_the_same_errors(verb, capsys):
     seen = []
     verb(lambda args: seen.append(args.output), add_arguments=nested_arguments)
     assert cli.main(["fake", "build", "--output", "x", "--debug"]) == 0 and seen == ["x"]
@@ -165,7 +165,7 @@ def test_unknown_options_are_overrides_where_a_verb_takes_them(verb):
     assert seen == [("tiny", "synthetic", rest), ("tiny", None, ["--help"])]
 
 
-# --- how failures end ------------------------------------------------------------------------------------------------
+# --- errors and exit codes -------------------------------------------------------------------------------------------
 
 
 def test_an_error_takes_the_live_line_off_the_terminal(verb, monkeypatch):
@@ -187,7 +187,7 @@ def test_an_error_takes_the_live_line_off_the_terminal(verb, monkeypatch):
     assert terminal.getvalue().endswith("jaxcoder: error: a sentence.\n")  # and not wrapped into the live line
 
 
-def test_an_error_of_ours_is_one_line(verb, capsys):
+def test_a_jaxcoder_error_is_one_line(verb, capsys):
     verb(raising(CheckpointError("there is no checkpoint in 'runs/x': train first.")))
     assert cli.main(["fake"]) == 2
     assert capsys.readouterr().err == "jaxcoder: error: there is no checkpoint in 'runs/x': train first.\n"
@@ -199,8 +199,8 @@ def test_an_error_of_ours_is_one_line(verb, capsys):
 def test_debug_shows_the_traceback(verb, capsys, arguments):
     verb(raising(CheckpointError("a sentence.")))
     assert cli.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" in said and said.endswith("jaxcoder: error: a sentence.\n")
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and printed.endswith("jaxcoder: error: a sentence.\n")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_debug_shows_the_traceback(verb, capsys, arguments):
         (["--log-level=debug"], ["debug", "info", "warning"]),
     ],
 )
-def test_log_level_and_quiet_stand_anywhere(verb, capsys, options, expected):
+def test_global_options_anywhere(verb, capsys, options, expected):
     def run(args):
         for level in ("debug", "info", "warning"):
             getattr(logging.getLogger("jaxcoder.fake"), level)(level)
@@ -233,7 +233,7 @@ def test_a_bug_keeps_its_traceback(verb, capsys):
     assert "ZeroDivisionError: bug" in capsys.readouterr().err
 
 
-def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
+def test_an_interruption_prints_the_resume_command(verb, capsys, monkeypatch):
     verb(
         raising(
             Interrupted(
@@ -242,17 +242,17 @@ def test_stopping_says_how_to_go_on(verb, capsys, monkeypatch):
         )
     )
     assert cli.main(["fake"]) == 143
-    said = capsys.readouterr().err
-    assert "error" not in said and "to resume, run: jaxcoder train x" in said
+    printed = capsys.readouterr().err
+    assert "error" not in printed and "to resume, run: jaxcoder train x" in printed
     monkeypatch.setattr(sys, "argv", ["jaxcoder", "fake", "a b"])
     verb(raising(KeyboardInterrupt()))
     assert cli.main(["fake"]) == 130
-    said = capsys.readouterr().err
-    assert "stopped by Ctrl-C" in said and "jaxcoder fake 'a b'" in said
+    printed = capsys.readouterr().err
+    assert "stopped by Ctrl-C" in printed and "jaxcoder fake 'a b'" in printed
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
+def test_signals_print_one_sentence(number, code, tmp_path):
     script = (
         "import sys, types, time\nfrom jaxcoder.cli import main as cli\n"
         "def run(args):\n    try:\n        print('ready', flush=True)\n        time.sleep(60)\n"
@@ -265,9 +265,9 @@ def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    out, said = process.communicate(timeout=30)
+    out, printed = process.communicate(timeout=30)
     assert process.returncode == code and out == "cleaned up\n"
-    assert "jaxcoder: stopped by" in said and "to resume, run:" in said and "Traceback" not in said
+    assert "jaxcoder: stopped by" in printed and "to resume, run:" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
@@ -283,11 +283,11 @@ def test_signals_end_a_verb_with_a_sentence(number, code, tmp_path):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/a"), "No such file or directory: '/a'"),
     ],
 )
-def test_the_machine_s_limits_are_sentences(verb, capsys, error, expected):
+def test_operating_system_errors_are_sentences(verb, capsys, error, expected):
     verb(raising(error))
     assert cli.main(["fake"]) == 2
-    said = capsys.readouterr().err
-    assert expected in said and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert expected in printed and "Traceback" not in printed
 
 
 def test_a_real_full_disk(verb, capsys):

@@ -1,4 +1,4 @@
-"""`jaxcoder report` and `jaxcoder doctor`: on a run that was really trained, then wrecked; and what they refuse."""
+"""`jaxcoder report` and `jaxcoder doctor`: on a trained run, with injected damage, and their errors."""
 
 import json
 import os
@@ -28,14 +28,14 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def said(capsys, *arguments) -> str:
+def printed(capsys, *arguments) -> str:
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
 
 
 def test_report_of_a_run(run, capsys):
-    out = said(capsys, "report", run)
+    out = printed(capsys, "report", run)
     page = (run / "report.html").read_text()
     assert str(run / "report.html") in out and "12 of 12 (100%)" in out and "parameters" in out
     assert page.startswith("<!DOCTYPE html>") and page.count("<svg") >= 5 and "12 of 12 (100%)" in page
@@ -44,17 +44,17 @@ def test_report_of_a_run(run, capsys):
 
 
 def test_report_elsewhere_and_text_alone(run, tmp_path, capsys):
-    said(capsys, "report", run, "--output", tmp_path / "new" / "page.html")
+    printed(capsys, "report", run, "--output", tmp_path / "new" / "page.html")
     assert (tmp_path / "new" / "page.html").is_file() and not (run / "report.html").exists()
-    assert "The page" not in said(capsys, "report", run, "--text") and not (run / "report.html").exists()
+    assert "The page" not in printed(capsys, "report", run, "--text") and not (run / "report.html").exists()
 
 
-def test_doctor_of_a_run_that_is_well(run, capsys):
-    out = said(capsys, "doctor", run, "--verify")
+def test_doctor_of_an_undamaged_run(run, capsys):
+    out = printed(capsys, "doctor", run, "--verify")
     assert "smoke" in out and "ERROR" not in out and "damaged_checkpoints" not in out
 
 
-def test_doctor_finds_what_was_broken(run, capsys):
+def test_doctor_finds_injected_damage(run, capsys):
     (run / "checkpoints" / "6" / "manifest.json").unlink()
     torn = max((run / "checkpoints" / "12" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     torn.write_bytes(torn.read_bytes()[:-7])
@@ -64,10 +64,10 @@ def test_doctor_finds_what_was_broken(run, capsys):
         if record.get("step") in (4, 5) and "loss" in record:
             record |= {"loss": "NaN", "skipped": 1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    out = said(capsys, "doctor", run)
+    out = printed(capsys, "doctor", run)
     assert "2 checkpoints of 2 cannot be used." in out and "none is complete" in out
     assert "step 4 to 5" in out and f"jaxcoder data trace {run} --step 4" in out
-    found = json.loads(said(capsys, "doctor", run, "--json"))
+    found = json.loads(printed(capsys, "doctor", run, "--json"))
     assert {finding["rule"] for finding in found} >= {"damaged_checkpoints", "skipped_steps"}
     assert found[0]["severity"] == "error" and all(finding["try_next"] for finding in found)
 
@@ -77,12 +77,12 @@ def test_a_flipped_byte_needs_verify(run, capsys):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content))
-    assert "damaged_checkpoints" not in said(capsys, "doctor", run)
-    assert "was altered" in " ".join(said(capsys, "doctor", run, "--verify").split())
+    assert "damaged_checkpoints" not in printed(capsys, "doctor", run)
+    assert "was altered" in " ".join(printed(capsys, "doctor", run, "--verify").split())
 
 
 @pytest.mark.parametrize("verb", ["report", "doctor"])
-def test_what_is_no_run(verb, tmp_path, capsys):
+def test_not_a_run(verb, tmp_path, capsys):
     for place in (tmp_path, tmp_path / "nowhere"):
         assert main([verb, str(place)]) == 2
         error = capsys.readouterr().err
@@ -122,8 +122,8 @@ def bucket(monkeypatch, tmp_path):
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir("runs-of-ours")
-    yield "s3://runs-of-ours"
+    s3fs.S3FileSystem().mkdir("test-runs")
+    yield "s3://test-runs"
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
 
@@ -133,9 +133,9 @@ def test_a_run_in_a_bucket(run, bucket, capsys):
 
     filesystem, inside = fsspec.url_to_fs(f"{bucket}/run")
     filesystem.put(f"{run}/", inside, recursive=True)
-    assert f"The page: {bucket}/run/report.html" in said(capsys, "report", f"{bucket}/run")
+    assert f"The page: {bucket}/run/report.html" in printed(capsys, "report", f"{bucket}/run")
     assert filesystem.cat_file(f"{inside}/report.html").startswith(b"<!DOCTYPE html>")
     filesystem.rm_file(f"{inside}/checkpoints/6/manifest.json")
-    out = said(capsys, "doctor", f"{bucket}/run")
+    out = printed(capsys, "doctor", f"{bucket}/run")
     assert "1 checkpoint of 2 cannot be used." in out and "step 6: it has no manifest.json" in out
     assert main(["doctor", f"{bucket}/nothing"]) == 2 and "is no run" in capsys.readouterr().err

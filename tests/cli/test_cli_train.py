@@ -1,4 +1,4 @@
-"""`jaxcoder train`: what the command line refuses, in one sentence, before anything is compiled or written."""
+"""`jaxcoder train`: errors of the command line, before anything is compiled or written."""
 
 import json
 import subprocess
@@ -19,9 +19,9 @@ def here(tmp_path, monkeypatch):
 
 def refused(capsys, command: str) -> str:
     assert main(["train", *command.split()]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,12 @@ def test_a_config_of_another_version_names_its_fields(capsys, tmp_path):
     plain["learning_rate"] = 1e-3
     (tmp_path / "runs" / "smoke").mkdir(parents=True)
     (tmp_path / "runs" / "smoke" / "config.json").write_text(json.dumps(plain))
-    said = refused(capsys, "smoke --data synthetic")
-    assert "learning_rate is unknown" in said and "Use the version that wrote it, or correct these fields" in said
+    printed = refused(capsys, "smoke --data synthetic")
+    assert "learning_rate is unknown" in printed and "Use the version that wrote it, or correct these fields" in printed
 
 
 def test_two_runs_in_one_directory(tmp_path):
-    """The second one, in a process of its own, says who holds the directory and leaves it."""
+    """The second process reports the owner of the run lock and exits."""
     command = [sys.executable, "-m", "jaxcoder.cli.main", "train", "smoke", "--data", "synthetic"]
     with acquire_run_lock(str(tmp_path / "runs" / "smoke")):
         second = subprocess.run(command, capture_output=True, text=True, timeout=120)
