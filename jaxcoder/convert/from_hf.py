@@ -12,7 +12,7 @@ from jaxcoder.checkpoint.arrays import ArrayWriter
 from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
 from jaxcoder.convert.hf_names import shape
 from jaxcoder.convert.hf_weights import HFWeights, open_hf_weights
-from jaxcoder.convert.hub import fetch, is_hub_id
+from jaxcoder.convert.hub import local_path
 from jaxcoder.convert.output import check_finite, count_non_finite, output_directory
 from jaxcoder.convert.to_hf import Summary
 from jaxcoder.errors import ConversionError
@@ -74,11 +74,11 @@ def _write_arrays(weights: HFWeights, output: Path, allow_non_finite: bool, prog
 
 
 def _local(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        return path
+    path = local_path(source)
     if path.is_file():
         raise ConversionError(f"{source} is a file: give the directory that contains it and its config.json.")
-    if isinstance(source, str) and is_hub_id(source):
-        return fetch(source)
-    raise ConversionError(f"{source} does not exist: give a directory, or a hub id such as bigcode/starcoderbase-1b.")
+    if not path.exists():
+        raise ConversionError(
+            f"{source} does not exist: give a directory, or a hub id such as bigcode/starcoderbase-1b."
+        )
+    return path

@@ -5,13 +5,20 @@ from pathlib import Path
 
 from jaxcoder.errors import ConversionError
 
-_WANTED = ("config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json")
-_WANTED_BIN = ("config.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "tokenizer.json")
+_SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_WANTED = (*_SMALL_FILES, "model*.safetensors", "model.safetensors.index.json")
+_WANTED_BIN = (*_SMALL_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 def is_hub_id(text: str) -> bool:
     """Whether `text` has the form owner/name (or name, as the oldest models have)."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) is not None
+
+
+def local_path(source: str | Path) -> Path:
+    """`source` itself if it exists or is not a hub id, else the directory of that model in the hub's cache."""
+    path = Path(source)
+    return fetch(str(source)) if isinstance(source, str) and not path.exists() and is_hub_id(source) else path
 
 
 def fetch(hub_id: str) -> Path:
@@ -43,7 +50,7 @@ def _reason(hub_id: str, error: Exception) -> str:
         return f"there is no model {hub_id} on the hub and no such directory: check the spelling, {elsewhere}."
     # The hub's errors do not distinguish a private model from a missing one, nor a lost network from an empty cache.
     return (
-        f"{hub_id} could not be downloaded from the hub ({_first_line(error)}): check the network "
+        f"{hub_id} is not a local directory and could not be downloaded from the hub ({_first_line(error)}): check the network "
         f"and HF_HUB_OFFLINE, {elsewhere}."
     )
 

@@ -12,6 +12,7 @@ from jaxcoder.checkpoint.manifest import TOKENIZER, Manifest
 from jaxcoder.checkpoint.names import assemble_tree, check_arrays, flatten_tree, unflatten_tree
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.convert.hf_weights import HFWeights, is_hf_directory, open_hf_weights
+from jaxcoder.convert.hub import local_path
 from jaxcoder.errors import CheckpointError
 from jaxcoder.models.protocol import Decoder, abstract_model
 from jaxcoder.tokenizer.tokenizer import Tokenizer
@@ -27,14 +28,15 @@ def load_model(
     """The model at `path`, its config, and the tokenizer saved with the weights, if any.
 
     Args:
-        path: a run's directory, its `checkpoints`, one checkpoint, or a directory in Hugging Face's format.
+        path: a run's directory, its `checkpoints`, one checkpoint, a directory in Hugging Face's format, or the id of a
+            model on the Hugging Face hub, which is downloaded into its cache.
         compute: default `ComputeConfig()`. Weights are fp32 in any case.
         mesh: shards every array on this mesh; None: all arrays are on the first device.
         step: the checkpoint of a run; default the latest complete one.
 
     Raises CheckpointError or ConversionError for any other directory and for damaged files.
     """
-    path = Path(path)
+    path = local_path(path)
     compute = compute or ComputeConfig()
     if is_hf_directory(path):
         if step is not None:
@@ -44,11 +46,21 @@ def load_model(
     if is_checkpoint(path):
         directory, manifest = open_checkpoint(path, step=step)
         return _from_checkpoint(directory, manifest, compute, mesh), manifest.model, _tokenizer(directory / TOKENIZER)
-    problem = "does not exist" if not path.exists() else "is a file" if path.is_file() else "contains no model"
     raise CheckpointError(
-        f"{path} {problem}: give a run's directory, one of its checkpoints, or a directory with config.json and "
-        "model.safetensors (or pytorch_model.bin)."
+        f"{path} {_describe(path)}: give a run's directory, one of its checkpoints, a directory with config.json and "
+        "model.safetensors (or pytorch_model.bin), or the id of a model on the Hugging Face hub."
     )
+
+
+def _describe(path: Path) -> str:
+    """What a path without a model is."""
+    if not path.is_dir():
+        return "is a file" if path.exists() else "does not exist"
+    if (path / "tokens" / "zarr.json").exists():
+        return "is a token store, not a model"
+    if any(path.glob("*.parquet")) or any(path.glob("*.jsonl*")):
+        return "is a corpus, not a model"
+    return "is a tokenizer, not a model" if (path / "tokenizer.json").exists() else "contains no model"
 
 
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:

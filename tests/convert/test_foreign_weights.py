@@ -227,3 +227,40 @@ def test_the_settings_of_a_tokenizer_survive(directory, tmp_path):
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert config["eos_token_id"] == generation["eos_token_id"] == end
     assert config["pad_token_id"] == 4 and config["bos_token_id"] == 0
+
+
+def test_a_hub_id_is_accepted_wherever_a_model_is(directory, monkeypatch, tmp_path):
+    from jaxcoder.inference.load import load_model
+    from jaxcoder.recipes.initial_weights import open_weights
+
+    asked = []
+
+    def snapshot_download(hub_id, allow_patterns):
+        asked.append(hub_id)
+        return str(directory)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    expected = open_hf_weights(directory).config
+    assert load_model("someone/tiny")[1] == open_weights("someone/tiny").model == expected
+    from_hf("someone/tiny", tmp_path / "jax")
+    assert set(asked) == {"someone/tiny"}
+    (tmp_path / "someone").mkdir()
+    shutil.copytree(directory, tmp_path / "someone" / "tiny")  # a directory of that name comes first
+    asked.clear()
+    assert load_model("someone/tiny")[1] == expected and not asked
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    from jaxcoder.errors import CheckpointError
+    from jaxcoder.inference.load import load_model
+
+    for name, words in (
+        ("tokens/zarr.json", "a token store"),
+        ("train.parquet", "a corpus"),
+        ("tokenizer.json", "a tok"),
+    ):
+        (tmp_path / words / name).parent.mkdir(parents=True)
+        (tmp_path / words / name).touch()
+        with pytest.raises(CheckpointError, match=f"is {words}.*, not a model: give a run's directory"):
+            load_model(tmp_path / words)
