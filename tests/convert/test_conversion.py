@@ -263,7 +263,9 @@ def test_offline_hub_is_one_sentence(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "someone/x is not a local directory and could not be downloaded" in done.stderr
+    assert (
+        done.stderr.count("\n") == 1 and "someone/x is not a local directory and could not be downloaded" in done.stderr
+    )
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
