@@ -27,7 +27,7 @@ for ((fault = 0; fault <= RESTARTS; fault++)); do
     wait "$pid" || code=$?
   done
   case $code in
-    0 | 2 | 130 | 143) exit "$code" ;; # complete; user error; interrupted and saved
+    0 | 2 | 129 | 130 | 143) exit "$code" ;; # complete; user error; interrupted and saved
   esac
   echo "jaxcoder exited with code $code; restarting in 10 seconds ($((fault + 1)) of $RESTARTS)" >&2
   sleep 10

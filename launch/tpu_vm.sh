@@ -56,7 +56,7 @@ while true; do
         # Every host runs the same command; JAX reads the process ids from the metadata server.
         on_all_hosts "JAXCODER_TPU_POD=1 python3 -m jaxcoder train ${CONFIG@Q} ${ARGUMENTS[*]@Q}" || code=$?
         case $code in
-          0 | 2 | 130)
+          0 | 2 | 129 | 130)
             echo "the run exited with code $code; deleting its TPUs" >&2
             delete
             exit "$code"

@@ -1,8 +1,8 @@
 """Convert checkpoints to and from Hugging Face format.
 
-`to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors in fp32,
-generation_config.json and the tokenizer. `from-hf` converts such a directory, or a model of the Hugging Face hub, to a
-checkpoint. Neither needs torch, and a round trip is bit-exact. GPTBigCode models only (SantaCoder, StarCoder,
+`to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors,
+generation_config.json and the tokenizer. `from-hf` converts such a directory, or a model of the Hugging Face hub, to an
+fp32 checkpoint. Neither needs torch, and a round trip is bit-exact, in the dtype of the source. GPTBigCode models only (SantaCoder, StarCoder,
 StarCoderBase, tiny_starcoder_py).
 
   jaxcoder convert to-hf runs/quickstart exported            the latest checkpoint of a run
@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SOURCE", help="a directory with config.json and weights, or a hub id: bigcode/starcoder"
     )
     from_.add_argument("destination", metavar="DESTINATION", help="directory to write; new or empty")
+    to.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights (default: that of the weights it was converted from, else float32)",
+    )
     for verb in (to, from_):
+        verb.add_argument("--allow-non-finite", action="store_true", help="accept weights that are NaN or infinite")
         verb.add_argument("--overwrite", action="store_true", help="replace the destination")
 
 
@@ -73,6 +79,8 @@ def _to_hf(args: argparse.Namespace) -> None:
         step=args.step,
         overwrite=args.overwrite,
         max_shard_bytes=int(min(args.max_shard_gb, 1e9) * 1e9),
+        dtype=args.dtype,
+        allow_non_finite=args.allow_non_finite,
         progress=ConsoleProgress(),
     )
     tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the checkpoint has none"
@@ -87,7 +95,13 @@ def _from_hf(args: argparse.Namespace) -> None:
     from jaxcoder.convert.from_hf import from_hf
     from jaxcoder.record.console import ConsoleProgress
 
-    summary = from_hf(args.source, args.destination, overwrite=args.overwrite, progress=ConsoleProgress())
+    summary = from_hf(
+        args.source,
+        args.destination,
+        overwrite=args.overwrite,
+        allow_non_finite=args.allow_non_finite,
+        progress=ConsoleProgress(),
+    )
     tokenizer = "with its tokenizer" if summary.has_tokenizer else "WITHOUT a tokenizer: the source has none"
     print(f"Wrote {summary.num_parameters:,} parameters to {summary.directory} ({tokenizer}).")
     print(f"Try it with: jaxcoder complete {summary.directory} --prefix 'def hello'")

@@ -50,8 +50,8 @@ def _reason(hub_id: str, error: Exception) -> str:
         return f"there is no model {hub_id} on the hub and no such directory: check the spelling, {elsewhere}."
     # The hub's errors do not distinguish a private model from a missing one, nor a lost network from an empty cache.
     return (
-        f"{hub_id} is not a local directory and could not be downloaded from the hub ({_first_line(error)}): check the network "
-        f"and HF_HUB_OFFLINE, {elsewhere}."
+        f"{hub_id} is not a local directory and could not be downloaded from the hub ({_first_line(error)}): check "
+        f"the network and HF_HUB_OFFLINE, {elsewhere}."
     )
 
 

@@ -7,8 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from jaxcoder_configs.smoke import smoke
 
-from jaxcoder.cli.main import VERBS, Parser, UsageError, parse_verb
+from jaxcoder.cli.main import VERBS, Parser, parse_verb
+from jaxcoder.config.overrides import apply_overrides
+from jaxcoder.errors import JaxcoderError
 
 ROOT = Path(__file__).parent.parent.parent
 COMMAND = re.compile(r"(?:^|Next: |&& |\| |/)jaxcoder +(?=[\w-])")
@@ -34,10 +37,12 @@ def commands(text: str) -> list[list[str]]:
 
 def accepted(words: list[str]) -> bool:
     try:
-        parse_verb(words[0], importlib.import_module(VERBS[words[0]][0]), words[1:])
+        args = parse_verb(words[0], importlib.import_module(VERBS[words[0]][0]), words[1:])
+        if words[0] != "launch" and getattr(args, "overrides", None):  # launch also takes variables of its file
+            apply_overrides(smoke(), args.overrides)
     except SystemExit as stop:  # --help
         return stop.code == 0
-    except (UsageError, KeyError):
+    except (JaxcoderError, KeyError):
         return False
     return True
 

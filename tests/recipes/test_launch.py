@@ -66,7 +66,7 @@ def clients(tmp_path, monkeypatch) -> Path:
         "srun": code, "jaxcoder": code,
         "gcloud": f'case "$*" in *describe*) cat {tmp_path}/state 2>/dev/null;;\n'
                   f'*create*) echo ACTIVE > {tmp_path}/state;;\n'
-                  f'*delete*) rm {tmp_path}/state;; *"cli.main train"*) {code.strip()};; esac\n',
+                  f'*delete*) rm {tmp_path}/state;; *"jaxcoder train"*) {code.strip()};; esac\n',
     }  # fmt: skip
     for name, body in programs.items():
         (directory / name).write_text(record + body)
@@ -106,7 +106,7 @@ def test_slurm_reads_every_directive():
 
 def test_slurm_requeues_unless_complete_or_failed(clients):
     job = {"SLURM_CPUS_ON_NODE": "4", "SLURM_JOB_ID": "77"}
-    for code, is_requeued in ((0, False), (2, False), (130, False), (143, True), (75, True), (137, True)):
+    for code, is_requeued in ((0, False), (2, False), (129, False), (130, False), (143, True), (75, True), (137, True)):
         (clients / "called").unlink(missing_ok=True)
         assert run_file(clients, "slurm", f"{code}\n", **job) == code
         assert called(clients, "scontrol") == [["scontrol", "requeue", "77"]] * is_requeued
