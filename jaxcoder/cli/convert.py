@@ -2,8 +2,8 @@
 
 `to-hf` writes a directory that transformers, vLLM, llama.cpp and others open: config.json, model.safetensors,
 generation_config.json and the tokenizer. `from-hf` converts such a directory, or a model of the Hugging Face hub, to an
-fp32 checkpoint. Neither needs torch, and a round trip is bit-exact, in the dtype of the source. GPTBigCode models only (SantaCoder, StarCoder,
-StarCoderBase, tiny_starcoder_py).
+fp32 checkpoint. Neither needs torch, and a round trip is bit-exact, in the dtype of the source. GPTBigCode models only
+(SantaCoder, StarCoder, StarCoderBase, tiny_starcoder_py).
 
   jaxcoder convert to-hf runs/quickstart exported            the latest checkpoint of a run
   jaxcoder convert to-hf runs/quickstart/checkpoints/200 exported
