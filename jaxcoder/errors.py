@@ -39,20 +39,39 @@ class TrainingError(JaxcoderError):
 
 
 class MissingExtraError(JaxcoderError):
-    """An optional dependency is not installed; the message holds the command that installs it."""
+    """An optional dependency is not installed; the message has the command that installs it."""
 
     def __init__(self, purpose: str, extra: str):
-        super().__init__(f"{purpose} needs the extra `{extra}`: run `pip install 'jaxcoder[{extra}]'`.")
+        super().__init__(f"{purpose} needs the extra `{extra}`: run `{install_command(extra)}`.")
+
+
+def install_command(extra: str) -> str:
+    """The command that installs the packages of an extra for this installation: from its clone, or one by one."""
+    import shlex
+    import sys
+    from importlib import metadata
+    from pathlib import Path
+
+    pip = "pip" if sys.prefix != sys.base_prefix else "python3 -m pip"
+    clone = Path(__file__).parent.parent
+    if (clone / "setup.cfg").is_file():
+        return f"{pip} install -e {shlex.quote(f'{clone}[{extra}]')}"
+    try:
+        requirements = metadata.requires("jaxcoder") or []
+    except metadata.PackageNotFoundError:
+        requirements = []
+    of_extra = [text.partition(";")[0].strip() for text in requirements if f'extra == "{extra}"' in text]
+    return f"{pip} install {shlex.join(of_extra)}" if of_extra else f"{pip} install -e '.[{extra}]' in the clone"
 
 
 class LostProcessError(JaxcoderError):
-    """A process of the run never came, died or stands still: nobody's mistake, so a scheduler may start it again."""
+    """A process of the run never arrived, died or hangs. Not a user error, so a scheduler may restart the run."""
 
     exit_code = EXIT_WATCHDOG
 
 
 class TransientError(JaxcoderError):
-    """A file system or object store failed during the work and may recover, so a scheduler may start it again."""
+    """A file system or object store failed during the work and may recover, so a scheduler may restart it."""
 
     exit_code = EXIT_WATCHDOG
 

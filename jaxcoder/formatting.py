@@ -63,6 +63,12 @@ def format_ranges(numbers: Sequence[int], most: int = 12) -> str:
     return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
 
 
+def escape_control(text: str, keep: str = "") -> str:
+    """Text from data with control characters escaped, except those in `keep`, so that it cannot change a terminal or
+    add lines to a table."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The spelling among `known` that is closest to `word`, None if nothing is close (cutoff: 0 to 1, as difflib's)."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)

@@ -4,6 +4,7 @@ import pytest
 
 from jaxcoder.formatting import (
     did_you_mean,
+    escape_control,
     format_bytes,
     format_count,
     format_duration,
@@ -67,3 +68,9 @@ def test_ranges_are_folded():
     assert format_ranges([3, 7, 8, 9, 20]) == "3, 7 to 9, 20" and format_ranges([]) == ""
     assert format_ranges(list(range(0, 40, 2)), most=3) == "0, 2, 4 and 17 more"
     assert format_ranges([5, 6, 1000, 1001]) == "5 to 6, 1,000 to 1,001"
+
+
+def test_control_characters_of_data_are_escaped():
+    hostile = "a\x1b[2Jb\nrow 9\r\t\u202ec\udc80\u4e2d"
+    assert escape_control(hostile) == "a\\x1b[2Jb\\nrow 9\\r\\t\\u202ec\\udc80\u4e2d"
+    assert escape_control("a\n\tb\x00", keep="\n\t") == "a\n\tb\\x00"

@@ -24,6 +24,7 @@ from jaxcoder.benchmarks.measure import (
 )
 from jaxcoder.config import ComputeConfig, ModelConfig
 from jaxcoder.config.schema import Dtype
+from jaxcoder.errors import install_command
 
 JAXCODER = "jaxcoder"
 SEED = 1
@@ -121,7 +122,7 @@ def _batch(args, rows: int, size: int, model, torch_model, device: str | None) -
         )
     table += [{"name": f"{name}, {size} x {size}", "read": rate / 1e9} for name, rate in read.items()]
     if torch_model is None:
-        table.append({"name": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
+        table.append({"name": f"PyTorch: left out, `{install_command('bench')}`"})
     settings = {"model": args.config, "new tokens": args.new_tokens, "runs": args.runs, "seconds": clock_name(args)}
     if torch_model is not None:
         same = np.mean(

@@ -27,6 +27,7 @@ from jaxcoder.benchmarks.measure import (
     time_in_turns,
 )
 from jaxcoder.config import RunConfig
+from jaxcoder.errors import install_command
 
 JAXCODER = "jaxcoder"
 REPEATS = 2
@@ -238,7 +239,7 @@ def _report(
         rows.append(row)
     rows += [{"name": f"{name}, {size} x {size}", "tflops": rate / 1e12} for name, rate in rates.items()]
     if not of_torch:
-        rows.append({"name": "PyTorch: left out, `pip install 'jaxcoder[bench]'`"})
+        rows.append({"name": f"PyTorch: left out, `{install_command('bench')}`"})
     columns = {"name": "", "ms": "ms/step", "tokens": "tokens/s", "tflops": "TFLOP/s", "share": "of the best matmul"}
     columns |= {"mfu": f"MFU of {args.peak_tflops:g} TFLOP/s"} if args.peak_tflops else {}
     return Report(

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.formatting import format_table, plural
+from jaxcoder.formatting import escape_control, format_table, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -105,9 +105,8 @@ def _languages(store: "TokenStore", most: int = 20) -> str:
     from jaxcoder.data.lengths import by_language
 
     rows = by_language(store)
-    table = format_table(
-        ["language", "documents", "tokens", "bytes"], [(name or "(none)", *counts) for name, *counts in rows[:most]]
-    )
+    shown = [(escape_control(name) or "(none)", *counts) for name, *counts in rows[:most]]
+    table = format_table(["language", "documents", "tokens", "bytes"], shown)
     return table + (f"\nand {len(rows) - most} more" if len(rows) > most else "")
 
 

@@ -10,7 +10,7 @@ rates at training time, import each Task into its own store and list the stores 
 
   jaxcoder data import-seqio my_mixture --module-import my_tasks --tokenizer tokenizer --output-dir store
 
-The same command resumes an interrupted import. Needs the extra `seqio`: pip install 'jaxcoder[seqio]'.
+The same command resumes an interrupted import. Needs the extra `seqio`.
 """
 
 

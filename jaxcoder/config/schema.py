@@ -76,7 +76,7 @@ class Corpus:
     name: str = ""
     """Name in the held-out metrics; "" means the last component of `store`."""
     eval_store: str | None = None
-    """Token store of its held-out documents, evaluated beside data.eval_store."""
+    """Token store of its held-out documents, evaluated in addition to data.eval_store."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ class Stage:
     """Settings that apply from a sample until the next stage begins."""
 
     from_sample: int
-    """Samples consumed before the stage; the first stage begins at 0. A stage takes effect at the next whole step."""
+    """Samples consumed before the stage; the first stage starts at 0. A stage takes effect at the next step."""
     weights: tuple[float, ...] = non_negative(())
     """A weight for each of data.corpora; () means the weights given there."""
     global_batch_size: int | None = positive(None, dim="batch")

@@ -1,8 +1,8 @@
-"""Gathering a corpus: trees of raw code to `train.parquet`, `held_out.parquet` and a manifest.
+"""Gathers a corpus: trees of raw code -> `train.parquet`, `held_out.parquet` and a manifest.
 
-StarCoder's basic filters, exact deduplication, and a held-out set of whole packages. The result depends on the files
-and the arguments alone. Texts are read twice (judged, then written), so memory holds names and digests only. Each file
-is written atomically and the manifest last: an output directory with a manifest is complete, any other is made again.
+StarCoder's basic filters, exact deduplication, and a held-out set of complete packages. The result depends on the files
+and the arguments only. Texts are read twice (to filter, then to write), so that memory holds names and digests only.
+Files are written atomically and the manifest last: an output directory with a manifest is complete, others are redone.
 
 Columns: content, repo_name ("<source>/<package>"), path (inside the source), lang.
 """

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxcoder.formatting import escape_control
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 TEXT, PREFIX, MIDDLE, SUFFIX, SPM_MIDDLE, SPECIAL = "text", "prefix", "middle", "suffix", "prefix and middle", "special"
@@ -47,12 +48,8 @@ def labeled_texts(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[LabeledText
 def printable(part: LabeledText, special_names: frozenset[str]) -> str:
     """The text with control characters escaped, so that it cannot command a terminal; text that spells a special token
     gets a backslash, so that it differs from one."""
-    text = "".join(c if c in "\n\t" or c.isprintable() else _escaped(c) for c in part.text)
+    text = escape_control(part.text, keep="\n\t")
     if part.kind != SPECIAL:
         for name in special_names:
             text = text.replace(name, "\\" + name)
     return text
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

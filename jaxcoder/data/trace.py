@@ -18,6 +18,7 @@ from jaxcoder.data.store import TokenStore
 from jaxcoder.data.stream import SampleStream
 from jaxcoder.data.windows import Place
 from jaxcoder.errors import DataError
+from jaxcoder.formatting import escape_control
 
 
 class TracedDocument(NamedTuple):
@@ -119,7 +120,7 @@ class Tracer:
         stores = ", ".join(store.path for store in self.stream.stores)
         column, value = ("path", path) if path is not None else ("repo_name", repo_name or "")
         similar = [name for store in self.stream.stores for name in containing(store, column, value, most=3)]
-        hint = f"it has {', '.join(similar[:3])}" if similar else "check the spelling"
+        hint = f"it has {', '.join(map(escape_control, similar[:3]))}" if similar else "check the spelling"
         what = "file" if path is not None else "repository"
         return f"No document of {stores} has the {what} {value!r}: {hint}."
 
@@ -173,7 +174,7 @@ def describe_row(stream: SampleStream, traced: TracedRow) -> list[str]:
         f"{stream.stores[place.corpus].path}, epoch {place.epoch}"
     ]
     for document in traced.documents:
-        name = " ".join(filter(None, (document.repo_name, document.path))) or "(no name)"
+        name = escape_control(" ".join(filter(None, (document.repo_name, document.path)))) or "(no name)"
         lines.append(f"    {document.stop - document.start:>7,} tokens  {name}")
     return lines
 

@@ -6,6 +6,8 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+from jaxcoder.errors import install_command
+
 # PCI device ids of TPUs (vendor 0x1ae0, Google, which also makes network cards).
 TPU_PCI_DEVICES = {"0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076"}
 
@@ -46,7 +48,7 @@ def _unseen(kind: str, evidence: str, extra: str, plugin: str | None, advice: st
     start = f"This machine has a {kind} ({evidence}), but JAX sees only CPUs"
     silence = "or set JAX_PLATFORMS=cpu to run on CPUs without this warning."
     if plugin is None:
-        return f"{start}: run `pip install 'jaxcoder[{extra}]'` to use it, {silence}"
+        return f"{start}: run `{install_command(extra)}` to use it, {silence}"
     return (
         f"{start} although {plugin} is installed: {advice}, "
         f"print JAX's error with `JAX_PLATFORMS={extra} python -c 'import jax; jax.devices()'`, {silence}"

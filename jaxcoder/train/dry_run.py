@@ -65,7 +65,7 @@ def planned_devices(mesh: MeshConfig, num_devices: int) -> int:
 
 
 def num_samples(config: RunConfig) -> int:
-    """Windows that the whole run reads."""
+    """Number of windows that the run reads."""
     return BatchSchedule.of(config.global_batch_size, config.data).samples_of(config.num_steps)[0]
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jaxcoder.config import RunConfig
 from jaxcoder.data.stream import SampleStream
+from jaxcoder.formatting import escape_control
 from jaxcoder.models.protocol import Model
 from jaxcoder.record.alarms import LANGUAGE_PREFIX
 from jaxcoder.train.inputs import HeldOutStream, held_out_batches, own_share, shard_batch
@@ -128,7 +129,7 @@ class _Languages:
         (self._store,) = stream.stores
         column = pc.dictionary_encode(self._store.documents["lang"].combine_chunks())
         self._of_document = column.indices.to_numpy()
-        self.names = [name or UNKNOWN for name in column.dictionary.to_pylist()]
+        self.names = [escape_control(name) or UNKNOWN for name in column.dictionary.to_pylist()]
 
     def of_targets(self, samples: list[int]) -> np.ndarray:
         """int [B, S]: index into `names` of the language of each target of these windows (without FIM)."""

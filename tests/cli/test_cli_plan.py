@@ -56,9 +56,9 @@ def test_without_libtpu(capsys, monkeypatch):
     monkeypatch.setattr(plan_compile, "find_spec", lambda name: None)
     monkeypatch.setattr(plan_compile.platform, "system", lambda: "Linux")
     monkeypatch.setattr(plan_compile.platform, "machine", lambda: "x86_64")
-    assert "pip install 'jaxcoder[plan]'" in refused(capsys, "smoke --topology v5e:1x1")
-    assert "pip install 'jaxcoder[plan]'" in refused(capsys, "smoke --topology v5e:1x1 --search")
-    assert "pip install 'jaxcoder[cuda]'" in refused(capsys, "smoke --topology h100:1x8")
+    assert "[plan]" in refused(capsys, "smoke --topology v5e:1x1")
+    assert "[plan]" in refused(capsys, "smoke --topology v5e:1x1 --search")
+    assert "[cuda]" in refused(capsys, "smoke --topology h100:1x8")
 
 
 def test_where_libtpu_has_no_wheels(capsys, monkeypatch):

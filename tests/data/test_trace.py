@@ -13,6 +13,7 @@ from jaxcoder.config.serialize import to_json
 from jaxcoder.data.build import build_store
 from jaxcoder.data.open import open_stream
 from jaxcoder.data.schedule import StepHistory
+from jaxcoder.data.stream import SampleStream
 from jaxcoder.data.trace import Tracer, describe_batch
 from jaxcoder.errors import ConfigError, DataError
 from jaxcoder.io.document import Document
@@ -168,3 +169,19 @@ def test_bad_commands(run_directory, tmp_path):
         run("show", "smoke", "--data", "synthetic", "--step", 1)
     with pytest.raises(ConfigError, match="there is no run called"):
         run("show", "smokee", "--step", 1)
+
+
+def test_names_from_data_cannot_forge_output(tokenizer, tmp_path):
+    text = "def f(x):\n    return x\n" * 40
+    write_documents(
+        [Document.from_text(text, repo_name="evil\x1b[2J", path="a\n    9,999 tokens  b", lang="py\x1b[31m")],
+        tmp_path / "d.parquet",
+    )
+    store = build_store(tmp_path / "d.parquet", tokenizer, tmp_path / "store", seed=0)
+    stream = SampleStream(store, tokenizer, DataConfig(fim_rate=0.0), seq_len=64, seed=0)
+    lines = list(describe_batch(Tracer(stream, StepHistory(2, ()), 3), 1))
+    assert any("evil\\x1b[2J a\\n    9,999 tokens  b" in line for line in lines)
+    assert all(line.isprintable() for line in lines)
+    with pytest.raises(DataError) as error:
+        Tracer(stream, StepHistory(2, ()), 3).find(path="9,999 tokens  b/")
+    assert str(error.value).isprintable()

@@ -38,7 +38,7 @@ SHAPES = "48,128,1024,0", "12,64,768,10"
 def compile_all(shapes_of: dict[str, str]) -> None:
     """Topology -> shapes, each topology in a process of its own at the same time."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'jaxcoder[tpu]'")
+        pytest.skip("libtpu is not installed: pip install '.[tpu]'")
     settings = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     options = dict(env=environment_with(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([sys.executable, "-c", COMPILE, *case], **options) for case in shapes_of.items()]

@@ -88,12 +88,12 @@ def test_faults_show(monkeypatch):
 def test_the_command_without_torch(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert command.main(parity, [str(GOLDEN / "hf" / "mqa")]) == 2
-    assert "needs the extra `bench`: run `pip install 'jaxcoder[bench]'`" in capsys.readouterr().err
+    assert "needs the extra `bench`: run `pip install -e " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tolerance, code", [("1e-3", 0), ("0", 1)])
 def test_the_command(tolerance, code, capsys):
-    pytest.importorskip("torch", reason="torch is not installed: `pip install 'jaxcoder[bench]'`")
+    pytest.importorskip("torch", reason="torch is not installed: `pip install '.[bench]'`")
     arguments = [str(GOLDEN / "hf" / "mha"), "--steps", "3", "--seq-len", "20"]
     assert command.main(parity, [*arguments, "--tolerance", tolerance]) == code
     said = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_the_command(tolerance, code, capsys):
 
 
 def test_the_command_refuses(tmp_path, capsys):
-    pytest.importorskip("torch", reason="torch is not installed: `pip install 'jaxcoder[bench]'`")
+    pytest.importorskip("torch", reason="torch is not installed: `pip install '.[bench]'`")
     assert command.main(parity, [str(tmp_path)]) == 2
     assert "is no directory that transformers can open" in capsys.readouterr().err
     assert command.main(parity, [str(GOLDEN / "hf" / "mqa"), "--seq-len", "65"]) == 2
