@@ -66,6 +66,12 @@ def run(args: argparse.Namespace) -> int | None:
     if index:
         return None
     directory = result.directory
+    if result.first_step == result.step:
+        print(
+            f"This run was complete before, at step {result.step:,}: nothing was trained. Give more --steps with "
+            "--accept-config-change to train on, or another --output-dir."
+        )
+        return None
     print(f"Finished step {result.step:,}. Checkpoint: {directory.checkpoints}, metrics: {directory.metrics_file}")
     if config.data.store != "synthetic":
         print(f"Next:  jaxcoder complete {directory.path} --prefix 'def '")

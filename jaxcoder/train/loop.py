@@ -45,6 +45,8 @@ class TrainResult:
     """The outcome of a finished run."""
 
     directory: RunDirectory
+    first_step: int
+    """The step it continued after; equal to `step` if the run was complete before."""
     step: int
     eval_metrics: dict[str, float]
     """Metrics of the last step (`HeldOut` and every `Evaluation`); empty without a held-out store."""
@@ -90,6 +92,7 @@ def train(
     )
     with session, save_on_failure(session):
         train_steps: dict[int, Callable] = {}
+        first_step = session.step
         eval_metrics: dict[str, float] = {}
         if session.step and is_evaluation_due(session) and not (eval_metrics := session.saved_evaluation()):
             eval_metrics = evaluate(session, evaluations)
@@ -106,6 +109,7 @@ def train(
         wait_for_save(session)
         return TrainResult(
             directory=session.directory,
+            first_step=first_step,
             step=session.step,
             eval_metrics=eval_metrics,
             late_stop=session.stop_signal.exit_code,

@@ -206,9 +206,7 @@ class TrainSession:
                 f"num_steps is {self.config.num_steps:,}, but `{self.directory.path}` has reached step {self.step:,}: "
                 "give at least that, or another --output-dir."
             )
-        if self.step == self.config.num_steps:
-            logger.info(f"This run was complete before: step {self.step:,} of {self.config.num_steps:,}.")
-        elif self.step:
+        if 0 < self.step < self.config.num_steps:
             logger.info(f"Continuing after step {self.step:,}.")
 
     def _open_input_and_output(self, stack: contextlib.ExitStack) -> None:

@@ -140,6 +140,7 @@ def test_a_finished_run_is_left_as_it_is(run_on_mesh, tmp_path, stores):
     again = run_on_mesh(run)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
     assert again.eval_metrics == first.eval_metrics and again.eval_metrics["eval/tokens"] == 13 * 64
+    assert (first.first_step, first.step) == (0, 2) and (again.first_step, again.step) == (2, 2)
     assert_same(before, weights(run))
 
 
