@@ -29,6 +29,7 @@ from jaxcoder.drill.processes import (
     Trainer,
     continued_after,
     free_port,
+    kill_all,
     wait_until,
 )
 from jaxcoder.drill.report import DrillReport, Outcome, Verdict, check_bad_batches, compare
@@ -69,7 +70,14 @@ class FaultSchedule:
 
 
 def drill(directory: Path, schedule: FaultSchedule, *, seed: int) -> DrillReport:
-    """Runs the drill in `directory`, which must be empty or new, and returns its report."""
+    """Runs the drill in `directory`, which must be empty or new, and returns its report. Leaves no process."""
+    try:
+        return _drill(directory, schedule, seed)
+    finally:
+        kill_all()
+
+
+def _drill(directory: Path, schedule: FaultSchedule, seed: int) -> DrillReport:
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"`{directory}` is not empty: give a new --output-dir.")
     directory.mkdir(parents=True, exist_ok=True)

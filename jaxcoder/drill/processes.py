@@ -67,6 +67,15 @@ def free_port() -> int:
     raise DrillError("no port between 20,000 and 30,000 of this machine is free.")
 
 
+_starts: list["Start"] = []
+
+
+def kill_all() -> None:
+    """Kills the processes of all starts."""
+    while _starts:
+        _starts.pop().kill()
+
+
 class Start:
     """All processes of one start, killed at the end of the context."""
 
@@ -74,13 +83,20 @@ class Start:
         self.started = time.monotonic()
         self.logs = [logs / f"process-{index}.log" for index in range(count)]
         self.processes: list[subprocess.Popen] = []
-        for index, log in enumerate(self.logs):
-            environment = runtime.environment_with({**variables, "JAXCODER_PROCESS_ID": str(index)})
-            with open(log, "wb") as file:
-                process = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
-                )
-            self.processes.append(process)
+        with runtime.stop_signals_deferred():  # Ctrl-C inside Popen would lose a process
+            _starts.append(self)
+            for index, log in enumerate(self.logs):
+                environment = runtime.environment_with({**variables, "JAXCODER_PROCESS_ID": str(index)})
+                with open(log, "wb") as file:
+                    process = subprocess.Popen(
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=file,
+                        stderr=file,
+                        start_new_session=True,
+                    )
+                self.processes.append(process)
 
     def __enter__(self) -> "Start":
         return self

@@ -26,6 +26,7 @@ from jaxcoder.runtime.signals import (
     Terminated,
     on_signal,
     signal_of,
+    stop_signals_deferred,
     stop_signals_raise,
 )
 from jaxcoder.runtime.watchdog import Watchdog
@@ -54,6 +55,7 @@ __all__ = [
     "resume_command",
     "share_cache",
     "signal_of",
+    "stop_signals_deferred",
     "stop_signals_raise",
     "user_cache",
 ]

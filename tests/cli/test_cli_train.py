@@ -34,7 +34,7 @@ def refused(capsys, command: str) -> str:
         ("smoke --data synthetic --num-steps 1", "warmup_steps 2 is larger than num_steps 1"),
         ("smoke --data synthetic --mesh.fsdp 64", "fsdp 64 x tensor 1 is 64 devices, but there are 8: set one axis"),
         ("smoke --data synthetic --profile-steps ten", "--profile-steps is 'ten': give the first and the last step"),
-        ("smoke --data synthetic --init-from nowhere", "init_from is `nowhere`, which does not exist"),
+        ("smoke --data synthetic --init-from ./nowhere", "init_from is `nowhere`, which does not exist"),
         ("smoke", "data.store is not set"),
     ],
 )

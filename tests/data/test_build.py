@@ -135,7 +135,7 @@ def test_large_vocabulary_is_stored_as_uint32(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer")
     spec = json.loads((tmp_path / "tokenizer/tokenizer.json").read_bytes())
     next(token for token in spec["added_tokens"] if token["content"] == "<filename>")["id"] = 70_000
-    spec["model"]["vocab"].pop("<filename>", None)
+    spec["model"]["vocab"]["<filename>"] = 70_000
     wide = Tokenizer(json.dumps(spec).encode())
     document = Document((Part(special="<filename>"), Part("a.py")))
     write_documents([document], tmp_path / "documents.parquet")

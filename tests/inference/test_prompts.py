@@ -16,9 +16,11 @@ def santacoder(tokenizer, tmp_path_factory) -> Tokenizer:
     tokenizer.save(directory)
     spec = json.loads((directory / "tokenizer.json").read_text())
     for token in spec["added_tokens"]:
-        name = token["content"].replace("_", "-")
-        spec["model"]["vocab"].pop(token["content"], None)
-        token["content"], token["id"] = name, token["id"] + 1000
+        del spec["model"]["vocab"][token["content"]]
+    largest = max(spec["model"]["vocab"].values())
+    for number, token in enumerate(spec["added_tokens"], 1):
+        token["content"], token["id"] = token["content"].replace("_", "-"), largest + number
+        spec["model"]["vocab"][token["content"]] = token["id"]
     return Tokenizer(json.dumps(spec).encode())
 
 
@@ -53,7 +55,8 @@ def test_sentinels_spelled_in_text_stay_text(tokenizer):
 
 def test_santacoder_spells_with_hyphens(santacoder):
     ids = encode_prompt(santacoder, Prompt("a", "b"))
-    assert santacoder.decode(ids) == "<fim-prefix>a<fim-suffix>b<fim-middle>" and ids[0] > 1000
+    assert santacoder.decode(ids) == "<fim-prefix>a<fim-suffix>b<fim-middle>"
+    assert ids[0] == santacoder.vocab_size - len(santacoder.special_ids) + 1
 
 
 def test_no_fim_tokens(without_fim):

@@ -125,8 +125,8 @@ def test_errors_before_anything_is_written(root, tmp_path):
     ):
         with pytest.raises(error, match=expected):
             finetune(base, **(arguments | changes))
-    with pytest.raises(JaxcoderError, match="missing is not a local directory and could not"):
-        finetune("missing", **arguments)
+    with pytest.raises(JaxcoderError, match="missing`, which does not exist"):
+        finetune("./missing", **arguments)
     assert not output.exists()
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(ConfigError, match="contains other files"):

@@ -13,13 +13,23 @@ import pytest
 TRAIN = [sys.executable, "-m", "jaxcoder", "train", "smoke", "--data", "synthetic", "--steps", "100000"]
 
 
-def start(command, **options) -> subprocess.Popen:
-    def dispositions():  # a shell that starts the tests with `&` ignores SIGINT, and the child would inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# A shell that starts the tests with `&` ignores SIGINT, which the child would inherit.
+WITH_DEFAULTS = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+ENVIRONMENT = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
 
+
+def start(command) -> subprocess.Popen:
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=dispositions, **options
+        [sys.executable, "-c", WITH_DEFAULTS, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
     )
 
 
@@ -60,7 +70,10 @@ def test_an_output_directory_that_is_deleted_during_a_run(tmp_path):
     assert "Traceback" not in said
     (step,) = [int(path.name) for path in (run / "checkpoints").iterdir()]
     again = subprocess.run(
-        [*TRAIN[:-1], str(step + 1), "--accept-config-change", "--output-dir", str(run)], capture_output=True, text=True
+        [*TRAIN[:-1], str(step + 1), "--accept-config-change", "--output-dir", str(run)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert again.returncode == 0 and f"Continuing after step {step}" in again.stderr.replace(",", ""), again.stderr
 

@@ -199,7 +199,7 @@ def test_bad_runs_are_refused_before_anything_is_written(run_on_mesh, tmp_path, 
         shard = bytearray((altered[place] / "tokens/c/0").read_bytes())
         shard[100] ^= 1
         (altered[place] / "tokens/c/0").write_bytes(shard)
-        with pytest.raises(DataError, match=f"{altered[place]} is damaged: the content of tokens/c/0"):
+        with pytest.raises(DataError, match=f"{altered[place]} is damaged: tokens/c/0 was altered"):
             run_on_mesh(config(tmp_path / "a", tuple(map(str, altered))))
     assert not (tmp_path / "a").exists()
     (tmp_path / "strange").mkdir()
