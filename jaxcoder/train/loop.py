@@ -143,9 +143,12 @@ def save_on_failure(session: TrainSession) -> Iterator[None]:
         if session.group.count == 1 and not isinstance(error, CheckpointError):
             if not session.directory.recreate(session.config, session.data):
                 raise
-            save(session)
-            wait_for_save(session)
-            saved = f" Step {session.step:,} is saved."
+            try:
+                start_checkpoint(session)
+                session.checkpointer.wait()
+                saved = f" Step {session.step:,} is saved."
+            except CheckpointError as failed:
+                saved = f" Step {session.step:,} could not be saved: {failed}"
         if is_disk_full(error):
             raise
         raise TransientError(f"{str(error).rstrip('.')}.{saved} The same command continues the run.") from error
@@ -248,13 +251,18 @@ def save(session: TrainSession) -> None:
     session.watchdog.enter("save", session.step)
     started = time.monotonic()
     with session.timer.measure("save"):
-        is_saving = session.checkpointer.save(
-            session.step, flatten_state(session.state), {"samples": session.samples}, force=True
-        )
+        is_saving = start_checkpoint(session)
     if is_saving:
         session.writer.write(session.step, {"checkpoint_seconds": time.monotonic() - started})
     session.log.pause()
     session.timer.write(session.step, now=True)
+
+
+def start_checkpoint(session: TrainSession) -> bool:
+    """Starts to save this step; whether it was not saved already."""
+    return session.checkpointer.save(
+        session.step, flatten_state(session.state), {"samples": session.samples}, force=True
+    )
 
 
 def wait_for_save(session: TrainSession) -> None:

@@ -19,7 +19,7 @@ from jaxcoder.data.build import build_store
 from jaxcoder.errors import EXIT_WATCHDOG, CheckpointError, ConfigError, Interrupted, TransientError
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import write_documents
-from jaxcoder.record.metrics import read_metrics
+from jaxcoder.record.metrics import JsonlWriter, read_metrics
 from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train import loop
 from jaxcoder.train.evaluate import HeldOut
@@ -215,6 +215,23 @@ def test_a_save_that_fails_may_succeed_later(tmp_path, monkeypatch):
         with pytest.raises(TransientError, match="The same command continues the run") as ended:
             train(run)
     assert ended.value.exit_code == EXIT_WATCHDOG
+    assert train(run).step == 6
+
+
+def test_metrics_that_cannot_be_written_end_the_run_after_saving(tmp_path, monkeypatch):
+    run = config(tmp_path / "run")
+    write = JsonlWriter.write
+
+    def failing(self, step, metrics):
+        if step >= 4:
+            raise OSError(5, "Input/output error", self.path)
+        write(self, step, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonlWriter, "write", failing)
+        with pytest.raises(TransientError, match="Input/output error.* Step 5 is saved") as ended:
+            train(run)
+    assert ended.value.exit_code == EXIT_WATCHDOG and steps(run) == [3, 5]
     assert train(run).step == 6
 
 
