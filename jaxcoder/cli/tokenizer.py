@@ -11,7 +11,7 @@ a column `content`. It is a byte-level BPE like StarCoder's, in files that `tran
 import argparse
 from pathlib import Path
 
-from jaxcoder.formatting import format_table
+from jaxcoder.formatting import format_bytes, format_table
 
 _TRAIN_EPILOG = """\
 The vocabulary includes the 19 special tokens (ids 0 to 18) and all 256 bytes. StarCoder's has 49152 entries; a small
@@ -122,13 +122,13 @@ def _report_text(report, most_languages: int = 20) -> str:
     """The report for a terminal: two tables, and the longest tokens."""
     sample, measured = report.sample, report.measured
     everything = sample.num_documents == sample.corpus_documents or sample.num_bytes == sample.corpus_bytes
-    extent = "all of it" if everything else f"a sample of {sample.corpus_bytes / 1e6:,.1f} MB, seed {sample.seed}"
+    extent = "all of it" if everything else f"a sample of {format_bytes(sample.corpus_bytes)}, seed {sample.seed}"
     languages = report.languages()
     rows = [
-        [language, measured[0].languages[language][1] / 1e6, *(report.bytes_per_token(m, language) for m in measured)]
+        [language, measured[0].languages[language][1] / 2**20, *(report.bytes_per_token(m, language) for m in measured)]
         for language in languages[:most_languages]
     ]
-    rows.append(["all", sample.num_bytes / 1e6, *(report.bytes_per_token(m) for m in measured)])
+    rows.append(["all", sample.num_bytes / 2**20, *(report.bytes_per_token(m) for m in measured)])
     left_out = len(languages) - most_languages
     totals = [
         [
@@ -146,10 +146,10 @@ def _report_text(report, most_languages: int = 20) -> str:
     ]
     return "\n".join(
         [
-            f"{sample.num_bytes / 1e6:,.1f} MB of text in {sample.num_documents:,} documents ({extent})",
+            f"{format_bytes(sample.num_bytes)} of text in {sample.num_documents:,} documents ({extent})",
             "",
             "Bytes per token" + (f", {left_out} smaller languages not shown" if left_out > 0 else ""),
-            format_table(["language", "MB", *(m.name for m in measured)], rows),
+            format_table(["language", "MiB", *(m.name for m in measured)], rows),
             "",
             "Share of tokens (of bytes) that are only digits, only whitespace",
             format_table(["tokenizer", "ids", "tokens", "unused", "digits", "whitespace", "exact"], totals),

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,8 @@ from jaxcoder.io.os_errors import access_errors
 from jaxcoder.protocols import SILENT, Progress
 from jaxcoder.tasks import Mapper, ProcessPool, Task, available_cores, run_stage
 from jaxcoder.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 SHARD_TOKENS = 1 << 24  # one file of the array: 32 MiB of uint16 before compression
 MAX_DOCUMENT_BYTES = 64 << 20  # a worker needs some 50 times as much while it encodes such a document
@@ -108,7 +111,8 @@ def build_store(
         limits = (2 * sizes.slice_bytes, max_document_bytes)
         encoding = Encoding(settings["seed"], settings["dtype"], num_buckets, tokenizer.fingerprint, *limits)
         with _mapper(mapper, total) as workers:
-            stages = _Stages(directory, settings, workers, progress)
+            versions = [(entry["version"], entry["fingerprint"]["sha256"]) for entry in inputs]
+            stages = _Stages(directory, settings, versions, workers, progress)
             _write_manifest(directory, settings, *stages.run(slices, encoding))
     directory.remove(WORK)
     for name in filter(is_left_over, directory.sizes()):
@@ -200,8 +204,16 @@ def _refuse_other(directory: Directory, existing: dict, requested: dict) -> None
 class _Stages:
     """The tasks of one build in `directory`. File names depend on the slices and buckets only."""
 
-    def __init__(self, directory: Directory, settings: dict, workers: Mapper, progress: Progress):
-        self._directory, self._settings = directory, settings
+    def __init__(
+        self,
+        directory: Directory,
+        settings: dict,
+        versions: Sequence[tuple[list, str]],
+        workers: Mapper,
+        progress: Progress,
+    ):
+        """versions: of each input, its size and time, and its SHA-256."""
+        self._directory, self._settings, self._versions = directory, settings, versions
         self._workers, self._progress = workers, progress
 
     def run(self, slices: Sequence[Slice], encoding: Encoding) -> tuple[dict, dict]:
@@ -214,6 +226,8 @@ class _Stages:
             raise DataError(f"There are no documents in {files}: give files with documents.")
         if counts["num_tokens"] == counts["num_documents"]:  # end tokens only
             raise DataError(f"All {counts['num_documents']:,} documents in {files} are empty: give some with text.")
+        if not any(summary.get("named", True) for summary in summaries):
+            logger.warning(f"The documents in {files} have no repo_name and no path: `data trace` cannot name them.")
         paths, buckets = self._sort(runs, summaries, encoding.num_buckets)
         return counts, self._write(paths, buckets, counts["num_tokens"])
 
@@ -221,7 +235,9 @@ class _Stages:
         tokenizer = self._directory / "tokenizer/tokenizer.json"
         tasks = [
             self._task(
-                functools.partial(build_tasks.encode_slice, part=part, encoding=encoding),
+                functools.partial(
+                    build_tasks.encode_slice, part=part, encoding=encoding, version=self._versions[part.file_number]
+                ),
                 (tokenizer, part.file), f"{WORK}/runs/{number:06d}", part.size,
             )
             for number, part in enumerate(slices)

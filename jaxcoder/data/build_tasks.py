@@ -13,6 +13,7 @@ files have checksums. Memory is bounded by one slice, one bucket or one shard.
 import functools
 import hashlib
 import io
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcoder.data.directory import Directory
 from jaxcoder.data.input_slices import Slice, read_slice
 from jaxcoder.data.permutation import Permutation
 from jaxcoder.data.randomness import Purpose
@@ -57,15 +59,22 @@ class Encoding:
 # Encode ---------------------------------------------------------------------------------------------------------------
 
 
-def encode_slice(inputs: Sequence[str], output: Path, *, part: Slice, encoding: Encoding) -> dict:
-    """inputs: tokenizer.json and the file of documents. Writes a run: tables of documents, then their index."""
+def encode_slice(
+    inputs: Sequence[str], output: Path, *, part: Slice, encoding: Encoding, version: tuple[list, str]
+) -> dict:
+    """inputs: tokenizer.json and the file of documents. Writes a run: tables of documents, then their index.
+
+    version: size and time, and SHA-256, of the file; DataError if it has changed.
+    """
     tokenizer = _tokenizer(inputs[0], encoding.tokenizer_fingerprint)
     index: list[tuple] = []
     text_bytes = offset = 0
+    is_named = False
     with open(output, "wb") as file:
         for group in _encoded_groups(read_slice(part, encoding.max_document_bytes), tokenizer, encoding):
             table = group.table(encoding.seed)
             text_bytes += group.text_bytes
+            is_named |= group.is_named
             for bucket, rows in _by_bucket(table, encoding.num_buckets):
                 content = _table_to_bytes(rows)
                 tokens = int(rows["length"].to_numpy().sum())
@@ -73,13 +82,23 @@ def encode_slice(inputs: Sequence[str], output: Path, *, part: Slice, encoding: 
                 offset += file.write(content)
         entries = np.array(index, INDEX)
         file.write(entries.tobytes())
+    check_unchanged(part.file, *version)
     return {
         "documents": int(entries["documents"].sum()),
         "tokens": int(entries["tokens"].sum()),
         "text_bytes": text_bytes,
+        "named": is_named,
         "index_at": offset,
         "encoder": tokenizer.encoder_name,
     }
+
+
+def check_unchanged(file: str, version: list, sha256: str) -> None:
+    """Raises DataError if a file is not what it was when the build began."""
+    if Directory(os.path.dirname(file)).version(os.path.basename(file)) == list(version):
+        return
+    if fingerprint_file(file)["sha256"] != sha256:
+        raise DataError(f"{file} changed during the build: run the same command again in another output directory.")
 
 
 @functools.lru_cache(maxsize=2)
@@ -103,6 +122,11 @@ class _EncodedDocuments:
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a document has a repository or a path."""
+        return any(self._origins["repo_name"]) or any(self._origins["path"])
 
     def add(self, number: int, document: Document, text_bytes: int, ids: np.ndarray) -> None:
         self.text_bytes += text_bytes

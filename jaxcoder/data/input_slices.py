@@ -7,6 +7,7 @@ the file: its row, or the byte offset of its line.
 
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +151,7 @@ def _json_rows(part: Slice, most: int) -> Iterator[tuple[int, str, dict]]:
                 if line.strip():
                     yield position, where, _parsed(line, part, position)
                 position += len(line)
-    except EOFError as error:
+    except (EOFError, zlib.error) as error:
         raise DataError(f"{part.file} cannot be read ({error}): write it again.") from error
 
 

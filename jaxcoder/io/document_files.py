@@ -1,23 +1,30 @@
 """Documents in files: parquet, JSON lines, or a directory of both; local, gs:// or s3:// (through fsspec).
 
 A row has `parts: list<struct<special: string, text: string>>`, or plain `content: string` for one text part, and
-`repo_name`, `path`, `lang` where known. A text part may have `ids: list<int32>`.
+`repo_name`, `path`, `lang` where known, also under The Stack's names. A text part may have `ids: list<int32>`.
 """
 
 import itertools
 import json
+import logging
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxcoder.errors import DataError
+from jaxcoder.formatting import plural
 from jaxcoder.io.addresses import open_address
 from jaxcoder.io.atomic import replacing
 from jaxcoder.io.document import Document, Part, well_formed
 from jaxcoder.io.os_errors import access_errors
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 ORIGIN_FIELDS = ("repo_name", "path", "lang")
+_ALIASES = {"max_stars_repo_name": "repo_name", "max_stars_repo_path": "path"}
+"""Columns of The Stack -> fields."""
 _ROWS_PER_GROUP = 1000
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -35,10 +42,17 @@ def read_documents(paths: Paths) -> Iterator[Document]:
 
 
 def document_files(paths: Paths) -> list[str]:
-    """The files that `read_documents` reads. DataError for a path that is missing or has no documents."""
+    """The files that `read_documents` reads, each once. DataError for a path that is missing or has no documents."""
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
-    return [file for path in paths for file in _files_of(os.fspath(path))]
+    files: dict[str, str] = {}
+    for path in paths:
+        for file in _files_of(os.fspath(path)):
+            identity = file if "://" in file else os.path.realpath(file)
+            if identity in files:
+                logger.warning(f"{file} is the same file as {files[identity]} and is read once.")
+            files.setdefault(identity, file)
+    return list(files.values())
 
 
 def write_documents(
@@ -67,7 +81,10 @@ def _files_of(path: str) -> list[str]:
         if not fs.isdir(root):
             files = [root]
         else:
-            files = sorted(file for file in fs.find(root) if file.endswith(SUFFIXES))
+            found = sorted(file for file in fs.find(root) if file.endswith(SUFFIXES))
+            files = [file for file in found if "/." not in file[len(root.rstrip("/")) :]]
+            if len(files) < len(found):
+                logger.warning(f"{path} has {plural(len(found) - len(files), 'hidden file')}, not read.")
     if not files:
         raise DataError(f"The directory {path} has no documents: give one with {', '.join(SUFFIXES)} files.")
     if not files[0].endswith(SUFFIXES):
@@ -105,7 +122,8 @@ def document_columns(names: Sequence[str], file: str) -> list[str]:
             f"{file} has no column `parts` or `content` (its columns are {', '.join(names)}): rename the one "
             "with the text to `content`."
         )
-    return [body, *(field for field in ORIGIN_FIELDS if field in names)]
+    aliases = [alias for alias, field in _ALIASES.items() if alias in names and field not in names]
+    return [body, *(field for field in ORIGIN_FIELDS if field in names), *aliases]
 
 
 def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
@@ -121,7 +139,7 @@ def _json_rows(file: str) -> Iterator[tuple[str, dict]]:
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"{file}, line {number} is not JSON ({error}): fix or delete that line.") from None
                 yield f"line {number}", row
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read ({error}): write it again.") from error
 
 
@@ -129,7 +147,8 @@ def document_of_row(row: object, where: str) -> Document:
     """A row of a file as a document; `where` names the row in errors. DataError if it is not a document."""
     if not isinstance(row, dict) or ("parts" not in row and "content" not in row):
         raise DataError(f"{where} has no `parts` or `content`: each row must have one of them.")
-    origin = {field: row.get(field) or "" for field in ORIGIN_FIELDS}
+    known = {field: row.get(alias) for alias, field in _ALIASES.items()}
+    origin = {field: row.get(field) or known.get(field) or "" for field in ORIGIN_FIELDS}
     if not all(isinstance(value, str) for value in origin.values()):
         raise DataError(f"{where}: {', '.join(ORIGIN_FIELDS)} must be strings or absent.")
     if "parts" not in row:
