@@ -17,6 +17,7 @@ from jaxcoder.convert.output import check_finite, count_non_finite, output_direc
 from jaxcoder.convert.to_hf import Summary
 from jaxcoder.errors import ConversionError
 from jaxcoder.protocols import SILENT, Progress
+from jaxcoder.tokenizer.portable import has_tokenizer
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
@@ -39,8 +40,7 @@ def from_hf(
     if Path(directory).resolve() == weights.directory.resolve():
         raise ConversionError(f"the output directory {directory} is the source itself: choose another one.")
     # The tokenizer is checked first: the weights take longer.
-    has_tokenizer = (weights.directory / "tokenizer.json").is_file()
-    tokenizer = Tokenizer.load(weights.directory) if has_tokenizer else None
+    tokenizer = Tokenizer.load(weights.directory) if has_tokenizer(weights.directory) else None
     if tokenizer is not None:
         tokenizer.valid_ids(weights.config.vocab_size)  # raises if it has more ids than the embedding
     num_parameters = sum(math.prod(shape(entry.hf_dims, weights.config)) for entry in weights.entries())
@@ -56,7 +56,7 @@ def from_hf(
             tokenizer.save(output / TOKENIZER)
         write_manifest(epath.Path(output), manifest)
         progress.finish()
-    return Summary(Path(directory), num_parameters, 1, has_tokenizer, 0)
+    return Summary(Path(directory), num_parameters, 1, tokenizer is not None, 0)
 
 
 def _write_arrays(weights: HFWeights, output: Path, allow_non_finite: bool, progress: Progress) -> ArrayWriter:

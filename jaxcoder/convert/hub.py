@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxcoder.errors import ConversionError
 
-_SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 _WANTED = (*_SMALL_FILES, "model*.safetensors", "model.safetensors.index.json")
 _WANTED_BIN = (*_SMALL_FILES, "pytorch_model*.bin", "pytorch_model.bin.index.json")
 

@@ -15,6 +15,7 @@ from jaxcoder.convert.hf_weights import HFWeights, is_hf_directory, open_hf_weig
 from jaxcoder.convert.hub import local_path
 from jaxcoder.errors import CheckpointError
 from jaxcoder.models.protocol import Decoder, abstract_model
+from jaxcoder.tokenizer.portable import has_tokenizer
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
@@ -60,7 +61,7 @@ def _describe(path: Path) -> str:
         return "is a token store, not a model"
     if any(path.glob("*.parquet")) or any(path.glob("*.jsonl*")):
         return "is a corpus, not a model"
-    return "is a tokenizer, not a model" if (path / "tokenizer.json").exists() else "contains no model"
+    return "is a tokenizer, not a model" if has_tokenizer(path) else "contains no model"
 
 
 def _from_hf(weights: HFWeights, compute: ComputeConfig, mesh: Mesh | None) -> Decoder:
@@ -82,4 +83,4 @@ def _scope(mesh: Mesh | None) -> contextlib.AbstractContextManager:
 
 
 def _tokenizer(directory: Path) -> Tokenizer | None:
-    return Tokenizer.load(directory) if (directory / "tokenizer.json").is_file() else None
+    return Tokenizer.load(directory) if has_tokenizer(Path(directory)) else None

@@ -6,6 +6,7 @@ from jaxcoder.checkpoint.names import assemble_tree
 from jaxcoder.convert.hf_weights import is_hf_directory, open_hf_weights
 from jaxcoder.convert.hub import local_path
 from jaxcoder.models.protocol import Model
+from jaxcoder.tokenizer.portable import has_tokenizer
 from jaxcoder.tokenizer.tokenizer import Tokenizer
 from jaxcoder.train.restore import InitialWeights, open_checkpoint_weights
 
@@ -23,5 +24,5 @@ def open_weights(path: str) -> InitialWeights:
     def load(abstract: Model) -> Model:
         return assemble_tree(abstract, weights.reader(), "params/")
 
-    tokenizer = Tokenizer.load(local) if (Path(local) / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.load(local) if has_tokenizer(Path(local)) else None
     return InitialWeights(path=path, model=weights.config, tokenizer=tokenizer, load=load)

@@ -18,7 +18,7 @@ from typing import Any
 from jaxcoder.errors import DataError
 from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer.encoders import merge_pairs
-from jaxcoder.tokenizer.special_tokens import END_OF_TEXT
+from jaxcoder.tokenizer.special_tokens import END_OF_TEXT, SPECIAL_TOKENS, hyphenated
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 SETTINGS = (
@@ -31,6 +31,7 @@ SETTINGS = (
 )
 """Keys of a tokenizer_config.json that are kept."""
 
+_GPT2_FILES = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -72,6 +73,38 @@ def tokenizer_files(
     }
     # tokenizer.json is written last: a directory that has it is complete.
     return {name: f"{text}\n".encode() for name, text in texts.items()} | {"tokenizer.json": content}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a local directory has a tokenizer.json, or a vocab.json and merges.txt."""
+    return (directory / "tokenizer.json").is_file() or all((directory / name).is_file() for name in _GPT2_FILES)
+
+
+def tokenizer_json_of(directory: Path, settings: Mapping[str, Any]) -> bytes:
+    """A tokenizer.json from vocab.json and merges.txt, with GPT-2's pre-tokenizer, as transformers reads them.
+
+    Raises DataError if they are damaged.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    try:
+        vocab, lines = (directory / name for name in _GPT2_FILES)
+        pairs = [line.split(" ") for line in lines.read_text("utf-8").split("\n") if line]
+        merges = [(left, right) for left, right in pairs if left != "#version:"]
+        backend = tokenizers.Tokenizer(models.BPE(json.loads(vocab.read_text("utf-8")), merges))
+        known = backend.get_vocab()
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(
+            f"The vocab.json and merges.txt in {directory} are damaged ({error}): download them."
+        ) from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    names = [*(settings.get(role) for role in _ROLES), *settings.get("additional_special_tokens", ())]
+    contents = [name.get("content") if isinstance(name, dict) else name for name in names]
+    wanted = dict.fromkeys([*contents, *SPECIAL_TOKENS, *map(hyphenated, SPECIAL_TOKENS)])
+    backend.add_special_tokens([name for name in wanted if isinstance(name, str) and name in known])
+    return backend.to_str().encode()
 
 
 def check_output_directory(directory: Path, *, overwrite: bool) -> None:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxcoder.errors import DataError
-from jaxcoder.io.addresses import open_address
+from jaxcoder.io.addresses import is_local, open_address
 from jaxcoder.io.atomic import write_bytes
 from jaxcoder.io.document import Document, Part, well_formed
 from jaxcoder.io.os_errors import access_errors
 from jaxcoder.tokenizer import encoders
-from jaxcoder.tokenizer.portable import SETTINGS, parse_settings
+from jaxcoder.tokenizer.portable import SETTINGS, has_tokenizer, parse_settings, tokenizer_json_of
 from jaxcoder.tokenizer.special_tokens import (
     END_OF_TEXT,
     FIM_MIDDLE,
@@ -100,16 +100,21 @@ class Tokenizer:
             with access_errors(location):
                 if fs.isdir(file):
                     location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
-                content = fs.cat_file(file)
                 config = f"{file.rpartition('/')[0]}/tokenizer_config.json"
-                settings = fs.cat_file(config) if location.endswith("/tokenizer.json") and fs.exists(config) else b"{}"
+                has_config = location.endswith("/tokenizer.json") and fs.exists(config)
+                settings = parse_settings(fs.cat_file(config) if has_config else b"{}", location)
+                directory = Path(file).parent
+                if is_local(fs) and not fs.exists(file) and has_tokenizer(directory):
+                    content = tokenizer_json_of(directory, settings)
+                else:
+                    content = fs.cat_file(file)
         except DataError as error:
             reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__) or "it cannot be opened"
             raise DataError(
                 f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
                 "contains it, such as the output of `jaxcoder tokenizer train`."
             ) from error
-        return cls(content, origin=location, settings=parse_settings(settings, location))
+        return cls(content, origin=location, settings=settings)
 
     def __reduce__(self):
         return functools.partial(Tokenizer, origin=self._origin, settings=self.settings), (self._content,)

@@ -5,6 +5,7 @@ import pytest
 from jaxcoder.errors import DataError
 from jaxcoder.tokenizer.portable import TOKENIZER_FILES, check_output_directory
 from jaxcoder.tokenizer.special_tokens import SPECIAL_TOKENS
+from jaxcoder.tokenizer.tokenizer import Tokenizer
 
 
 def test_files_for_other_loaders(tokenizer, tmp_path):
@@ -58,3 +59,16 @@ def test_a_directory_that_cannot_be_made(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Cannot write"):
         tokenizer.save(tmp_path / "file" / "tokenizer")
+
+
+def test_vocab_and_merges_are_read_without_tokenizer_json(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    read = Tokenizer.load(tmp_path)
+    assert read.vocab_size == tokenizer.vocab_size and read.fim == tokenizer.fim and read.eos_id == tokenizer.eos_id
+    for text in ("def f(x): return x", "  a\n\n\tb <fim_prefix>"):  # without digits, which GPT-2 does not split
+        assert read.encode(text) == tokenizer.encode(text)
+        assert read.decode(read.encode(text)) == text
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nx yyyy\n")
+    with pytest.raises(DataError, match="vocab.json and merges.txt in .* are damaged"):
+        Tokenizer.load(tmp_path)
