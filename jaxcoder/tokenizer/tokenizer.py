@@ -102,19 +102,19 @@ class Tokenizer:
                     location, file = f"{location.rstrip('/')}/tokenizer.json", f"{file.rstrip('/')}/tokenizer.json"
                 config = f"{file.rpartition('/')[0]}/tokenizer_config.json"
                 has_config = location.endswith("/tokenizer.json") and fs.exists(config)
-                settings = parse_settings(fs.cat_file(config) if has_config else b"{}", location)
-                directory = Path(file).parent
-                if is_local(fs) and not fs.exists(file) and has_tokenizer(directory):
-                    content = tokenizer_json_of(directory, settings)
-                else:
-                    content = fs.cat_file(file)
+                settings = fs.cat_file(config) if has_config else b"{}"
+                is_gpt2 = is_local(fs) and not fs.exists(file) and has_tokenizer(Path(file).parent)
+                content = None if is_gpt2 else fs.cat_file(file)
         except DataError as error:
             reason = getattr(error.__cause__, "strerror", None) or str(error.__cause__) or "it cannot be opened"
             raise DataError(
                 f"Cannot read the tokenizer {location} ({reason}): give a tokenizer.json or the directory that "
                 "contains it, such as the output of `jaxcoder tokenizer train`."
             ) from error
-        return cls(content, origin=location, settings=settings)
+        parsed = parse_settings(settings, location)
+        if content is None:
+            content = tokenizer_json_of(Path(file).parent, parsed)
+        return cls(content, origin=location, settings=parsed)
 
     def __reduce__(self):
         return functools.partial(Tokenizer, origin=self._origin, settings=self.settings), (self._content,)
