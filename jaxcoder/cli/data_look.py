@@ -44,7 +44,7 @@ def add_verbs(verbs) -> None:
     inspect = verbs.add_parser("inspect", help="summarize token stores", epilog=_INSPECT_EPILOG)
     inspect.add_argument("stores", nargs="+", metavar="STORE", help="token stores, or runs whose stores to inspect")
     inspect.add_argument("--verify", action="store_true", help="compare every file with its hash")
-    inspect.add_argument("--picture", metavar="PNG", help="plot the distribution of document lengths")
+    inspect.add_argument("--picture", metavar="FILE", help="plot the distribution of document lengths (.png or .svg)")
 
     show = verbs.add_parser("show", help="print training samples as the model sees them", epilog=_SHOW_EPILOG)
     _add_run(show)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcoder.data.store import TokenStore
+from jaxcoder.errors import ConfigError
 from jaxcoder.io.atomic import write_bytes
 
 
@@ -44,11 +45,15 @@ def length_bins(store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_lengths(stores: Sequence[TokenStore], path: str | Path) -> Path:
-    """Writes a PNG: for each store, its documents and its tokens by length of document."""
+    """Plots the documents and tokens of each store by length of document. ConfigError unless `path` ends in .png or
+    .svg."""
     import io
 
     from matplotlib.figure import Figure  # without pyplot: no global state, no window, always the Agg canvas
 
+    suffix = Path(path).suffix[1:]
+    if suffix not in ("png", "svg"):
+        raise ConfigError(f"Cannot plot to {path}: name a file that ends in .png or .svg.")
     figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
     axes = figure.subplots(2, 1, sharex=True)
     for store in stores:
@@ -67,6 +72,6 @@ def draw_lengths(stores: Sequence[TokenStore], path: str | Path) -> Path:
             axis.spines[side].set_visible(False)
     axes[0].legend(frameon=False)
     content = io.BytesIO()
-    figure.savefig(content, format="png")
+    figure.savefig(content, format=suffix)
     write_bytes(Path(path), content.getvalue())
     return Path(path)

@@ -111,4 +111,6 @@ def _way_out(error: Exception, path: str, action: str) -> str:
         return "create the bucket, or correct its name"
     if protocol:
         return "check the address, the network and the access to it"
-    return "choose another path" if action == "write" else "check that it is there and readable"
+    if getattr(error, "errno", None) == errno.EROFS:
+        return "it is on a read-only file system; choose another path"
+    return "check that it exists and is readable" if action == "read" else "choose another path, or make it writable"

@@ -6,6 +6,7 @@ written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and Ja
 """
 
 import json
+import logging
 import math
 import os
 from collections import deque
@@ -16,8 +17,11 @@ from typing import Any
 import fsspec
 
 from jaxcoder.errors import DataError, MissingExtraError
+from jaxcoder.formatting import plural
 from jaxcoder.io.atomic import write_bytes
 from jaxcoder.protocols import MetricWriter
+
+logger = logging.getLogger(__name__)
 
 NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -76,19 +80,27 @@ class JsonlWriter:
 
 
 def read_records(path: str | Path, *, missing_ok: bool = False) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """(line, record) of every complete line, read as a stream; torn lines are left out.
+    """(line, record) of every complete line, read as a stream. A torn last line is left out; other lines that are not
+    records are left out with a warning.
 
     DataError when there is no file, unless `missing_ok`. Values that are not finite are still strings.
     """
+    num_bad = 0
     try:
         with fsspec.open(str(path), "rb") as file:
             for line in file:
+                if not line.endswith(b"\n"):
+                    break
                 try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
+                    record = json.loads(line)
                 except (ValueError, RecursionError):
-                    continue
+                    record = None
                 if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] < 2**62:
                     yield line, record
+                else:
+                    num_bad += 1
+        if num_bad:
+            logger.warning(f"{path} has {plural(num_bad, 'line')} that are not metrics, which are ignored.")
     except FileNotFoundError:
         if not missing_ok:
             raise DataError(f"there is no metrics file {str(path)!r}: check the path, or train first.") from None

@@ -31,7 +31,7 @@ def figures(command, tmp_path, capsys):
 @pytest.fixture(params=WITH_TORCH)
 def has_torch(request, monkeypatch):
     if request.param == "with torch":
-        pytest.importorskip("transformers", reason="torch is not installed: `pip install 'jaxcoder[bench]'`")
+        pytest.importorskip("transformers", reason="torch is not installed: `pip install '.[bench]'`")
         return True
     monkeypatch.setitem(sys.modules, "torch", None)
     return False

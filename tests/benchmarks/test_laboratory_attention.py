@@ -327,7 +327,7 @@ def test_the_inner_loop_is_the_densest_stretch():
 
 def test_the_estimator_sees_bad_blocks_as_bad():
     """Two processes of libtpu: a matmul with blocks of 128 and one with large blocks."""
-    pytest.importorskip("libtpu", reason="libtpu is not installed: `pip install 'jaxcoder[bench-tpu]'`")
+    pytest.importorskip("libtpu", reason="libtpu is not installed: `pip install '.[bench-tpu]'`")
     good, bad = (matmul.Check(1024, blocks, None) for blocks in ((512, 1024, 1024), (128, 128, 128)))
     good, bad = (estimate(matmul.case("v5e", check)) for check in (good, bad))
     assert good.cycles and bad.cycles, (good.error, bad.error)

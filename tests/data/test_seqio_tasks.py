@@ -91,7 +91,7 @@ def test_a_missing_extra_is_a_sentence(tokenizer, tmp_path):
         lambda: seqio_tasks.Examples("mixture"),
         lambda: import_seqio("mixture", tmp_path / "store"),
     ):
-        with pytest.raises(MissingExtraError, match=r"needs the extra `seqio`: run `pip install 'jaxcoder\[seqio\]'`"):
+        with pytest.raises(MissingExtraError, match=r"needs the extra `seqio`: run `pip install -e .*\[seqio\]"):
             use()
 
 

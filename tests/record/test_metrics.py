@@ -127,7 +127,7 @@ def test_missing_file_is_a_sentence(tmp_path):
 
 def test_tensorboard_absent_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'jaxcoder\[tensorboard\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e .*\[tensorboard\]"):
         TensorBoardWriter(tmp_path)
 
 
@@ -162,3 +162,10 @@ def test_multi_writer_closes_all():
     assert [writer.seen for writer in writers] == [[(1, {"loss": 2.0})]] * 2 and all(
         writer.closed for writer in writers
     )
+
+
+def test_lines_that_are_not_metrics_are_reported(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\ngarbage\n{"no": "step"}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    assert "has 2 lines that are not metrics, which are ignored" in caplog.text
