@@ -63,6 +63,12 @@ def format_ranges(numbers: Sequence[int], most: int = 12) -> str:
     return ", ".join(shown) + (f" and {rest:,} more" if rest else "")
 
 
+def format_names(names: Sequence[str], most: int = 5) -> str:
+    """ "a, b, c and 397 more": at most `most` names."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def escape_control(text: str, keep: str = "") -> str:
     """Text from data with control characters escaped, except those in `keep`, so that it cannot change a terminal or
     add lines to a table."""

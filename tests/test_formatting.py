@@ -8,6 +8,7 @@ from jaxcoder.formatting import (
     format_bytes,
     format_count,
     format_duration,
+    format_names,
     format_ranges,
     format_table,
     plural,
@@ -62,6 +63,11 @@ def test_plurals_and_suggestions():
     assert plural(2, "process", "processes") == "2 processes"
     assert did_you_mean("tensr", ["data", "tensor"]) == " (did you mean `tensor`?)"
     assert did_you_mean("xyz", ["data", "tensor"]) == ""
+
+
+def test_long_lists_of_names_are_shortened():
+    assert format_names(["a", "b"]) == "a, b" and format_names([]) == ""
+    assert format_names([str(i) for i in range(400)], 3) == "0, 1, 2 and 397 more"
 
 
 def test_ranges_are_folded():

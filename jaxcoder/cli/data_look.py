@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from jaxcoder.errors import ConfigError, DataError
-from jaxcoder.formatting import escape_control, format_table, plural
+from jaxcoder.formatting import escape_control, format_names, format_table, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,7 +93,7 @@ def inspect(args: argparse.Namespace) -> None:
 def summary(store: "TokenStore") -> str:
     """Two lines: sizes; vocabulary and origin."""
     on_disk = sum(entry["bytes"] for entry in store.manifest["files"].values())
-    inputs = ", ".join(entry["name"] for entry in store.manifest["settings"]["inputs"])
+    inputs = format_names([entry["name"] for entry in store.manifest["settings"]["inputs"]])
     return (
         f"{store.path}: {store.num_tokens:,} tokens of {store.num_documents:,} documents, {store.text_bytes:,} "
         f"bytes of text ({store.bytes_per_token:.2f} a token), {on_disk:,} bytes on disk\n"

@@ -31,6 +31,7 @@ from jaxcoder.data.input_slices import Slice, absolute, file_layout, plan_slices
 from jaxcoder.data.randomness import check_seed
 from jaxcoder.data.store import CHUNK_TOKENS, FORMAT, FORMAT_VERSION, MANIFEST, WORK, TokenStore, parse_manifest
 from jaxcoder.errors import ConfigError, DataError
+from jaxcoder.formatting import format_names
 from jaxcoder.io import manifests
 from jaxcoder.io.atomic import is_left_over
 from jaxcoder.io.checksums import fingerprint_file
@@ -221,7 +222,7 @@ class _Stages:
         runs, summaries = self._encode(slices, encoding)
         counts = {f"num_{key}": sum(summary[key] for summary in summaries) for key in ("tokens", "documents")}
         counts["text_bytes"] = sum(summary["text_bytes"] for summary in summaries)
-        files = ", ".join(entry["name"] for entry in self._settings["inputs"])
+        files = format_names([entry["name"] for entry in self._settings["inputs"]])
         if not counts["num_documents"]:
             raise DataError(f"There are no documents in {files}: give files with documents.")
         if counts["num_tokens"] == counts["num_documents"]:  # end tokens only
