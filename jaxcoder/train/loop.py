@@ -19,7 +19,7 @@ from typing import NoReturn
 import jax
 
 from jaxcoder.config import RunConfig
-from jaxcoder.errors import CheckpointError, Interrupted, LostProcessError, TransientError
+from jaxcoder.errors import CheckpointError, Interrupted, JaxcoderError, LostProcessError, TransientError
 from jaxcoder.io.os_errors import is_access_error, is_disk_full
 from jaxcoder.models.protocol import Model
 from jaxcoder.runtime import resume_command
@@ -142,7 +142,10 @@ def save_on_failure(session: TrainSession) -> Iterator[None]:
         saved = ""
         if session.group.count == 1 and not isinstance(error, CheckpointError):
             if not session.directory.recreate(session.config, session.data):
-                raise
+                raise JaxcoderError(
+                    f"the output directory `{session.directory.path}` was replaced by another one during the run: "
+                    f"nothing is saved into it after step {session.step:,}."
+                ) from error
             try:
                 start_checkpoint(session)
                 session.checkpointer.wait()

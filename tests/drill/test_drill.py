@@ -28,6 +28,16 @@ def plan_of(names: list[str], *, num_steps: int, processes: int = 2, bad: dict |
     return FaultSchedule(kinds=names, processes=processes, num_steps=num_steps, bad_batches=bad or {})
 
 
+def test_a_fault_and_a_bad_batch(tmp_path):
+    """A damaged checkpoint and a batch of NaN."""
+    report = drill(tmp_path, plan_of(["flip"], num_steps=20, bad={13: "nan"}), seed=1)
+    assert not report.has_failed, report.text()
+    assert [outcome.kind for outcome in report.outcomes] == ["flip", "nan"]
+    assert report.verdicts["disturbed"].is_identical
+    assert json.loads((tmp_path / "drill.json").read_text())["has_failed"] is False
+
+
+@pytest.mark.slow
 def test_two_faults_and_two_bad_batches(tmp_path):
     """A stuck process, a damaged checkpoint; NaN and a spike."""
     plan = plan_of(["stop-one", "flip"], num_steps=44, bad={13: "nan", 40: "spike"})

@@ -33,7 +33,7 @@ def start(command) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("seconds", [0.3, 0.8, 1.6])
+@pytest.mark.parametrize("seconds", [0.3, 1.6])
 def test_ctrl_c_while_modules_are_imported(tmp_path, seconds):
     process = start([*TRAIN, "--output-dir", str(tmp_path / "run")])
     time.sleep(seconds)
@@ -57,31 +57,10 @@ def test_a_closed_terminal_saves(tmp_path):
     assert end["reason"] == "SIGHUP"
 
 
-def test_an_output_directory_that_is_deleted_during_a_run(tmp_path):
-    run = tmp_path / "run"
-    process = start([*TRAIN, "--output-dir", str(run)])
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and '"loss"' in (run / "metrics.jsonl").read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.1)
-    os.rename(run, tmp_path / "deleted")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 75 and "was deleted during the run" in said and "is saved" in said, said
-    assert "Traceback" not in said
-    (step,) = [int(path.name) for path in (run / "checkpoints").iterdir()]
-    again = subprocess.run(
-        [*TRAIN[:-1], str(step + 1), "--accept-config-change", "--output-dir", str(run)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert again.returncode == 0 and f"Continuing after step {step}" in again.stderr.replace(",", ""), again.stderr
-
-
 def test_tokenizer_training_stops_at_once(tmp_path):
     texts = tmp_path / "texts.jsonl"
     letters = random.Random(0)
-    words = ("".join(letters.choices("abcdefghijklmnop", k=9)) for _ in range(1_200_000))  # many pairs to merge
+    words = ("".join(letters.choices("abcdefghijklmnop", k=9)) for _ in range(900_000))  # many pairs to merge
     texts.write_text(json.dumps({"content": " ".join(words)}) + "\n")
     process = start(
         [
@@ -97,7 +76,7 @@ def test_tokenizer_training_stops_at_once(tmp_path):
             "49152",
         ]
     )
-    time.sleep(8)
+    time.sleep(5)
     assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGINT)
     since = time.monotonic()

@@ -14,14 +14,15 @@ import pytest
 from jaxcoder_configs.smoke import smoke
 
 from jaxcoder.checkpoint.checkpointer import Checkpointer
+from jaxcoder.checkpoint.discover import steps_in
 from jaxcoder.config import CheckpointConfig, DataConfig, EvalConfig, MeshConfig, RunConfig
 from jaxcoder.data.build import build_store
-from jaxcoder.errors import EXIT_WATCHDOG, CheckpointError, ConfigError, Interrupted, TransientError
+from jaxcoder.errors import EXIT_WATCHDOG, CheckpointError, ConfigError, Interrupted, JaxcoderError, TransientError
 from jaxcoder.io.document import Document
 from jaxcoder.io.document_files import write_documents
 from jaxcoder.record.metrics import JsonlWriter, read_metrics
 from jaxcoder.tokenizer.train import train_tokenizer
-from jaxcoder.train import loop
+from jaxcoder.train import loop, session
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.loop import train
 
@@ -173,27 +174,51 @@ def test_killed_between_a_save_and_its_evaluation(stores, tmp_path, monkeypatch,
     assert evaluated(run) == undisturbed
 
 
+def at_step(patch, step: int, act) -> None:
+    """Calls `act` when a step is dispatched."""
+    make = loop.make_train_step
+
+    def make_and_act(config):
+        train_step, count = make(config), [0]
+
+        def acting(*arguments):
+            count[0] += 1
+            if count[0] == step:
+                act()
+            return train_step(*arguments)
+
+        return acting
+
+    patch.setattr(loop, "make_train_step", make_and_act)
+
+
+def test_an_output_directory_that_is_deleted_during_a_run(tmp_path, monkeypatch):
+    run = config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_DIRECTORY_EVERY", 0.0)
+        at_step(patch, 2, lambda: (tmp_path / "run").rename(tmp_path / "deleted"))
+        with pytest.raises(TransientError, match="was deleted during the run. Step 2 is saved") as ended:
+            train(run)
+    assert ended.value.exit_code == EXIT_WATCHDOG and steps(run) == [2]
+    assert train(run).step == 6
+    with monkeypatch.context() as patch:  # another run in its place is left alone
+        patch.setattr(session, "_DIRECTORY_EVERY", 0.0)
+        longer = dataclasses.replace(run, num_steps=9)
+        at_step(patch, 1, lambda: ((tmp_path / "run").rename(tmp_path / "gone"), (tmp_path / "run").mkdir()))
+        with pytest.raises(JaxcoderError, match="was replaced by another one during the run"):
+            train(longer, accept_config_change=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_store_that_goes_away_ends_the_run_after_saving(stores, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxcoder.data.store._CACHE_BYTES", 0)  # the tiny store would be read from memory
     store = tmp_path / "store"
     shutil.copytree(stores[0], store)
     data = DataConfig(store=str(store))
     run = config(tmp_path / "run", stores, data=data, num_steps=400, checkpoint=CheckpointConfig(save_every_steps=1000))
-    make = loop.make_train_step
-
-    def make_and_move(config):
-        step, count = make(config), [0]
-
-        def moving(*arguments):
-            count[0] += 1
-            if count[0] == 2:
-                store.rename(tmp_path / "moved")
-            return step(*arguments)
-
-        return moving
-
+    move = lambda: store.rename(tmp_path / "moved")  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_and_move)
+        at_step(patch, 2, move)
         with pytest.raises(TransientError) as ended:
             train(run)
     (saved,) = steps(run)
@@ -278,11 +303,9 @@ def test_the_clean_up_of_a_failed_save_does_not_raise(tmp_path, monkeypatch):
 
 
 def test_directories_with_other_names_than_steps_are_ignored(tmp_path):
-    run = config(tmp_path / "run")
-    train(run)
-    for name in ("0004", "0007", "٩", "007.tmp", "12x"):
-        (Path(run.output_dir) / "checkpoints" / name).mkdir()
-    assert train(dataclasses.replace(run, num_steps=7), accept_config_change=True).step == 7
+    for name in ("3", "12", "0004", "0007", "\u0669", "007.tmp", "12x"):
+        (tmp_path / name).mkdir()
+    assert steps_in(tmp_path) == [3, 12]
 
 
 def test_the_same_store_by_another_path_is_the_same_run(stores, tmp_path, monkeypatch):
