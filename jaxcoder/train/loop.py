@@ -240,10 +240,11 @@ def evaluate(session: TrainSession, evaluations: Sequence[Evaluation]) -> dict[s
         session.events.write("evaluation_failed", step=session.step, message=message)
         logger.warning(f"step {session.step:,}: the evaluation failed, and the run continues: {message}")
         return {}
+    finally:
+        session.log.pause()  # the time until the next step is not a step time
     session.writer.write(session.step, metrics | {"eval_seconds": time.monotonic() - started})
     logger.info(f"step {session.step:,}: {summarize(metrics)}")
     session.alarm_hooks(session.step, metrics)
-    session.log.pause()
     session.timer.write(session.step, now=True)
     return metrics
 
