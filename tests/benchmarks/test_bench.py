@@ -18,18 +18,18 @@ SMALL = ["--code-megabytes", "0.4", "--vocab-size", "800", "--runs", "1"]
 def test_a_benchmark_reports(arguments, rows, tmp_path, capsys):
     output = tmp_path / "figures.json"
     assert main(["bench", *arguments, "--output", str(output)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     figures = json.loads(output.read_text())
-    assert len(figures["rows"]) == rows and all(row["name"] in said for row in figures["rows"])
+    assert len(figures["rows"]) == rows and all(row["name"] in printed for row in figures["rows"])
     assert all(row["ratio"] > 0 for row in figures["rows"])
     assert figures["environment"].keys() >= {"processor", "cores", "python", "jaxcoder", "tiktoken", "tokenizers"}
-    assert all(target in said for target in figures["targets"])
+    assert all(target in printed for target in figures["targets"])
 
 
 def test_every_benchmark_has_a_line_in_the_help(capsys):
     assert main(["bench", "--help"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert all(name in said and summary in said for name, summary in BENCHMARKS.items())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(name in printed and summary in printed for name, summary in BENCHMARKS.items())
 
 
 def test_medians_of_runs_in_turn():

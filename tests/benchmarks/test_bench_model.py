@@ -38,31 +38,31 @@ def has_torch(request, monkeypatch):
 
 
 def test_train(has_torch, tmp_path, capsys):
-    found, said = figures([*COMMANDS["train"], "--peak-tflops", "0.1"], tmp_path, capsys)
-    assert "124,480" not in said and "1 x 32 tokens, float32" in said and "MFU of 0.1 TFLOP/s" in said
+    found, output = figures([*COMMANDS["train"], "--peak-tflops", "0.1"], tmp_path, capsys)
+    assert "124,480" not in output and "1 x 32 tokens, float32" in output and "MFU of 0.1 TFLOP/s" in output
     names = {row["name"]: row for row in found["rows"]}
     assert names["jaxcoder"]["tokens"] > 0 and names["matmul, JAX, 64 x 64"]["tflops"] > 0
-    assert has_torch == ("matmul, PyTorch, 64 x 64" in names) == ("PyTorch: left out" not in said)
+    assert has_torch == ("matmul, PyTorch, 64 x 64" in names) == ("PyTorch: left out" not in output)
     if has_torch:
         losses = {row["loss"] for row in found["rows"] if "loss" in row}
         assert names.keys() >= {"PyTorch, sdpa", "PyTorch, eager"} and len(losses) == 1  # the same work
 
 
 def test_decode(has_torch, tmp_path, capsys):
-    found, said = figures(COMMANDS["decode"], tmp_path, capsys)
+    found, output = figures(COMMANDS["decode"], tmp_path, capsys)
     assert ["1 prompt of 9 tokens" in found[0]["title"], "3 prompts of 9 tokens" in found[1]["title"]] == [True, True]
     for report in found:
         ours = report["rows"][0]
         assert ours["name"] == "jaxcoder" and ours["tokens"] > 0 and ours["first"] > 0
         if has_torch:
             assert report["settings"]["prompts with the same completion"] == "100 %"
-    assert has_torch == ("PyTorch: left out" not in said)
+    assert has_torch == ("PyTorch: left out" not in output)
 
 
 def test_compile(tmp_path, capsys):
-    found, said = figures(["compile", "--config", "smoke", "--devices", "2", "--start", "none"], tmp_path, capsys)
+    found, output = figures(["compile", "--config", "smoke", "--devices", "2", "--start", "none"], tmp_path, capsys)
     (row,) = found[0]["rows"]
-    assert row["devices"] == 2 and row["compile"] > 0 and 0 < row["state"] < 0.01 and "s to compile" in said
+    assert row["devices"] == 2 and row["compile"] > 0 and 0 < row["state"] < 0.01 and "s to compile" in output
 
 
 @pytest.mark.slow
@@ -76,16 +76,16 @@ def test_start(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["train", "--batch-size", "0"], "--batch-size is 0: give at least 1."),
         (["decode", "--new-tokens", "1"], "--new-tokens is 1: give at least 2."),
         (["attention", "--length", "0"], "--length is 0: give at least 1."),
     ],
 )
-def test_refusals(arguments, said, capsys):
+def test_refusals(arguments, expected, capsys):
     assert main(["bench", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
 
 
 def test_a_clock_of_choice():

@@ -196,7 +196,7 @@ def test_the_table_of_ratios_follows_from_the_estimates(tmp_path, capsys, monkey
     monkeypatch.setattr(ratios, "estimate", lambda case, **_: Estimate(cycles=1, vmem=1, seconds=0))
     output = tmp_path / "figures.json"
     assert command.main(ratios, ["--device", "v5p", "--output", str(output)]) == 0
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     checks, forward, backward = json.loads(output.read_text())
     assert all(row["peak"] != "artefact" for row in checks["rows"])
     first = forward["rows"][0]
@@ -206,7 +206,7 @@ def test_the_table_of_ratios_follows_from_the_estimates(tmp_path, capsys, monkey
     assert first["cycles"] == pytest.approx(per_head, rel=1e-4)
     splash = next(row for row in forward["rows"] if row["name"] == "splash forward")
     assert splash["ratio"] == pytest.approx((9000 * 36 + 50 * 8) / per_head, rel=1e-3)
-    assert "useful" in splash and "forward" in said.err
+    assert "useful" in splash and "forward" in printed.err
     both = [row for row in backward["rows"] if row["name"].startswith("splash")]
     assert [row["name"] for row in both] == ["splash dkv", "splash dq"]
     assert both[1]["total"] == pytest.approx(both[0]["cycles"] + both[1]["cycles"])

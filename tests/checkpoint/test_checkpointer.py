@@ -245,7 +245,7 @@ def test_failed_save_is_raised_by_poll_and_keeps_the_last(tmp_path, monkeypatch)
         for _ in range(200):
             checkpointer.poll()
             time.sleep(0.01)
-    checkpointer.poll()  # said once
+    checkpointer.poll()  # logged once
     assert checkpointer.latest_step() == 1
     assert not (tmp_path / "checkpoints" / "2").exists()
 

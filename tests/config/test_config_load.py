@@ -213,9 +213,9 @@ def test_help_prints_the_fields(capsys):
     with pytest.raises(SystemExit) as stop:
         apply_overrides(RUN, ["--num-steps", "5", "--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert "--optimizer.peak-learning-rate FLOAT  (value: 0.0003)" in said and "Windows per optimizer step" in said
-    assert "--num-steps INT  (value: 5)" in said and "--data.document-mask, --data.no-document-mask" in said
+    output = capsys.readouterr().out
+    assert "--optimizer.peak-learning-rate FLOAT  (value: 0.0003)" in output and "Windows per optimizer step" in output
+    assert "--num-steps INT  (value: 5)" in output and "--data.document-mask, --data.no-document-mask" in output
 
 
 def test_a_variant_sets_every_switch_and_overrides_come_after_it(file):

@@ -1,4 +1,4 @@
-"""validate: every rule has a run that breaks it, all problems are said at once, no garbage escapes as another error."""
+"""validate: a run breaks every rule, all problems are reported at once, no garbage escapes as another error."""
 
 import dataclasses
 import math
@@ -151,17 +151,17 @@ def test_a_good_mixture_passes():
 def test_sizes_that_do_not_divide_name_axis_and_sizes():
     wrong = dict(num_heads=2, head_dim=33, embed_dim=66, mlp_dim=30, vocab_size=511, max_seq_len=62)
     model = dataclasses.replace(GOOD.model, **wrong)
-    said = problems(dataclasses.replace(GOOD, model=model, mesh=MeshConfig(fsdp=-1, tensor=4)), 16)
-    assert "model.num_heads 2 is not a multiple of mesh.tensor (4 devices)" in said
-    assert "model.mlp_dim 30 is not a multiple of mesh.tensor (4 devices)" in said
-    assert "model.vocab_size 511 is not a multiple of mesh.tensor (4 devices)" in said
-    assert "model.max_seq_len 62 is not a multiple of mesh.tensor (4 devices): use 64" in said
-    assert "model.embed_dim 66 is not a multiple of mesh.fsdp (4 devices)" in said
+    found = problems(dataclasses.replace(GOOD, model=model, mesh=MeshConfig(fsdp=-1, tensor=4)), 16)
+    assert "model.num_heads 2 is not a multiple of mesh.tensor (4 devices)" in found
+    assert "model.mlp_dim 30 is not a multiple of mesh.tensor (4 devices)" in found
+    assert "model.vocab_size 511 is not a multiple of mesh.tensor (4 devices)" in found
+    assert "model.max_seq_len 62 is not a multiple of mesh.tensor (4 devices): use 64" in found
+    assert "model.embed_dim 66 is not a multiple of mesh.fsdp (4 devices)" in found
 
 
 def test_fsdp_and_tensor_stay_in_a_slice():
-    said = problems(dataclasses.replace(GOOD, mesh=MeshConfig(data=2, fsdp=4, num_slices=4)), 8)
-    assert "mesh.data 2 is not a multiple of 4 slices" in said and "use --mesh.data 4" in said
+    found = problems(dataclasses.replace(GOOD, mesh=MeshConfig(data=2, fsdp=4, num_slices=4)), 8)
+    assert "mesh.data 2 is not a multiple of 4 slices" in found and "use --mesh.data 4" in found
     validate(dataclasses.replace(GOOD, mesh=MeshConfig(data=4, fsdp=2, num_slices=2)), 8)
 
 
@@ -173,9 +173,13 @@ def test_several_kv_heads_are_split_and_one_is_not():
 
 def test_all_problems_at_once():
     bad = changed("seed", -3, changed("data.fim_rate", 2.0, changed("mesh.tensor", 3, changed("num_steps", 0))))
-    said = problems(bad)
+    found = problems(bad)
     assert (
-        len(said.splitlines()) == 5 and "seed" in said and "fim_rate" in said and "mesh" in said and "num_steps" in said
+        len(found.splitlines()) == 5
+        and "seed" in found
+        and "fim_rate" in found
+        and "mesh" in found
+        and "num_steps" in found
     )
 
 
@@ -209,8 +213,8 @@ def numbers(config):
 @pytest.mark.parametrize("name", [*numbers(GOOD)])
 @pytest.mark.parametrize("value", [-1, -0.5, math.nan, math.inf, -math.inf, 1e300])
 def test_no_field_takes_a_negative_or_infinite_number(name, value):
-    said = problems(changed(name, value))
-    assert name in said and f"{value}" in said
+    found = problems(changed(name, value))
+    assert name in found and f"{value}" in found
 
 
 @pytest.mark.parametrize("name", [*numbers(Corpus(store="a"))])
@@ -227,10 +231,10 @@ def test_a_warm_up_longer_than_the_run_is_refused_whatever_the_decay():
 
 
 def test_one_device_is_one():
-    said = problems(changed("mesh.fsdp", 64), 1)
-    assert "data 1 x fsdp 64 x tensor 1 is 64 devices, but there is 1: set one axis to -1" in said
-    said = problems(changed("mesh.tensor", 2), 1)
-    assert "does not fit 1 device: 1 is not a multiple of 2" in said
+    found = problems(changed("mesh.fsdp", 64), 1)
+    assert "data 1 x fsdp 64 x tensor 1 is 64 devices, but there is 1: set one axis to -1" in found
+    found = problems(changed("mesh.tensor", 2), 1)
+    assert "does not fit 1 device: 1 is not a multiple of 2" in found
 
 
 GARBAGE = st.one_of(

@@ -49,9 +49,9 @@ def test_the_python_fine_tune_reads_what_was_published():
 
 @pytest.mark.parametrize("name", available_runs())
 def test_every_run_says_its_command_and_its_cost(name):
-    said = load_module.docstring_of(name)
-    assert re.search(rf"^ +jaxcoder train {name}( |$)", said, re.M), "no command"
-    assert load_module.cost_of(said), "no cost"
+    docstring = load_module.docstring_of(name)
+    assert re.search(rf"^ +jaxcoder train {name}( |$)", docstring, re.M), "no command"
+    assert load_module.cost_of(docstring), "no cost"
 
 
 PAIRS = {

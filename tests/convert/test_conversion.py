@@ -274,21 +274,21 @@ def test_offline_hub_is_one_sentence(tmp_path):
 def test_command_line_there_and_back(tmp_path, tokenizer, capsys):
     run = make_run(tmp_path / "run", tokenizer_files=tokenizer.files(), steps=(4, 5))
     assert main(["convert", "to-hf", str(run), str(tmp_path / "theirs"), "--step", "4"]) == 0
-    said = capsys.readouterr().out
-    assert "of step 4 to" in said and "with its tokenizer" in said
+    output = capsys.readouterr().out
+    assert "of step 4 to" in output and "with its tokenizer" in output
     assert main(["convert", "from-hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     assert main(["convert", "from-hf", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["checkpoint", "inspect", str(tmp_path / "ours"), "--verify"]) == 0
-    said = capsys.readouterr().out
-    assert "step         0" in said and "files match their checksums" in said
+    output = capsys.readouterr().out
+    assert "step         0" in output and "files match their checksums" in output
 
 
 def test_inspect(tmp_path, capsys):
     run = make_run(tmp_path / "run", steps=(4, 5))
     (run / "checkpoints" / "6" / "state").mkdir(parents=True)
     assert main(["checkpoint", "inspect", str(run), "--verify"]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     model = flatten_tree(jax.eval_shape(lambda: GPTBigCode(MODEL, rngs=nnx.Rngs(0))))
     parameters = sum(leaf.size for leaf in model.values())
     for words in (
@@ -301,7 +301,7 @@ def test_inspect(tmp_path, capsys):
         "optimizer/count",
         "files match their checksums",
     ):
-        assert words in said, words
+        assert words in output, words
     largest = max((run / "checkpoints" / "5").rglob("*"), key=lambda path: path.stat().st_size)
     content = largest.read_bytes()
     largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

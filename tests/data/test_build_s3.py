@@ -1,4 +1,4 @@
-"""The same build to and from s3://, on an S3-compatible server of this machine; and what is said when it cannot work.
+"""The same build to and from s3://, on an S3-compatible server of this machine; and the errors when it cannot work.
 
 The client of fsspec and tensorstore's own both find the server through AWS_ENDPOINT_URL, as they would a real one.
 """

@@ -43,9 +43,9 @@ def compile_all(shapes_of: dict[str, str]) -> None:
     options = dict(env=environment_with(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([sys.executable, "-c", COMPILE, *case], **options) for case in shapes_of.items()]
     for process, shapes in zip(processes, shapes_of.values()):
-        said, complaints = process.communicate()
+        output, complaints = process.communicate()
         assert process.returncode == 0, complaints[-3000:]
-        assert said.count("compiled") == len(shapes.split())
+        assert output.count("compiled") == len(shapes.split())
 
 
 def test_a_shape_for_each_of_two_generations():

@@ -96,8 +96,8 @@ def test_the_command(tolerance, code, capsys):
     pytest.importorskip("torch", reason="torch is not installed: `pip install '.[bench]'`")
     arguments = [str(GOLDEN / "hf" / "mha"), "--steps", "3", "--seq-len", "20"]
     assert command.main(parity, [*arguments, "--tolerance", tolerance]) == code
-    said = capsys.readouterr().out
-    assert ("met" if code == 0 else "MISSED") + ": losses within" in said and "random" in said
+    output = capsys.readouterr().out
+    assert ("met" if code == 0 else "MISSED") + ": losses within" in output and "random" in output
 
 
 def test_the_command_refuses(tmp_path, capsys):

@@ -38,8 +38,8 @@ def test_ctrl_c_while_modules_are_imported(tmp_path, seconds):
     process = start([*TRAIN, "--output-dir", str(tmp_path / "run")])
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said and "stopped" in said, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output and "stopped" in output, output
 
 
 def test_a_closed_terminal_saves(tmp_path):
@@ -50,8 +50,8 @@ def test_a_closed_terminal_saves(tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.1)
     process.send_signal(signal.SIGHUP)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 129 and "SIGHUP: finishing this step and saving" in said, said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 129 and "SIGHUP: finishing this step and saving" in output, output
     assert list((tmp_path / "run" / "checkpoints").iterdir())
     (end,) = [e for line in (tmp_path / "run" / "events.jsonl").open() if (e := json.loads(line))["event"] == "end"]
     assert end["reason"] == "SIGHUP"
@@ -80,5 +80,5 @@ def test_tokenizer_training_stops_at_once(tmp_path):
     assert process.poll() is None, process.communicate()[0]
     process.send_signal(signal.SIGINT)
     since = time.monotonic()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - since < 3 and not (tmp_path / "out").exists(), said
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and time.monotonic() - since < 3 and not (tmp_path / "out").exists(), output

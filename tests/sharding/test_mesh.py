@@ -98,7 +98,7 @@ def test_a_cluster_of_gpus():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "devices", "said"),
+    ("mesh", "devices", "expected"),
     [
         (MeshConfig(data=1, fsdp=16, tensor=4), tpus((4, 4, 2), 2), "mesh.data 1 is not a multiple of 2 slices"),
         (MeshConfig(data=3, fsdp=8, tensor=2), tpus((4, 4, 2), 2), "uses 32, 16 devices of the slices"),
@@ -108,8 +108,8 @@ def test_a_cluster_of_gpus():
         (MeshConfig(data=3, fsdp=8, num_slices=2), gpus(3), "num_slices 2 does not divide the 24 devices"),
     ],
 )
-def test_what_cannot_be_is_said(mesh, devices, said):
-    with pytest.raises(ConfigError, match=said):
+def test_impossible_meshes_are_refused(mesh, devices, expected):
+    with pytest.raises(ConfigError, match=expected):
         arrange(mesh, devices[: mesh.data * mesh.fsdp * mesh.tensor])
 
 

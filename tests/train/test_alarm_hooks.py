@@ -67,8 +67,8 @@ def config(output_dir, data, **changes) -> RunConfig:
 
 def alarms(run: RunConfig) -> list[tuple[int, str, str]]:
     records = read_metrics(f"{run.output_dir}/metrics.jsonl")
-    said = [(record["step"], name, text) for record in records for name, text in record.items()]
-    return [(step, name.removeprefix("alarm/"), text) for step, name, text in said if name.startswith("alarm/")]
+    found = [(record["step"], name, text) for record in records for name, text in record.items()]
+    return [(step, name.removeprefix("alarm/"), text) for step, name, text in found if name.startswith("alarm/")]
 
 
 @pytest.fixture
@@ -111,9 +111,9 @@ def test_a_step_that_is_not_finite_is_skipped(stores, tmp_path, poisoned, caplog
     assert [step for step, r in records.items() if r["skipped"]] == [3, 7, 8]
     assert all(math.isnan(r["loss"]) == (step in bad) for step, r in records.items())
     assert records[12]["skipped_steps"] == 3 and records[12]["samples"] == 48
-    said = caplog.text
-    assert "step 7: skipped, its loss is not finite (2 so far)" in said
-    files = said.split("step 7: skipped")[1].split("step 8")[0]
+    log = caplog.text
+    assert "step 7: skipped, its loss is not finite (2 so far)" in log
+    files = log.split("step 7: skipped")[1].split("step 8")[0]
     assert "samples 24 to 27" in files and "lib/" in files
 
 
@@ -144,8 +144,8 @@ def test_a_batch_of_noise_is_a_spike_and_its_files_are_named(stores, tmp_path, c
     train(run)
     ((step, rule, message),) = alarms(run)
     assert (step, rule) == (301, "loss_spike") and message.startswith("the loss jumped to ")
-    said = caplog.text.split("step 301: loss_spike")[1]
-    assert "vendor/blob.min.js" in said and "lib/0.py" not in said
+    log = caplog.text.split("step 301: loss_spike")[1]
+    assert "vendor/blob.min.js" in log and "lib/0.py" not in log
 
 
 def test_a_learning_rate_that_is_too_high_is_noticed_by_the_gradients(stores, tmp_path):

@@ -174,25 +174,7 @@ def test_killed_between_a_save_and_its_evaluation(stores, tmp_path, monkeypatch,
     assert evaluated(run) == undisturbed
 
 
-def at_step(patch, step: int, act) -> None:
-    """Calls `act` when a step is dispatched."""
-    make = loop.make_train_step
-
-    def make_and_act(config):
-        train_step, count = make(config), [0]
-
-        def acting(*arguments):
-            count[0] += 1
-            if count[0] == step:
-                act()
-            return train_step(*arguments)
-
-        return acting
-
-    patch.setattr(loop, "make_train_step", make_and_act)
-
-
-def test_an_output_directory_that_is_deleted_during_a_run(tmp_path, monkeypatch):
+def test_an_output_directory_that_is_deleted_during_a_run(tmp_path, monkeypatch, at_step):
     run = config(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(session, "_DIRECTORY_EVERY", 0.0)
@@ -210,7 +192,7 @@ def test_an_output_directory_that_is_deleted_during_a_run(tmp_path, monkeypatch)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_store_that_goes_away_ends_the_run_after_saving(stores, tmp_path, monkeypatch):
+def test_a_store_that_goes_away_ends_the_run_after_saving(stores, tmp_path, monkeypatch, at_step):
     monkeypatch.setattr("jaxcoder.data.store._CACHE_BYTES", 0)  # the tiny store would be read from memory
     store = tmp_path / "store"
     shutil.copytree(stores[0], store)

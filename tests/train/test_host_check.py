@@ -41,7 +41,7 @@ def changed(group: str, name: str, value: str):
 
 
 @pytest.mark.parametrize(
-    ("group", "name", "value", "said"),
+    ("group", "name", "value", "expected"),
     [
         ("configuration", "optimizer.peak_learning_rate", "0.5",
          r"process 1 \(host-b\) has optimizer.peak_learning_rate 0.5 and process 0 \(host-a\) 0.001. Start all"),
@@ -51,8 +51,8 @@ def changed(group: str, name: str, value: str):
         ("devices", "devices", "3 x TPU v5", r"has devices 3 x TPU v5 and process 0 .* cpu. Give the run hosts"),
     ],
 )  # fmt: skip
-def test_what_differs_is_named(group, name, value, said):
-    with pytest.raises(ConfigError, match=said):
+def test_what_differs_is_named(group, name, value, expected):
+    with pytest.raises(ConfigError, match=expected):
         host_check.check_configuration(smoke(), changed(group, name, value), lambda: None)
 
 
@@ -115,8 +115,8 @@ def test_two_real_processes_with_two_learning_rates(tmp_path):
     began = time.monotonic()
     for process in processes:
         errors = process.communicate(timeout=240)[1]
-        said = "has optimizer.peak_learning_rate 0.002 and process 0"
-        assert process.returncode == 2 and said in errors, errors
+        expected = "has optimizer.peak_learning_rate 0.002 and process 0"
+        assert process.returncode == 2 and expected in errors, errors
     assert not (tmp_path / "run").exists() and time.monotonic() - began < 240
 
 

@@ -51,7 +51,7 @@ class Drill:
         return subprocess.Popen(command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def finish(self, output: Path) -> str:
-        """What it said on stderr."""
+        """Its stderr."""
         process = self.start(output)
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()

@@ -19,7 +19,6 @@ from jaxcoder.io.document_files import write_documents
 from jaxcoder.record.metrics import read_metrics
 from jaxcoder.sharding.mesh import make_mesh
 from jaxcoder.tokenizer.train import train_tokenizer
-from jaxcoder.train import loop
 from jaxcoder.train.loop import train
 from jaxcoder.train.state import abstract_state, flatten_state
 
@@ -90,31 +89,15 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def stop_after(monkeypatch, steps: int, number: int) -> None:
-    """Sends this process a signal after so many steps of the next run."""
-    make = loop.make_train_step
-
-    def counting(config):
-        step, count = make(config), [0]
-
-        def run(*arguments):
-            count[0] += 1
-            if count[0] == steps:
-                os.kill(os.getpid(), number)
-            return step(*arguments)
-
-        return run
-
-    monkeypatch.setattr(loop, "make_train_step", counting)
-
-
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interrupted_and_continued_equals_undisturbed(run_on_mesh, tmp_path, stores, monkeypatch, number, exit_code):
+def test_interrupted_and_continued_equals_undisturbed(
+    run_on_mesh, tmp_path, stores, monkeypatch, at_step, number, exit_code
+):
     """5 + 5 steps equal 10, bit for bit: weights, moments, data, dropout, and the metrics file."""
     whole, parts = config(tmp_path / "whole", stores), config(tmp_path / "parts", stores)
     result = run_on_mesh(whole)
     with monkeypatch.context() as patch:
-        stop_after(patch, 5, number)
+        at_step(patch, 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Interrupted) as caught:
             run_on_mesh(parts)
     assert caught.value.exit_code == exit_code and caught.value.resume_command
@@ -217,9 +200,9 @@ def test_a_model_that_does_not_fit_the_checkpoint_leaves_the_run_as_it_was(run_o
     assert run_on_mesh(run).step == 1
 
 
-def test_a_stop_after_the_last_step_is_handed_on(run_on_mesh, tmp_path, monkeypatch):
+def test_a_stop_after_the_last_step_is_handed_on(run_on_mesh, tmp_path, monkeypatch, at_step):
     run = config(tmp_path / "run", num_steps=2)
-    stop_after(monkeypatch, 2, signal.SIGTERM)
+    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     result = run_on_mesh(run)
     assert (result.step, result.late_stop) == (2, 143)
     assert run_on_mesh(run).late_stop == 0

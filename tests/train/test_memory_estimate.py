@@ -64,8 +64,8 @@ def compiled_bytes(config: RunConfig) -> int:
     ids=["tiny", "middling", "blocks in microbatches", "multi-head on a mesh, nothing recomputed"],
 )
 def test_it_is_near_what_the_compiler_says(run):
-    said, estimated = compiled_bytes(run), estimate_memory(run).total
-    assert said / FACTOR < estimated < said * FACTOR, f"the compiler {said:,}, the estimate {estimated:,}"
+    compiled, estimated = compiled_bytes(run), estimate_memory(run).total
+    assert compiled / FACTOR < estimated < compiled * FACTOR, f"the compiler {compiled:,}, the estimate {estimated:,}"
 
 
 def test_meshes_that_are_not_here():
