@@ -88,9 +88,8 @@ class HeldOut:
         for samples, batch in held_out_batches(stream, num_windows=num_windows, batch_size=batch_size):
             poll()
             counts = batch.loss_mask > 0
-            nats = np.asarray(self._step(model, shard_batch(own_share(batch, self._mesh), self._mesh)), np.float64)[
-                counts
-            ]
+            device_batch = shard_batch(own_share(batch, self._mesh), self._mesh)
+            nats = np.asarray(self._step(model, device_batch), np.float64)[counts]
             numbers = languages.of_targets(samples)[counts]
             assert stream.token_bytes is not None  # synthetic streams alone have none
             text_bytes = stream.token_bytes[batch.targets[counts]]

@@ -91,7 +91,7 @@ class RunDirectory:
                     "run: give an empty or new one with --output-dir."
                 )
             filesystem.makedirs(parent, exist_ok=True)
-            self.adopt_new(config, data)
+            self.adopt(config, data)
             return
         with filesystem.open(path, "r") as file:
             text = file.read()
@@ -116,17 +116,14 @@ class RunDirectory:
 
     def recreate(self, config: RunConfig, data: Sequence[str]) -> bool:
         """Makes a deleted directory again, for a last checkpoint. False if there is another one in its place."""
-        if self._current_identity() is not None:
-            return self._current_identity() == self._identity
+        if (found := self._current_identity()) == self._identity:
+            return True
+        if found is not None:
+            return False
         os.makedirs(self.path)
-        self.adopt_new(config, data)
+        self.adopt(config, data)
         self.identify()
         return True
-
-    def adopt_new(self, config: RunConfig, data: Sequence[str]) -> None:
-        """Writes the files that make a directory a run's."""
-        write_text(self.data_file, json.dumps(list(data)))
-        write_text(self.config_file, serialize.to_json(config))
 
     def _current_identity(self) -> tuple[int, int] | None:
         if "://" in self.path:
@@ -148,12 +145,11 @@ class RunDirectory:
             return None
 
     def adopt(self, config: RunConfig, data: Sequence[str] = ()) -> None:
-        """Replaces the existing config, once the run can continue with the new one."""
-        if list(data) != self._saved_data():
-            write_text(self.data_file, json.dumps(list(data)))
-        filesystem, path = open_address(self.config_file)
-        if filesystem.cat_file(path) != serialize.to_json(config).encode():
-            write_text(self.config_file, serialize.to_json(config))
+        """Writes the files that make a directory a run's, where they are missing or differ."""
+        for file, text in ((self.data_file, json.dumps(list(data))), (self.config_file, serialize.to_json(config))):
+            filesystem, path = open_address(file)
+            if not filesystem.exists(path) or filesystem.cat_file(path) != text.encode():
+                write_text(file, text)
 
     def read_config(self) -> RunConfig:
         """The config that the directory was claimed with."""

@@ -25,6 +25,7 @@ from jaxcoder.tokenizer.train import train_tokenizer
 from jaxcoder.train import loop, session
 from jaxcoder.train.evaluate import HeldOut
 from jaxcoder.train.loop import train
+from jaxcoder.train.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,12 @@ def test_an_output_directory_that_is_deleted_during_a_run(tmp_path, monkeypatch,
         with pytest.raises(JaxcoderError, match="was replaced by another one during the run"):
             train(longer, accept_config_change=True)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_remote_output_directory_is_never_made_again_locally(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = config("memory://runs/remote")
+    assert RunDirectory.of(run).recreate(run, []) and list(tmp_path.iterdir()) == []
 
 
 def test_a_store_that_goes_away_ends_the_run_after_saving(stores, tmp_path, monkeypatch, at_step):
